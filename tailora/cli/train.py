@@ -4,7 +4,7 @@ import json
 import shlex
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,7 @@ from tailora.report.blocks import Code, Column, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
 from tailora.train import run_log
-from tailora.train.config import TASK_TYPES, TrainConfig
+from tailora.train.config import GRPO, TASK_TYPES, TrainConfig
 from tailora.train.launch import count_processes, how_to_resume, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
@@ -247,21 +247,21 @@ def fit(
                     return INTERRUPTED
                 message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
                 raise KeyboardInterrupt(message) from interrupted
-        is_main, answers, kl = PartialState().is_main_process, list["Answer"](), None
+        is_main, answers, measured = PartialState().is_main_process, list["Answer"](), dict[str, Any]()
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState()))
         if config.fsdp or is_main:
             answers = answer_samples(result, config.samples)
-            kl = kl_of_preferences(result, config)
+            measured = measure_forgetting(result, config)
         if is_main:
             add_passport(result, config)
     code = WORSE if is_worse(result) else 0
     if not is_main:
         return code
     folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
-    report, page = write_results(folder, answers, kl, started, peak)
+    report, page = write_results(folder, answers, measured, started, peak)
     if as_json:
-        print_json((report and report["result"]) or result.to_dict())
+        print_json({**report["result"], "verdict": report["verdict"]} if report else result.to_dict())
     else:
         show(stdout(), config, folder, report)
         if page and not (folder / PAGE).exists():
@@ -278,22 +278,23 @@ def is_worse(result: "TrainResult") -> bool:
 
 
 def write_results(
-    folder: Path, answers: Sequence["Answer"], kl: float | None, started: float, peak: int
+    folder: Path, answers: Sequence["Answer"], measured: Mapping[str, Any], started: float, peak: int
 ) -> tuple[dict[str, Any] | None, str]:
-    """Writes the reports; returns report.json, and where report.html is or how to get it. peak: bytes of memory."""
+    """Writes the reports; returns report.json, and where report.html is or how to get it.
+
+    measured: further numbers of the result.    peak: bytes of memory.
+    """
     from tailora.report.pages.train import write_train_report
 
     report, page = None, ""
     log("writing the report")
     try:
-        if kl is not None:
-            run_log.add_result(folder, eval_kl=kl)
         with wrap_os_error(folder / SAMPLES):
             (folder / SAMPLES).unlink(missing_ok=True)  # from the resumed run
         if answers:
             content = [{**asdict(answer), "images": [i.to_dict() for i in answer.images]} for answer in answers]
             write_file(folder / SAMPLES, json.dumps(content, ensure_ascii=False, indent=2).encode())
-        run_log.add_result(folder, total_seconds=time.monotonic() - started, peak_memory_bytes=peak)
+        run_log.add_result(folder, **measured, total_seconds=time.monotonic() - started, peak_memory_bytes=peak)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
     except WriteError as error:  # the trained weights are complete, so the run has not failed
@@ -316,14 +317,19 @@ def answer_samples(result: "TrainResult", count: int) -> list["Answer"]:
         return compare_answers(result.model, result.tokenizer, prompts, progress=progress)
 
 
-def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | None:
-    """Returns KL(base || tuned) in nats per token; None for other tasks, and for an adapter trained further."""
-    from tailora.evaluation.forgetting import forgetting
+def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, Any]:
+    """Returns the KL from the base for preferences, and forgetting for rewards, in nats per token.
+
+    {} for other tasks, and for an adapter trained further.
+    """
+    from tailora.evaluation.forgetting import forgetting, sample_texts
 
     data = result.data
-    if data is None or data.report.task != PREFERENCE or config.adapter is not None or not len(data.eval):
-        return None
-    return forgetting(result.model, kl_texts(data.eval)).kl
+    if data is None or config.adapter is not None or not len(data.eval):
+        return {}
+    if data.report.task == GRPO:  # the held-out prompts are few, and have no reply
+        return {"forgetting": asdict(forgetting(result.model, sample_texts(result.model, result.tokenizer)))}
+    return {"eval_kl": forgetting(result.model, kl_texts(data.eval)).kl} if data.report.task == PREFERENCE else {}
 
 
 def add_passport(result: "TrainResult", config: TrainConfig) -> None:

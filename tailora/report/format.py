@@ -66,7 +66,7 @@ def decimals(number: float | None) -> str:
     """Three decimals below 10, one above."""
     if number is None:
         return NONE
-    return f"{number:.3f}" if abs(number) < 10 else f"{number:,.1f}"
+    return f"{round(number, 3) + 0.0:.3f}" if abs(number) < 10 else f"{number:,.1f}"  # never -0.000
 
 
 def interval(ends: tuple[float | None, float | None] | None, show: Callable[[float], str] = "{:.3f}".format) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from threading import Semaphore
 from typing import Any, cast
 
@@ -36,11 +36,11 @@ from tailora.kernels.attention import use_attention
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.grpo import GRPO, advantages_of, with_target
+from tailora.train.grpo import DRIFT_LIMITS, GRPO, advantages_of, group_means, mean_and_error, with_target
 from tailora.train.loss import BatchLayout, Evaluation, make_batch
 from tailora.train.rewards import Completion, Reward, RewardProcess
 from tailora.train.step import Step, StepShape, split_by_tokens
-from tailora.train.trainable import Trainable
+from tailora.train.trainable import FullModel, Trainable
 
 MOST_REQUESTS = 64  # completions that are sampled at once
 BYTES_OF_NUMBER = 2  # of a key or value, in 16 bits
@@ -108,6 +108,7 @@ class Rollouts:
             adapters = AdapterSet(model.base_model, {})  # freezes it
             for parameter in trained:
                 parameter.requires_grad_(True)
+        self.task.drift.limit = DRIFT_LIMITS.get(self._base.dtype, math.inf)
         self.ends = stop_ids(model, tokenizer)
         with evaluating(model), use_attention(self._base, self._base.config._attn_implementation):
             self._engine = make_engine(adapters, self.ends, max_positions=self.longest, max_requests=MOST_REQUESTS)
@@ -261,13 +262,18 @@ class Rollouts:
             )
             for i, (example, sample, advantage) in enumerate(zip(examples, samples, advantages, strict=True))
         ]
-        equal = int((np.nanmax(groups, 1) == np.nanmin(groups, 1)).sum())
+        highest, lowest = (sign * np.nan_to_num(sign * groups, nan=-np.inf).max(1) for sign in (1, -1))
+        equal = int((highest <= lowest).sum())  # also if none is scored
         names = [reward.name for reward in self.rewards + self.judges]
-        lengths = np.array([len(sample.ids) for sample in samples])
+        lengths, known = np.array([len(sample.ids) for sample in samples]), rewards[~np.isnan(rewards)]
         metrics = {
-            "reward": float(np.nanmean(rewards)),
-            "reward_std": float(np.nanstd(rewards)),
-            **{f"reward/{name}": float(np.nanmean(column)) for name, column in zip(names, scores.T, strict=True)},
+            **mean_and_error("reward", group_means(groups)),
+            "reward_std": float(known.std()) if known.size else 0.0,
+            **{
+                key: value
+                for name, column in zip(names, scores.T, strict=True)
+                for key, value in mean_and_error(f"reward/{name}", group_means(column.reshape(groups.shape))).items()
+            },
             "equal_groups": equal / len(groups),
             "completion_tokens": float(lengths.mean()),
             "truncated": float(truncated.mean()),
@@ -290,11 +296,13 @@ class Rollouts:
     def _log_probabilities(self, examples: Sequence[Example]) -> list[list[float]]:
         """Returns the log-probabilities of each example's completion as training computes them, without gradients."""
         device, results = next(self.model.parameters()).device, list[list[float]]()
+        lengths = [len(example.input_ids) for example in examples]
         with torch.no_grad(), evaluating(self.model):
-            for example in examples:
-                prepared = with_target(example, 0.0, [0.0] * example.supervised)
-                batch = make_batch([prepared], self.layout, device, self.task)
-                results.append((-FORMS[self.layout.loss](self.model, batch)).tolist())
+            for part in split_by_tokens(lengths, self.longest * self.config.num_generations):
+                prepared = [with_target(examples[i], 0.0, [0.0] * examples[i].supervised) for i in part]
+                batch = make_batch(prepared, self.layout, device, self.task)
+                left = iter((-FORMS[self.layout.loss](self.model, batch)).tolist())  # of the tokens of all completions
+                results += [[*islice(left, example.supervised)] for example in prepared]
         return results
 
     # ---- Held-out prompts
@@ -327,12 +335,15 @@ class Rollouts:
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """The columns of `Evaluation.scores`, means over the completions of a prompt."""
+        """The names of `Evaluation.scores`. kl: log p(model) - log p(base), summed over the completion's tokens."""
         names = [reward.name for reward in self.rewards + self.judges]
-        return ("reward", *names, "best", "completion_tokens", "truncated")
+        return ("reward", *names, "completion_tokens", "truncated", "kl")
 
     def evaluate(self, examples: Examples, progress: Callable[[int, int], None]) -> Evaluation:
-        """Returns minus the mean reward of each held-out prompt, so that lower is better, as for losses."""
+        """Returns minus the mean reward of each held-out prompt, so that lower is better, as for losses.
+
+        Its scores are those of every completion: (prompts, names, completions), NaN if not known.
+        """
         generations, state = self.config.num_generations, PartialState()
         own = examples.source_indices[state.process_index :: state.num_processes]
         numbers = np.repeat(own, generations).tolist()
@@ -340,19 +351,22 @@ class Rollouts:
         prompts = [self.held_out[number] for number in numbers]
         samples = self.sample(prompts, seeds, lambda done: progress(done // generations, len(own)))
         scores = self.score(samples)
-        rewards = self.total(scores)
-        groups = rewards.reshape(-1, generations)
-        if np.isnan(groups).all(1).any():
+        lengths = [len(sample.ids) for sample in samples]
+        truncated = [sample.is_truncated for sample in samples]
+        columns = [self.total(scores), *scores.T, np.array(lengths), np.array(truncated), self._log_ratios(samples)]
+        of_ranks = np.empty((len(examples), len(columns), generations))
+        for rank, part in enumerate(gather_object([np.stack(columns).reshape(len(columns), -1, generations)])):
+            of_ranks[rank :: state.num_processes] = part.swapaxes(0, 1)
+        rewards = of_ranks[:, 0]
+        if np.isnan(rewards).all(1).any():
             raise DataError("the rewards are None for all completions of a held-out prompt, which cannot be evaluated")
+        return Evaluation(-group_means(rewards), np.ones(len(examples), dtype=np.int64), of_ranks)
 
-        def means(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-            averages: npt.NDArray[np.float64] = np.nanmean(values.reshape(len(groups), generations), axis=1)
-            return averages
-
-        lengths = np.array([len(sample.ids) for sample in samples], dtype=np.float64)
-        truncated = np.array([sample.is_truncated for sample in samples], dtype=np.float64)
-        columns = [means(rewards), *map(means, scores.T), np.nanmax(groups, 1), means(lengths), means(truncated)]
-        of_ranks = np.empty((len(examples), len(columns)))
-        for rank, part in enumerate(gather_object([np.stack(columns, axis=1)])):
-            of_ranks[rank :: state.num_processes] = part
-        return Evaluation(-of_ranks[:, 0], np.ones(len(examples), dtype=np.int64), of_ranks)
+    def _log_ratios(self, samples: Sequence[Sample]) -> npt.NDArray[np.float64]:
+        """Returns log p(model) - log p(base) of each completion; NaN if the base is not in memory."""
+        if isinstance(self.model, FullModel):
+            return np.full(len(samples), np.nan)
+        with self.model.disable_adapter():
+            of_base = self._log_probabilities([sample.example(0) for sample in samples])
+        pairs = zip(samples, of_base, strict=True)
+        return np.array([sum(sample.log_probabilities) - sum(base) for sample, base in pairs])

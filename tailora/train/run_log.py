@@ -170,7 +170,7 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
     write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def add_result(output_dir: Path, **numbers: float) -> None:
+def add_result(output_dir: Path, **numbers: Any) -> None:
     content = _read_run(output_dir)
     write_run(output_dir, content, {**content["result"], **numbers})
 
@@ -198,7 +198,9 @@ def write_examples(
     for when, evaluation in (("before", before), ("after", after)):
         if evaluation.scores is None:
             continue
-        by_example = np.split(evaluation.scores, np.cumsum(evaluation.counts)[:-1])
+        scores = evaluation.scores.astype(object)
+        scores[np.isnan(evaluation.scores)] = None  # JSON has no NaN
+        by_example = np.split(scores, np.cumsum(evaluation.counts)[:-1])
         has_several = bool((evaluation.counts > 1).any())
         for row, values in zip(rows, by_example, strict=True):
             row[f"scores_{when}"] = (

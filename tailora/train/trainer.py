@@ -157,6 +157,11 @@ class Trainer:
         )
         if (rollouts := self.run.data.rollouts) is not None:
             rollouts.connect(self.run.model, self.run.tokenizer, self.run.layout, stack)
+            if isinstance(self.run.model, FullModel):
+                self.run.note(
+                    "KL from the base on held-out completions is not measured with --method full, because the base is "
+                    "not kept in memory; forgetting is measured once, after training"
+                )
         held_out = self.run.data.held_out
         counts = None if held_out is None else self.run.task.counts(held_out)
         if self.before is not None and (counts is None or not np.array_equal(self.before.counts, counts)):
@@ -276,6 +281,8 @@ class Trainer:
             **step.metrics,
             **run.task.metrics(),
         )
+        for text in run.task.warnings():
+            run.note(f"step {state.step}: {text}")
         run.report(event)
 
     # ---- Evaluation
@@ -344,7 +351,7 @@ class Trainer:
         evaluation = known or self.evaluate(held_out, run.task)
         seconds = time.perf_counter() - started
         self.state.history.append((self.state.step, evaluation.loss))
-        self.log(eval_loss=evaluation.loss)
+        self.log(eval_loss=evaluation.loss, **run.task.evaluation_metrics(evaluation))
         best = may_be_kept and self.is_best(evaluation)
         reward = None if run.data.rollouts is None else -evaluation.loss
         run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best, reward))

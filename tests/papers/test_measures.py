@@ -1,7 +1,7 @@
 """What is measured of adapters and searches, by the definitions cited."""
 
 import math
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import optuna
@@ -11,6 +11,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tailora.evaluation.classification import _calibration
+from tailora.evaluation.rewards import pass_at_k
 from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank, subspace_overlap
 from tailora.study.optuna_study import importances
 from tailora.train.optimizer import lr_range_test
@@ -87,3 +88,14 @@ def test_the_calibration_error_is_the_mean_gap_between_confidence_and_accuracy()
     right = np.array([True, False, False, True, True])
     expected = 3 / 5 * abs(1 / 3 - (0.62 + 0.68 + 0.66) / 3) + 2 / 5 * abs(1 - 0.95)
     assert _calibration(confidence, right)["ece"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 6])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(k: int) -> None:
+    """arXiv:2107.03374, eq. 1: 1 - C(n - c, k) / C(n, k), which is the mean over all subsets of k of n samples."""
+    scores = np.array([[0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=float)
+    expected = [np.mean([max(subset) for subset in combinations(row, k)]) for row in scores]
+    np.testing.assert_allclose(pass_at_k(scores, k), expected)
+    scores[2, 5] = np.nan  # five are known
+    of_known = np.mean([max(subset) for subset in combinations(scores[2, :5], k)]) if k < 6 else np.nan
+    np.testing.assert_allclose(pass_at_k(scores, k)[2], of_known)

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tailora.errors import ConfigError, DataError
-from tailora.train.grpo import advantages_of
+from tailora.train.events import Note
+from tailora.train.grpo import DRIFT_LIMITS, advantages_of
 from tailora.train.rewards import RewardError
+from tailora.train.rollouts import Rollouts
 from tailora.train.trainer import Trainer, run
 
 REWARDS = """
@@ -60,7 +63,15 @@ def test_the_reward_rises_and_sampling_agrees_with_training(grpo: Any) -> None:
     assert -result.eval_loss_after > -result.eval_loss_before + 0.1
     steps = metrics(config.output_dir)
     assert len(steps) == 12
-    assert all(0 < step["drift_mean"] < 1e-4 for step in steps)  # nats
+    assert all(0 < step["drift_mean"] < step["drift_max"] < 1e-4 for step in steps)  # nats
+
+
+def test_drift_above_the_limit_is_reported_once(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DRIFT_LIMITS, torch.float32, 1e-9)
+    notes: list[str] = []
+    run(grpo(max_steps=2), on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    (text,) = [note for note in notes if "sampling and training differ" in note]
+    assert re.match(r"step 1: log-probabilities .* differ by \S+e-\d+ nats per token \(expected: below 1e-09", text)
 
 
 def test_a_resumed_run_gives_the_same_bytes(grpo: Any, tmp_path: Path) -> None:
@@ -73,6 +84,44 @@ def test_a_resumed_run_gives_the_same_bytes(grpo: Any, tmp_path: Path) -> None:
     run(parts.replaced(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
     adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_kl_is_that_of_the_completions_from_the_base(
+    grpo: Any, adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, sample = [], Rollouts.sample
+
+    def keep(*arguments: Any) -> Any:
+        samples.append(sample(*arguments))
+        return samples[-1]
+
+    changes: dict[str, Any] = {}
+    if adapter:  # train it further: the base is still the model without it
+        run(grpo(max_steps=2, learning_rate=2e-2, output_dir=str(tmp_path / "first")))
+        changes = {"adapter": str(tmp_path / "first"), "r": 16}
+    monkeypatch.setattr(Rollouts, "sample", keep)
+    config = grpo(max_steps=2, learning_rate=2e-2, temperature=0.8, **changes)
+    trainer = Trainer(config)
+    result = trainer.train()
+    for evaluation, completions in ((result.before, samples[0]), (result.after, samples[-1])):
+        scores = dict(zip(trainer.run.task.score_names, evaluation.scores.swapaxes(0, 1), strict=True))
+        kl = scores["kl"].reshape(-1)
+        assert len(completions) == len(kl)
+        base_is_sampled = evaluation is result.before and not adapter
+        for completion, log_ratio in zip(completions, kl, strict=True):
+            of_base = plain_log_probability(result.model, completion, 0.8)
+            assert log_ratio == pytest.approx(sum(completion.log_probabilities) - of_base, abs=1e-4)
+        assert np.allclose(kl, 0, atol=1e-4) == base_is_sampled
+
+
+def plain_log_probability(model: Any, completion: Any, temperature: float) -> float:
+    """Returns log p(completion) of the model without its adapter."""
+    prompt, ids = completion.prompt.ids, completion.ids
+    with torch.no_grad(), model.disable_adapter():
+        logits = model(torch.tensor([[*prompt, *ids]], device=model.device)).logits[0, len(prompt) - 1 : -1]
+    log_p = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
+    return float(log_p.sum())
 
 
 def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any) -> None:

@@ -36,8 +36,19 @@ from tailora.evaluation.statistics import (
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
-from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
-from tailora.report.pages.shared import labels_section, settings_table
+from tailora.report.format import (
+    NONE,
+    count,
+    decimals,
+    duration,
+    interval,
+    learning_rate,
+    one_line,
+    plural,
+    share,
+    signed,
+)
+from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.study.config import FIRST_RATES, LORA
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN, PER_COMPLETION
 from tailora.train.memory import format_bytes
@@ -87,13 +98,18 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the held-out examples, before and after training, with 95% intervals."""
+    """A metric of the held-out examples, before and after training, with 95% intervals.
+
+    change: paired by example, for rewards.
+    """
 
     name: str
     before: float | None  # None if there is no such number
     before_95: tuple[float, float] | None
     after: float | None
     after_95: tuple[float, float] | None
+    change: float | None = None
+    change_95: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,15 +119,19 @@ class Result:
     steps: int
     train_tokens: int
     tokens_per_second: float
-    eval_loss_before: float | None
-    eval_loss_after: float | None
     best_step: int
     trainable_parameters: int
     total_parameters: int
     peak_memory_bytes: int
     seconds: float  # from loading to the last evaluation
+    eval_loss_before: float | None = None  # None without held-out examples, and for rewards
+    eval_loss_after: float | None = None
     total_seconds: float | None = None  # with answers and the verification file; None if a program called `run`
     eval_kl: float | None = None  # KL(base || tuned) in nats per token of held-out conversations, for preferences
+    forgetting: dict[str, float] | None = None  # `evaluation.forgetting` on text by the base, for rewards
+    drift_mean: float | None = None  # of rewards: nats per token between sampling and training, over all steps
+    drift_max: float | None = None
+    equal_groups: float | None = None  # share of the groups whose rewards were all equal
     eval_loss_before_95: tuple[float, float] | None = None
     eval_loss_after_95: tuple[float, float] | None = None
 
@@ -154,7 +174,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
     held_out, losses, change_of_metrics, labels = None, dict[str, Interval](), "", dict[str, Any]()
-    before, after = dict[str, Interval](), dict[str, Interval]()  # metrics of the task
+    before, after, changes = dict[str, Interval](), dict[str, Interval](), dict[str, Interval]()  # metrics of the task
     remedy: list[str] = []
     unit = header.get("loss_unit", NATS_PER_TOKEN)
     if examples:
@@ -165,17 +185,19 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             before, after = (as_intervals(label_scores(data)) for data in outputs)
             labels = label_details(outputs[1])
             change_of_metrics = describe_labels(before, after, labels, new_head=header["labels"]["new_head"])
-        elif header.get("rewards"):
-            changes = reward_changes(scores_of(examples, "before"), scores_of(examples, "after"))
-            before = {name: change.before for name, change in changes.items()}
-            after = {name: change.after for name, change in changes.items()}
+        elif rewards := header.get("rewards"):
+            numbers = reward_changes(*(scores_of(examples, when) for when in WHEN))
+            before, after, changes = (
+                {name: getattr(number, part) for name, number in numbers.items()} for part in (*WHEN, "change")
+            )
             prompts = plural(len(examples), "held-out prompt")
-            change_of_metrics = describe_rewards(changes, header["rewards"]["judges"], prompts)
+            change_of_metrics = describe_rewards(numbers, rewards["trained"], rewards["judges"], prompts)
         elif all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
             before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
             change_of_metrics = describe_preferences(before, after)
     shared = [name for name in after if name in before]
-    task_metrics = [asdict(Metric(name, *_number(before[name]), *_number(after[name]))) for name in shared]
+    sides = [before, after, *([changes] if changes else [])]
+    task_metrics = [asdict(Metric(name, *_numbers_of([side[name] for side in sides]))) for name in shared]
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif losses and header.get("rewards"):
@@ -194,9 +216,20 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
         verdict = f"Held-out loss went from {change} {unit}; its interval was not recorded."
     if result is not None:
-        result |= {"eval_loss_change": losses["change"].value} if losses else {}
-        result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
-        result |= {f"eval_{m['name']}_{key}": value for m in task_metrics for key, value in m.items() if key != "name"}
+        for name, joined in (("drift_mean", np.mean), ("drift_max", np.max), ("equal_groups", np.mean)):
+            values = [step[name] for step in steps if name in step]
+            result |= {name: float(joined(values))} if values else {}
+        if header.get("rewards"):  # their loss is minus the reward
+            result = {name: value for name, value in result.items() if not name.startswith("eval_loss")}
+        elif losses:
+            result |= {"eval_loss_change": losses["change"].value}
+            result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
+        result |= {
+            f"eval_{m['name']}_{key}": value
+            for m in task_metrics
+            for key, value in m.items()
+            if key != "name" and (changes or not key.startswith("change"))
+        }
     content = {
         "verdict": verdict,
         "remedy": remedy,
@@ -227,9 +260,10 @@ def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, 
     return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]
 
 
-def _number(estimate: Interval) -> tuple[float | None, tuple[float, float] | None]:
-    """Returns a value and its interval for a `Metric`; what is not a number becomes None."""
-    return None if math.isnan(estimate.value) else estimate.value, _ends(estimate)
+def _numbers_of(estimates: Sequence[Interval]) -> list[Any]:
+    """Returns values and intervals for a `Metric`; what is not a number becomes None."""
+    pairs = [(None if math.isnan(estimate.value) else estimate.value, _ends(estimate)) for estimate in estimates]
+    return [part for pair in pairs for part in pair]
 
 
 def _ends(estimate: Interval) -> tuple[float, float] | None:
@@ -344,6 +378,26 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
     since = f"since it was resumed; in total {steps} " if is_resumed else f"{steps} of it "
     if result.eval_kl is not None:
         numbers.append(Number("KL from the base", f"{result.eval_kl:.3f}", "nats per token of held-out conversations"))
+    if (lost := result.forgetting) is not None:
+        rise = signed(lost["loss_after"] - lost["loss_before"])
+        on_text = f"KL from the base in nats per token, on text by the base; loss {rise}"
+        numbers.append(Number("forgetting", f"{lost['kl']:.3f}", on_text))
+    if result.drift_mean is not None:
+        numbers.append(
+            Number(
+                "drift",
+                f"{result.drift_mean:.1e}",
+                f"nats per token between sampling and training, at most {result.drift_max:.1e}",
+            )
+        )
+    if result.equal_groups is not None:
+        numbers.append(
+            Number(
+                "equal groups",
+                share(result.equal_groups, 1),
+                "of all groups: their rewards are equal, so they train nothing",
+            )
+        )
     return [
         *numbers,
         Number("trained parameters", count(result.trainable_parameters), of_all),
@@ -354,12 +408,20 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
 
 
 def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
-    columns = [Column(name) for name in ("metric", "before", "95% interval", "after", "95% interval")]
+    is_paired = any(m.change is not None for m in metrics)
+    parts = (*WHEN, "change") if is_paired else WHEN
+    ends = INTERVAL if is_paired else Column(INTERVAL.name)
+    columns = [Column("metric"), *(column for part in parts for column in (Column(part, numeric=is_paired), ends))]
     rows = []
     for m in metrics:
-        before, after = (interval(ends, decimals) or NONE for ends in (m.before_95, m.after_95))
-        rows.append((m.name, decimals(m.before), before, decimals(m.after), after))
-    note = "; ".join(f"{m.name}: {meanings[m.name]}" for m in metrics if m.name in meanings)
+        row = [m.name]
+        for part in parts:
+            show = signed if part == "change" else decimals
+            value, of_part = getattr(m, part), getattr(m, f"{part}_95")
+            row += [NONE if value is None else show(value), interval(of_part, show) or NONE]
+        rows.append(row)
+    names = {m.name.partition("@")[0] for m in metrics}  # of pass@8, pass
+    note = "; ".join(f"{name}: {text}" for name, text in meanings.items() if name.partition("@")[0] in names)
     return Section("Metrics", "On the held-out examples.", [Table(columns, rows, note=f"{note}.")])
 
 

@@ -1,0 +1,89 @@
+"""`tailora train --task grpo` from the command line to the report: what the run shows about its rewards."""
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from command_line import found
+from rich.console import Console
+
+from tailora.cli.main import main
+from tailora.report.files import read_page
+from tailora.report.terminal import print_page
+
+REWARDS = """
+def ones(completions, **kwargs):
+    return [text.count("1") / max(len(text), 1) for text in completions]
+
+def digits(completions, **kwargs):
+    return [float(any(c.isdigit() for c in text)) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def line(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run whose completions should consist of the letter 1."""
+    folder = tmp_path_factory.mktemp("grpo")
+    rewards, data = folder / "rewards.py", folder / "prompts.jsonl"
+    rewards.write_text(REWARDS)
+    data.write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(40)))
+    files = ["--model", tiny_model, "--data", data, "--output-dir", folder / "run"]
+    sizes = ["--max-completion-length", 8, "--num-generations", 4, "--max-steps", 6, "--validation-split", 0.5]
+    rewarded = ["--reward", f"{rewards}:ones", "--eval-reward", f"{rewards}:digits"]
+    speed = ["--learning-rate=3e-2", "--samples", 0, "--passport", "none"]
+    return [str(word) for word in ("train", "--task", "grpo", *files, *sizes, *rewarded, *speed)]
+
+
+@pytest.fixture(scope="module")
+def finished(line: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run, and what it printed with --json."""
+    result = found(*line, "--eval-steps", 3)
+    return Path(result["output_dir"]), result
+
+
+def test_json_has_rewards_with_intervals_and_what_to_make_of_them(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = finished
+    for when in ("before", "after", "change"):
+        low, high = result[f"eval_reward_{when}_95"]
+        assert low <= result[f"eval_reward_{when}"] <= high
+    assert result["eval_reward_change"] == pytest.approx(result["eval_reward_after"] - result["eval_reward_before"])
+    assert 0 <= result["eval_pass@1/digits_after"] <= result["eval_pass@4/digits_after"] <= 1
+    assert result["eval_kl_before"] == pytest.approx(0, abs=1e-5)
+    assert result["eval_kl_after"] > 0.01
+    assert result["forgetting"]["kl"] > 0
+    assert 0 < result["drift_mean"] < result["drift_max"] < 1e-4
+    assert 0 <= result["equal_groups"] <= 1
+    assert "held-out reward" in result["verdict"]
+    assert not any("loss" in name for name in result)
+    logged = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {numbers["step"]: numbers for numbers in logged if "eval_reward" in numbers}
+    assert [*evaluations] == [0, 3, 6]
+    assert evaluations[result["best_step"]]["eval_kl"] == pytest.approx(result["eval_kl_after"])
+    assert all(numbers["eval_reward_std_error"] > 0 for numbers in evaluations.values())
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_text_has_the_same(finished: tuple[Path, dict[str, Any]], width: int) -> None:
+    console = Console(file=StringIO(), width=width, force_terminal=True, no_color=True)
+    print_page(console, read_page(finished[0]), lead_first=True)
+    text = re.sub(r"\x1b\[[\d;]*m", "", cast(StringIO, console.file).getvalue())
+    assert max(map(len, text.splitlines())) <= width
+    for words in ("reward after", "held-out reward", "pass@4/digits", "forgetting", "drift", "equal groups", "kl"):
+        assert words in " ".join(text.split())
+    assert "held-out loss" not in text
+
+
+def test_full_fine_tuning_has_no_kl_and_says_so(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = [*line, "--method", "full", "--json"]
+    full[full.index("--output-dir") + 1] = str(tmp_path)
+    assert main([word.replace("rate=3e-2", "rate=3e-3") for word in full]) == 0
+    out, err = capsys.readouterr()
+    result: dict[str, Any] = json.loads(out)
+    assert "eval_kl_after" not in result
+    assert result["forgetting"]["kl"] > 0
+    assert "KL from the base on held-out completions is not measured with --method full" in " ".join(err.split())

@@ -1,0 +1,117 @@
+"""Whether held-out rewards rose, whether the rewards that only judge rose with them, and pass@k."""
+
+import numpy as np
+import pytest
+
+from tailora.evaluation.rewards import Scores, describe_rewards, gamed_by, reward_changes, scores_of
+
+PROMPTS, COMPLETIONS = 100, 8
+
+
+def judged(
+    before: float, after: float, *, judge: tuple[float, float] = (0.3, 0.3), prompts: int = PROMPTS
+) -> tuple[Scores, Scores]:
+    """Returns scores of a graded reward with these means, and of a judge with these shares of ones."""
+    random = np.random.default_rng(0)
+    difficulty = random.normal(0, 0.1, (prompts, 1))
+    sides = []
+    for mean, share in zip((before, after), judge, strict=True):
+        reward = np.clip(mean + difficulty + random.normal(0, 0.2, (prompts, COMPLETIONS)), 0, 1)
+        shares = share if share in (0, 1) else share + difficulty
+        sides.append({"reward": reward, "answer": (random.random(reward.shape) < shares).astype(float)})
+    return sides[0], sides[1]
+
+
+def verdict(before: Scores, after: Scores) -> str:
+    changes = reward_changes(before, after)
+    text = describe_rewards(changes, ["score"], ["answer"], "N prompts")
+    assert bool(gamed_by(changes, ["answer"])) == ("may be gamed" in text)
+    return text
+
+
+@pytest.mark.parametrize("shares", [(0.3, 0.3), (0.3, 0.15), (0.0, 0.0)])
+def test_a_judge_that_does_not_rise_shows_a_reward_that_may_be_gamed(shares: tuple[float, float]) -> None:
+    text = verdict(*judged(0.2, 0.8, judge=shares))
+    assert text.startswith("score may be gamed, because only the training reward rose. These did not rise: answer 0.")
+    assert "The held-out reward rose by 0.5" in text
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.6), (0.2, 0.35), (0.0, 0.5)])
+def test_a_judge_that_rises_even_by_less_does_not(shares: tuple[float, float]) -> None:
+    text = verdict(*judged(0.2, 0.8, judge=shares))
+    assert "Of the rewards that only judge, these rose with it: answer 0." in text
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (1.12, 1.12)])
+def test_a_judge_at_its_highest_value_shows_nothing(shares: tuple[float, float]) -> None:
+    assert "had their highest value before training" in verdict(*judged(0.2, 0.8, judge=shares))
+
+
+def test_a_constant_judge_shows_nothing() -> None:
+    before, after = judged(0.2, 0.8)
+    sides = [{**scores, "answer": np.full((PROMPTS, COMPLETIONS), 0.5)} for scores in (before, after)]
+    assert "had their highest value before training" in verdict(*sides)
+
+
+@pytest.mark.parametrize(
+    ("shares", "prompts"), [((0.3, 0.3), 5), ((0.3, 0.9), 5), ((0.25, 0.33), 12), ((0.9, 0.91), 20)]
+)
+def test_what_cannot_be_told_is_called_undecided(shares: tuple[float, float], prompts: int) -> None:
+    text = verdict(*judged(0.2, 0.8, judge=shares, prompts=prompts))
+    assert "Undecided whether these rose with it: answer 0." in text
+
+
+def test_prompts_that_a_judge_leaves_out_are_left_out() -> None:
+    before, after = judged(0.2, 0.8, judge=(0.2, 0.6))
+    whole = reward_changes(before, after)["answer"]
+    before["answer"][:10], after["answer"][10:12] = np.nan, np.nan
+    before["answer"][20, 1:] = np.nan
+    changes = reward_changes(before, after)
+    assert (whole.prompts, changes["answer"].prompts) == (PROMPTS, PROMPTS - 12)
+    assert changes["answer"].after.value == pytest.approx(after["answer"][12:].mean())
+    assert changes[f"pass@{COMPLETIONS}/answer"].prompts == PROMPTS - 13  # too few completions are scored of one more
+    assert not gamed_by(changes, ["answer"])
+    before["answer"][:] = np.nan
+    assert "answer" not in reward_changes(before, after)
+    assert "No reward only judges" in describe_rewards(
+        reward_changes(before, after), ["score"], ["answer"], "N prompts"
+    )
+
+
+def test_judges_that_disagree_are_all_named() -> None:
+    before, after = judged(0.2, 0.8, judge=(0.3, 0.3))
+    for scores, share in ((before, 0.1), (after, 0.9)):
+        scores["other"] = (np.arange(COMPLETIONS) < share * COMPLETIONS) * np.ones((PROMPTS, 1))
+    text = describe_rewards(reward_changes(before, after), ["score"], ["answer", "other"], "N prompts")
+    assert "not all judging rewards rose with it. These did not rise: answer" in text
+    assert "these rose with it: other" in text
+
+
+@pytest.mark.parametrize(
+    ("after", "words"), [(0.2, "No change of the held-out reward shown"), (0.05, "reward fell by")]
+)
+def test_a_reward_that_does_not_rise_is_never_called_gamed(after: float, words: str) -> None:
+    assert words in verdict(*judged(0.2, after, judge=(0.3, 0.1)))
+
+
+def test_numbers_that_are_not_rewards() -> None:
+    sides = [
+        {
+            **scores,
+            "completion_tokens": scores["answer"] * 0 + 5,
+            "truncated": scores["answer"],
+            "kl": scores["reward"] * 5,
+        }
+        for scores in judged(0.2, 0.8)
+    ]
+    changes = reward_changes(*sides)
+    assert changes["kl"].after.value == pytest.approx(changes["reward"].after.value)  # per token
+    assert changes["completion_tokens"].after.value == 5
+    assert changes["best"].after.value > changes["reward"].after.value
+    assert changes["pass@1/answer"].before.value == pytest.approx(changes["answer"].before.value)
+    assert {name for name in changes if "@" in name} == {"pass@1/answer", "pass@8/answer"}
+
+
+def test_scores_that_are_not_known_are_read_as_such() -> None:
+    rows = [{"scores_after": {"reward": [0.5, None]}}, {"scores_after": {"reward": [1.0, 2.0]}}]
+    np.testing.assert_array_equal(scores_of(rows, "after")["reward"], [[0.5, np.nan], [1.0, 2.0]])
