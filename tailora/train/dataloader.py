@@ -41,7 +41,7 @@ from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.memory import ForwardSize
 from tailora.train.preference import preference_task
-from tailora.train.rewards import parse_rewards
+from tailora.train.rewards import check_rewards, parse_rewards
 from tailora.train.rollouts import Rollouts
 from tailora.train.step import Step, StepShape, split_by_tokens, step_shape
 
@@ -219,7 +219,8 @@ def read_prompts_of(config: TrainConfig, tokenizer: Tokenizer) -> PreparedPrompt
 def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> TrainingData:
     """Returns prompts, whose completions are sampled from the model while it is trained."""
     data = read_prompts_of(config, tokenizer)
-    rewards, judges = parse_rewards(config.reward), parse_rewards(config.eval_reward)
+    rewards, judges = parse_rewards(config.reward, config.eval_reward)
+    check_rewards([*rewards, *judges])
     rollouts = Rollouts(config, data.train, data.held_out, rewards, judges)
     shape = replace(shape, task=rollouts.task)
     longest = max(data.train, key=lambda prompt: len(prompt.ids))

@@ -19,9 +19,10 @@ import math
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -30,24 +31,20 @@ import numpy as np
 import numpy.typing as npt
 import regex
 
-from tailora.data.messages import short_repr
-from tailora.errors import ConfigError, DataError, nearest, require_packages
+from tailora.data.messages import listed, short_repr
+from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
 
 RewardFunction = Callable[..., Sequence[float | None]]
-ANSWER = "answer"  # the column that exact_match and math compare with
+OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "kl")  # names that functions cannot have
 
 
 @dataclass(frozen=True)
 class Reward:
-    """source: how --reward names it.    weight: of its rewards in the sum."""
+    """source: how --reward names it.    weight: of its rewards in the sum.    name: in metrics and reports."""
 
     source: str
     weight: float = 1.0
-
-    @property
-    def name(self) -> str:
-        path, colon, function = self.source.rpartition(":")
-        return function if colon and path.endswith(".py") else self.source
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,35 @@ class Completion:
     columns: Mapping[str, Any]
 
 
-def parse_rewards(values: Sequence[str]) -> list[Reward]:
-    """Returns the rewards in texts like `rewards.py:score=0.5`. Raises ConfigError."""
-    rewards = []
-    for value in values:
-        source, equals, number = value.rpartition("=")
-        try:
-            weight = float(number) if equals else 1.0
-        except ValueError:
-            source, weight = value, 1.0
-        if not math.isfinite(weight) or weight == 0:
-            raise ConfigError(f"--reward {value}: expected a weight other than 0, got {number}")
-        rewards.append(Reward(source if equals else value, weight))
-    names = [reward.name for reward in rewards]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"--reward: {', '.join(repeated)} appears twice; use each reward once")
-    return rewards
+def parse_rewards(trained: Sequence[str], judging: Sequence[str]) -> tuple[list[Reward], list[Reward]]:
+    """Returns the rewards in texts like `rewards.py:score=0.5`, to train on and to judge by. Raises ConfigError."""
+    rewards = [_parse_reward(value) for value in (*trained, *judging)]
+    sources = Counter(reward.source for reward in rewards)
+    if repeated := [source for source, times in sources.items() if times > 1]:
+        raise ConfigError(f"--reward, --eval-reward: {', '.join(repeated)} appears twice; use each reward once")
+    functions = Counter(_function_name(source) for source in sources)
+    functions.update(OTHER_SCORES)
+    named = [
+        replace(reward, name=name if functions[name := _function_name(reward.source)] == 1 else reward.source)
+        for reward in rewards
+    ]
+    return named[: len(trained)], named[len(trained) :]
+
+
+def _parse_reward(value: str) -> Reward:
+    source, equals, number = value.rpartition("=")
+    try:
+        weight = float(number) if equals else 1.0
+    except ValueError:  # the = belongs to the source
+        return Reward(value)
+    if not math.isfinite(weight) or weight == 0:
+        raise ConfigError(f"--reward {value}: expected a finite weight other than 0, got {number}")
+    return Reward(source if equals else value, weight)
+
+
+def _function_name(source: str) -> str:
+    path, colon, function = source.rpartition(":")
+    return function if colon and path.endswith(".py") else source
 
 
 # ---- Functions
@@ -89,7 +99,9 @@ def load_reward(reward: Reward) -> RewardFunction:
     path, colon, name = reward.source.rpartition(":")
     if not colon or not path.endswith(".py"):
         known = [*BUILT_IN, "FILE.py:FUNCTION"]
-        raise ConfigError(f"unknown --reward {reward.source!r}{nearest(kind, BUILT_IN)}; use one of {', '.join(known)}")
+        raise ConfigError(
+            f"unknown --reward {reward.source!r}; expected one of {', '.join(known)}{nearest(kind, BUILT_IN)}"
+        )
     spec = importlib.util.spec_from_file_location("reward_functions", path)
     assert spec is not None  # of every file with this suffix
     assert spec.loader is not None
@@ -258,6 +270,12 @@ class RewardProcess:
         raise _failed(reward, completions[0], problem)
 
 
+def check_rewards(rewards: Sequence[Reward]) -> None:
+    """Raises ConfigError unless all functions can be loaded."""
+    with RewardProcess(rewards, math.inf):
+        pass
+
+
 def _failed(reward: Reward, completion: Completion, problem: str) -> RewardError:
     return RewardError(
         f"reward {reward.source}: {problem}\n  prompt: {short_repr(completion.prompt)}\n  completion: "
@@ -268,7 +286,7 @@ def _failed(reward: Reward, completion: Completion, problem: str) -> RewardError
 def _serve(connection: "Connection[Any, Any]") -> None:
     """Runs in the separate process until it is killed, or the other end is closed."""
     try:
-        functions = [load_reward(reward) for reward in connection.recv()]
+        functions = _loaded(connection.recv())
     except ConfigError as error:
         connection.send(str(error))
         return
@@ -279,13 +297,26 @@ def _serve(connection: "Connection[Any, Any]") -> None:
         except EOFError:
             return
         try:
-            connection.send([_plain(value) for value in _values(functions[column], completions)])
+            connection.send(_values(functions[column], completions))
         except Exception as error:  # noqa: BLE001  # whatever the user's code raises
             connection.send(_last_line(error))
 
 
-def _values(function: RewardFunction, completions: Sequence[Completion]) -> Sequence[Any]:
-    """Calls a function with the columns of the rows that it accepts."""
+def _loaded(rewards: Sequence[Reward]) -> list[RewardFunction]:
+    """Returns the functions of all rewards. Raises ConfigError with all problems."""
+    functions, problems = list[RewardFunction](), list[str]()
+    for reward in rewards:
+        try:
+            functions.append(load_reward(reward))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(listing(problems))
+    return functions
+
+
+def _values(function: RewardFunction, completions: Sequence[Completion]) -> list[Any] | str:
+    """Returns what a function returns, or text with the problem. It gets the columns of the rows that it accepts."""
     names = dict.fromkeys(name for completion in completions for name in completion.columns)
     arguments: dict[str, Any] = {
         "prompts": [completion.prompt for completion in completions],
@@ -296,12 +327,15 @@ def _values(function: RewardFunction, completions: Sequence[Completion]) -> Sequ
     parameters = inspect.signature(function).parameters
     if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
-    return function(**arguments)
-
-
-def _plain(value: Any) -> Any:
-    """Returns numbers of numpy and torch as Python's."""
-    return value.item() if hasattr(value, "item") else value
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    if missing := [name for name in needed if name not in arguments and parameters[name].kind not in variable]:
+        return f"it needs {' and '.join(missing)}, but the rows have no such column (they have {listed(names)})"
+    values: Any = function(**arguments)
+    values = values.tolist() if hasattr(values, "tolist") else values  # of numpy and torch
+    if not isinstance(values, list | tuple):
+        return f"expected a list with a number or None for each completion, got {short_repr(values)}"
+    return [value.item() if hasattr(value, "item") else value for value in values]
 
 
 def _last_line(error: Exception) -> str:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from tailora.errors import ConfigError
-from tailora.train.rewards import Completion, Reward, RewardError, RewardProcess, load_reward, parse_rewards
+from tailora.train.rewards import (
+    Completion,
+    Reward,
+    RewardError,
+    RewardProcess,
+    check_rewards,
+    load_reward,
+    parse_rewards,
+)
 
 FILE = """
 import time
@@ -33,6 +41,12 @@ def few(completions, **kwargs):
 
 def hangs(completions, **kwargs):
     time.sleep(60)
+
+def nothing(completions, **kwargs):
+    pass
+
+def other_column(completions, label):
+    return label
 
 def dies(completions, **kwargs):
     import os
@@ -73,6 +87,8 @@ def test_a_function_gets_what_trl_passes(file: Path, name: str, texts: list[Any]
         ("hangs", "it did not return within 1 seconds; use a higher --reward-seconds", "good"),
         ("dies", "its process ended with exit code 3", "good"),
         ("score", "TypeError", "good"),
+        ("nothing", "expected a list with a number or None for each completion, got None", "good"),
+        ("other_column", "it needs label, but the rows have no such column (they have answer)", "good"),
     ],
 )
 def test_a_failure_names_the_function_and_the_completion(file: Path, name: str, problem: str, completion: str) -> None:
@@ -106,18 +122,27 @@ def test_built_in_rewards(tmp_path: Path) -> None:
 
 
 def test_weights_and_names() -> None:
-    rewards = parse_rewards(["rewards.py:score=0.5", "exact_match", r"regex:a=b"])
-    assert [(reward.name, reward.weight) for reward in rewards] == [
+    trained, judging = parse_rewards(
+        ["rewards.py:score=0.5", "exact_match", "regex:a=b", "a.py:same"], ["b.py:same", "rewards.py:reward"]
+    )
+    assert [(reward.name, reward.weight) for reward in trained] == [
         ("score", 0.5),
         ("exact_match", 1.0),
         ("regex:a=b", 1.0),
+        ("a.py:same", 1.0),
     ]
+    assert [reward.name for reward in judging] == ["b.py:same", "rewards.py:reward"]  # "reward" is the sum
+    with pytest.raises(ConfigError, match="exact_match appears twice"):
+        parse_rewards(["exact_match"], ["exact_match=2"])
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("exact", "unknown --reward 'exact'; did you mean exact_match?"),
+        (
+            "exact",
+            "unknown --reward 'exact'; expected one of exact_match, regex, json_schema, max_length, math, FILE.py",
+        ),
         ("missing.py:score", "no such file: missing.py"),
         ("regex:(", "missing )"),
         ("max_length:many", "expected a number of characters"),
@@ -130,5 +155,6 @@ def test_a_reward_that_does_not_exist_is_refused(source: str, message: str) -> N
 
 
 def test_an_unknown_function_is_named_when_the_process_starts(file: Path) -> None:
-    with pytest.raises(ConfigError, match="has no function 'scores'"), RewardProcess([Reward(f"{file}:scores")], 1):
-        pass
+    rewards = [Reward(f"{file}:scores"), Reward("missing.py:score")]
+    with pytest.raises(ConfigError, match=r"has no function 'scores'(.|\n)*no such file: missing.py"):
+        check_rewards(rewards)
