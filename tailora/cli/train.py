@@ -132,6 +132,7 @@ FILES = {
     SAMPLES: "the answers shown above",
     "metrics.jsonl": "loss, learning rate and speed of every step",
     "examples.jsonl": "loss of each held-out example, before and after training",
+    "completions.jsonl": "completions of some prompts over time",
     "skipped-rows.jsonl": "the rows that were skipped, and why",
     "run.json": "settings, versions, seeds and data hash, to reproduce the run",
     "config.yaml": "the settings; use --config to run them again",

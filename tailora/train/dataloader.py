@@ -230,7 +230,7 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
     held_out = data.prepared.eval if data.held_out else None
     per_epoch = steps_per_epoch(len(data.train), shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
-    steps = partial(rollouts.steps, shape)
+    rollouts.max_steps, steps = max_steps, partial(rollouts.steps, shape)
     return TrainingData(data.prepared, held_out, steps, max_steps, Examples.of(known), shape, rollouts=rollouts)
 
 

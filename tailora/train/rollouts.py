@@ -36,7 +36,7 @@ from tailora.kernels.attention import use_attention
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.grpo import DRIFT_LIMITS, GRPO, advantages_of, group_means, mean_and_error, with_target
+from tailora.train.grpo import DRIFT_LIMITS, GRPO, Rewards, advantages_of, group_means, mean_and_error, with_target
 from tailora.train.loss import BatchLayout, Evaluation, make_batch
 from tailora.train.rewards import Completion, Reward, RewardProcess
 from tailora.train.step import Step, StepShape, split_by_tokens
@@ -44,6 +44,8 @@ from tailora.train.trainable import FullModel, Trainable
 
 MOST_REQUESTS = 64  # completions that are sampled at once
 BYTES_OF_NUMBER = 2  # of a key or value, in 16 bits
+# What the run log shows: the same held-out prompts at each evaluation, and the largest group of each part of the run
+SHOWN_PROMPTS, SHOWN_CHARACTERS, PARTS = 4, 400, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,15 @@ class Sample:
     def for_rewards(self) -> Completion:
         text = [{"role": "assistant", "content": self.text}] if self.prompt.is_chat else self.text
         return Completion(self.prompt.value, text, self.ids, self.prompt.columns)
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The beginnings of the prompt's last message and of the completion."""
+        texts = {"prompt": str(self.prompt.messages[-1]["content"]), "completion": self.text}
+        return {
+            name: text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+            for name, text in texts.items()
+        }
 
     def example(self, number: int) -> Example:
         """Returns prompt and completion, which alone is trained. number: index of the prompt."""
@@ -96,7 +107,11 @@ class Rollouts:
         self._request_numbers = count()
         self._step: list[Example] = []  # of this rank, which later iterations use again
         self._metrics: dict[str, float] = {}
+        self._group: dict[str, object] = {}
         self._started = 0.0
+        self.max_steps = 1
+        self._largest = dict.fromkeys(range(PARTS), 0.0)  # part of the run -> largest advantage
+        self.shown: list[dict[str, object]] = []  # of the last evaluation
 
     def connect(self, model: Trainable, tokenizer: Any, layout: BatchLayout, stack: ExitStack) -> None:
         """Starts the engine and the process of the rewards, until `stack` is left."""
@@ -278,7 +293,22 @@ class Rollouts:
             "completion_tokens": float(lengths.mean()),
             "truncated": float(truncated.mean()),
         }
+        self._group = self._largest_group(number, samples, groups, advantages.reshape(groups.shape))
         return examples, metrics
+
+    def _largest_group(
+        self, number: int, samples: Sequence[Sample], rewards: Rewards, advantages: Rewards
+    ) -> dict[str, object]:
+        """Returns what to show of the group with the largest advantage; {} if an earlier one was as large."""
+        sizes = np.abs(advantages).max(1)  # (groups,)
+        group, part = int(sizes.argmax()), min(number * self.config.num_iterations * PARTS // self.max_steps, PARTS - 1)
+        if not sizes[group] > self._largest[part]:
+            return {}
+        self._largest[part], first = float(sizes[group]), group * self.config.num_generations
+        best, worst = (samples[first + int(pick(advantages[group]))].shown for pick in (np.argmax, np.argmin))
+        texts = {"prompt": best["prompt"], "best": best["completion"], "worst": worst["completion"]}
+        known = np.sort(rewards[group][~np.isnan(rewards[group])])[::-1].tolist()
+        return {"part": part, "advantage": self._largest[part], **texts, "rewards": known}
 
     def _as_step(self, examples: list[Example], shape: StepShape) -> Step:
         """Returns a step of this rank's completions. Those without an advantage are counted, but not computed."""
@@ -289,9 +319,9 @@ class Rollouts:
         totals = np.array(gather_object([(step.tokens, step.supervised, step.divisor)])).sum(0).tolist()  # of all ranks
         tokens, supervised, divisor = int(totals[0]), int(totals[1]), totals[2]
         started, self._started = self._started, math.inf  # later iterations sample nothing
-        return replace(
-            step, tokens=tokens, supervised=supervised, divisor=divisor, metrics=self._metrics, started=started
-        )
+        group, self._group = self._group, {}
+        step = replace(step, tokens=tokens, supervised=supervised, divisor=divisor)
+        return replace(step, metrics=self._metrics, group=group, started=started)
 
     def _log_probabilities(self, examples: Sequence[Example]) -> list[list[float]]:
         """Returns the log-probabilities of each example's completion as training computes them, without gradients."""
@@ -351,16 +381,17 @@ class Rollouts:
         prompts = [self.held_out[number] for number in numbers]
         samples = self.sample(prompts, seeds, lambda done: progress(done // generations, len(own)))
         scores = self.score(samples)
-        lengths = [len(sample.ids) for sample in samples]
+        lengths, rewards = [len(sample.ids) for sample in samples], self.total(scores)
+        first = [*zip(samples, rewards.tolist(), strict=True)][: SHOWN_PROMPTS * generations : generations]
+        self.shown = [{**sample.shown, "reward": None if math.isnan(reward) else reward} for sample, reward in first]
         truncated = [sample.is_truncated for sample in samples]
-        columns = [self.total(scores), *scores.T, np.array(lengths), np.array(truncated), self._log_ratios(samples)]
+        columns = [rewards, *scores.T, np.array(lengths), np.array(truncated), self._log_ratios(samples)]
         of_ranks = np.empty((len(examples), len(columns), generations))
         for rank, part in enumerate(gather_object([np.stack(columns).reshape(len(columns), -1, generations)])):
             of_ranks[rank :: state.num_processes] = part.swapaxes(0, 1)
-        rewards = of_ranks[:, 0]
-        if np.isnan(rewards).all(1).any():
+        if np.isnan(of_ranks[:, 0]).all(1).any():
             raise DataError("the rewards are None for all completions of a held-out prompt, which cannot be evaluated")
-        return Evaluation(-group_means(rewards), np.ones(len(examples), dtype=np.int64), of_ranks)
+        return Evaluation(-group_means(of_ranks[:, 0]), np.ones(len(examples), dtype=np.int64), of_ranks)
 
     def _log_ratios(self, samples: Sequence[Sample]) -> npt.NDArray[np.float64]:
         """Returns log p(model) - log p(base) of each completion; NaN if the base is not in memory."""

@@ -41,8 +41,23 @@ if TYPE_CHECKING:
     from tailora.train.loss import Evaluation
 
 CONFIG, METRICS, EXAMPLES, SKIPPED = "config.yaml", "metrics.jsonl", "examples.jsonl", "skipped-rows.jsonl"
+COMPLETIONS = "completions.jsonl"  # some that were sampled in reinforcement learning
 # and checkpoint-N
-FILES = (ADAPTER, MODEL, RUN, CONFIG, METRICS, EXAMPLES, TRAINED_ROWS, SKIPPED, REFERENCE, SAMPLES, REPORT, PAGE)
+FILES = (
+    ADAPTER,
+    MODEL,
+    RUN,
+    CONFIG,
+    METRICS,
+    COMPLETIONS,
+    EXAMPLES,
+    TRAINED_ROWS,
+    SKIPPED,
+    REFERENCE,
+    SAMPLES,
+    REPORT,
+    PAGE,
+)
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
 EARLIER = "earlier-run"
@@ -248,9 +263,14 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def start_metrics(output_dir: Path, *, resumed_at: int | None, evaluated: Collection[int] = ()) -> None:
-    """Begins metrics.jsonl, or keeps the lines up to step `resumed_at`, with the evaluations of steps `evaluated`."""
-    path, kept = output_dir / METRICS, list[str]()
+def start_metrics(
+    output_dir: Path, *, resumed_at: int | None, evaluated: Collection[int] = (), name: str = METRICS
+) -> None:
+    """Begins metrics.jsonl, or keeps the lines up to step `resumed_at`, with the evaluations of steps `evaluated`.
+
+    name: of a different file with such lines.
+    """
+    path, kept = output_dir / name, list[str]()
     if resumed_at is not None and path.exists():
         whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
         try:
@@ -258,13 +278,14 @@ def start_metrics(output_dir: Path, *, resumed_at: int | None, evaluated: Collec
             kept = [
                 line
                 for line, values in lines
-                if values["step"] <= resumed_at and ("eval_loss" not in values or values["step"] in evaluated)
+                if values["step"] <= resumed_at
+                and (not values.keys() & {"eval_loss", "held_out"} or values["step"] in evaluated)
             ]
         except (json.JSONDecodeError, KeyError, TypeError):
             raise CheckpointError(f"{path} contains an invalid line; move the file away to resume") from None
     write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
-def add_metrics(output_dir: Path, **values: Any) -> None:
-    with (output_dir / METRICS).open("a", encoding="utf-8") as file:
+def add_metrics(output_dir: Path, values: Mapping[str, Any], name: str = METRICS) -> None:
+    with (output_dir / name).open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")

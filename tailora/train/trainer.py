@@ -281,6 +281,8 @@ class Trainer:
             **step.metrics,
             **run.task.metrics(),
         )
+        if run.is_main and step.group:
+            run_log.add_metrics(run.output_dir, {"step": state.step, **step.group}, run_log.COMPLETIONS)
         for text in run.task.warnings():
             run.note(f"step {state.step}: {text}")
         run.report(event)
@@ -352,8 +354,12 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.state.history.append((self.state.step, evaluation.loss))
         self.log(eval_loss=evaluation.loss, **run.task.evaluation_metrics(evaluation))
-        best = may_be_kept and self.is_best(evaluation)
-        reward = None if run.data.rollouts is None else -evaluation.loss
+        best, reward = may_be_kept and self.is_best(evaluation), None
+        if (rollouts := run.data.rollouts) is not None:
+            reward = -evaluation.loss
+            if run.is_main:
+                shown = {"step": self.state.step, "held_out": rollouts.shown}
+                run_log.add_metrics(run.output_dir, shown, run_log.COMPLETIONS)
         run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best, reward))
         return evaluation
 
@@ -521,7 +527,7 @@ class Trainer:
     def log(self, **values: float | None) -> None:
         step = self.state.step
         if self.run.is_main:
-            run_log.add_metrics(self.run.output_dir, step=step, **values)
+            run_log.add_metrics(self.run.output_dir, {"step": step, **values})
         self.run.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     # ---- Divergence

@@ -11,6 +11,7 @@ from command_line import found
 from rich.console import Console
 
 from tailora.cli.main import main
+from tailora.report.blocks import Figure, Table
 from tailora.report.files import read_page
 from tailora.report.terminal import print_page
 
@@ -74,6 +75,21 @@ def test_the_text_has_the_same(finished: tuple[Path, dict[str, Any]], width: int
     for words in ("reward after", "held-out reward", "pass@4/digits", "forgetting", "drift", "equal groups", "kl"):
         assert words in " ".join(text.split())
     assert "held-out loss" not in text
+
+
+def test_the_page_shows_samples_over_time_and_large_advantages(finished: tuple[Path, dict[str, Any]]) -> None:
+    page = read_page(finished[0])
+    sections = {section.title: section for section in page.sections}
+    tables = [block for block in sections["Samples over time"].blocks if isinstance(block, Table)]
+    assert [[row[0] for row in table.rows] for table in tables] == [["0", "3", "6"]] * 4
+    (groups,) = (block for block in sections["Largest advantages"].blocks if isinstance(block, Table))
+    assert all(float(row[1]) > 0 for row in groups.rows)
+    (curve,) = (block for block in sections["Reward"].blocks if isinstance(block, Figure))
+    result = finished[1]
+    assert f"Held-out reward from {result['eval_reward_before']:.3f}" in curve.alt
+    html = (finished[0] / "report.html").read_text()
+    assert "Largest advantages" in html
+    assert "Loss" not in sections
 
 
 def test_full_fine_tuning_has_no_kl_and_says_so(

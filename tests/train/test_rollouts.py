@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tailora.errors import ConfigError, DataError
 from tailora.train.events import Note
 from tailora.train.grpo import DRIFT_LIMITS, advantages_of
 from tailora.train.rewards import RewardError
-from tailora.train.rollouts import Rollouts
+from tailora.train.rollouts import PARTS, SHOWN_PROMPTS, Rollouts
 from tailora.train.trainer import Trainer, run
 
 REWARDS = """
@@ -84,6 +85,28 @@ def test_a_resumed_run_gives_the_same_bytes(grpo: Any, tmp_path: Path) -> None:
     run(parts.replaced(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
     adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_samples_are_logged_and_logged_again_after_a_resume(grpo: Any) -> None:
+    config = grpo(eval_steps=2, save_steps=2, save_total_limit=4, max_steps=8, learning_rate=2e-2)
+    run(config)
+    file = Path(config.output_dir) / "completions.jsonl"
+    whole = file.read_text()
+    run(config.replaced(resume_from_checkpoint=f"{config.output_dir}/checkpoint-2"))
+    assert file.read_text() == whole
+    lines = [json.loads(line) for line in whole.splitlines()]
+    held_out = [line for line in lines if "held_out" in line]
+    assert [line["step"] for line in held_out] == [*range(0, 9, 2)]
+    prompts = [[sample["prompt"] for sample in line["held_out"]] for line in held_out]
+    assert prompts == [prompts[0]] * len(prompts)
+    assert len(prompts[0]) == SHOWN_PROMPTS
+    groups = [line for line in lines if "part" in line]
+    assert {line["part"] for line in groups} <= {*range(PARTS)}
+    for earlier, later in pairwise(groups):  # only what is larger than before
+        assert later["part"] > earlier["part"] or later["advantage"] > earlier["advantage"]
+    for line in groups:
+        best, worst = (text.count("1") / max(len(text), 1) for text in (line["best"], line["worst"]))
+        assert (best, worst) == (line["rewards"][0], line["rewards"][-1])
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -28,6 +28,7 @@ from tailora.evaluation.statistics import (
     FEW_EXAMPLES,
     TOO_FEW,
     Interval,
+    Z,
     before_and_after,
     describe_change,
     describe_preferences,
@@ -52,9 +53,10 @@ from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.study.config import FIRST_RATES, LORA
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN, PER_COMPLETION
 from tailora.train.memory import format_bytes
-from tailora.train.run_log import EXAMPLES, METRICS
+from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
 
 LONGEST = 300  # characters of a reply in the data
+MOST_SHOWN = 8  # evaluations whose samples are shown
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
 COLUMNS = [  # column of metrics.jsonl, unit, caption
@@ -77,14 +79,35 @@ class Step:
     tokens_per_second: float
     memory_bytes: float
     reward: float | None = None  # of the sampled completions, in reinforcement learning
+    reward_std_error: float | None = None  # over the groups
 
 
 @dataclass(frozen=True)
 class StepEvaluation:
-    """The held-out loss after a step."""
+    """The held-out loss after a step. reward: instead, in reinforcement learning."""
 
     step: int
-    loss: float
+    loss: float | None = None
+    reward: float | None = None
+    reward_std_error: float | None = None  # over the prompts
+
+
+@dataclass(frozen=True)
+class Completions:
+    """A line of completions.jsonl: completions of the same held-out prompts, or of a group that was trained on.
+
+    held_out: prompt, completion and reward of each.
+    part, advantage, rewards, prompt, best, worst: of the group. The largest advantage of each part of a run is kept.
+    """
+
+    step: int
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    part: int | None = None
+    advantage: float = 0.0
+    rewards: list[float] = field(default_factory=list)
+    prompt: str = ""
+    best: str = ""
+    worst: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,6 +174,7 @@ class TrainReport:
     remedy: list[str] = field(default_factory=list)  # flags to try after a run that made the model worse
     metrics: list[Metric] = field(default_factory=list)  # of the task, besides the loss
     labels: dict[str, Any] = field(default_factory=dict)  # `evaluation.classification.label_details` after training
+    completions: list[Completions] = field(default_factory=list)
 
     @property
     def answers(self) -> list[tuple[str, str, str]]:
@@ -171,6 +195,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     except KeyError as missing:
         raise FormatError(f"{folder / RUN} has no {missing}; use the output folder of tailora train") from None
     lines = _read(folder / METRICS)
+    completions = _read(folder / COMPLETIONS) if (folder / COMPLETIONS).exists() else []
     steps = [line for line in lines if "loss" in line]
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
     held_out, losses, change_of_metrics, labels = None, dict[str, Interval](), "", dict[str, Any]()
@@ -236,12 +261,13 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         "settings": settings,
         "run": header,
         "steps": steps,
-        "evaluations": [{"step": line["step"], "loss": line["eval_loss"]} for line in lines if "eval_loss" in line],
+        "evaluations": [_evaluation(line) for line in lines if "eval_loss" in line],
         "samples": _read(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
         "result": result,
         "held_out": held_out,
         "metrics": task_metrics,
         "labels": labels,
+        "completions": completions,
     }
     write_report(folder, "train", content)
     return content
@@ -258,6 +284,12 @@ def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, 
     rate = learning_rate(min(now / 10, FIRST_RATES[settings.get("method", LORA)]))
     cause = f"The training loss did not fall: the learning rate {now:g} is too high."
     return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]
+
+
+def _evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a `StepEvaluation`. line: of metrics.jsonl."""
+    rewards = {name: line.get(f"eval_{name}") for name in ("reward", "reward_std_error")}
+    return {"step": line["step"], **(rewards if "eval_reward" in line else {"loss": line["eval_loss"]})}
 
 
 def _numbers_of(estimates: Sequence[Interval]) -> list[Any]:
@@ -323,14 +355,14 @@ def train_page(report: TrainReport) -> Page:
     meanings = MEANINGS if by_reward else LABEL_METRICS if run.get("labels") else PREFERENCE_METRICS
     curve = Section("Loss", loss_text, [_loss(report, unit)])
     if by_reward:
-        curve = Section(
-            "Reward", "Mean reward of each step's completions, and of the held-out ones.", [_reward(report)]
-        )
+        text = "Mean reward of each step's completions, and of the held-out ones, with 95% intervals."
+        curve = Section("Reward", text, [_reward(report)])
     sections = [
         *([_metrics(report.metrics, meanings)] if report.metrics else []),
         *([section] if (section := labels_section(report.labels)) else []),
         curve,
         *([_examples(report.held_out, unit)] if report.held_out and not by_reward else []),
+        *_sampled(report.completions),
         Section("Answers before and after", answers_text, [answers]),
         Section("Training", "Learning rate, gradients, speed and memory of every step.", _training(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
@@ -426,7 +458,8 @@ def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
 
 
 def _loss(report: TrainReport, unit: str) -> Figure | None:
-    steps, evaluations = report.steps, report.evaluations
+    steps = report.steps
+    evaluations = [(point.step, point.loss) for point in report.evaluations if point.loss is not None]
     if not steps:
         return None
 
@@ -434,33 +467,82 @@ def _loss(report: TrainReport, unit: str) -> Figure | None:
         axes = canvas.new_axes(320 if canvas.wide else 280, "step", f"loss, {unit}", whole_numbers="x")
         canvas.losses([[step.loss for step in steps]], SERIES[0], "training, running mean")
         if evaluations:
-            x, y = [point.step for point in evaluations], [point.loss for point in evaluations]
-            axes.plot(x, y, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
+            axes.plot(
+                *zip(*evaluations, strict=True), "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out"
+            )
         axes.margins(x=0.02)
 
     alt = f"Line chart. Training loss of {len(steps)} steps, from {steps[0].loss:.3f} to {steps[-1].loss:.3f}."
     if evaluations:
-        alt += f" Held-out loss from {evaluations[0].loss:.3f} to {evaluations[-1].loss:.3f}."
+        alt += f" Held-out loss from {evaluations[0][1]:.3f} to {evaluations[-1][1]:.3f}."
     caption = "Thin line: each step. Thick line: running mean. Dots: all held-out examples."
     return Figure("loss", draw, alt, caption, wide=True)
 
 
 def _reward(report: TrainReport) -> Figure | None:
-    steps = [(step.step, step.reward) for step in report.steps if step.reward is not None]
+    steps = [(step.step, step.reward, step.reward_std_error) for step in report.steps if step.reward is not None]
+    held_out = [(e.step, e.reward, e.reward_std_error) for e in report.evaluations if e.reward is not None]
     if not steps:
         return None
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(320 if canvas.wide else 280, "step", "reward", whole_numbers="x")
-        canvas.losses([[reward for _, reward in steps]], SERIES[0], "training, running mean")
-        if report.evaluations:  # their loss is minus the reward
-            x, y = [point.step for point in report.evaluations], [-point.loss for point in report.evaluations]
-            axes.plot(x, y, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
+        canvas.losses([[reward for _, reward, _ in steps]], SERIES[0], "training, running mean")
+        known = np.array([step for step in steps if step[2] is not None], dtype=float).reshape(-1, 3)
+        x, y, half = known[:, 0], known[:, 1], Z * known[:, 2]
+        axes.fill_between(x, y - half, y + half, color=SERIES[0], alpha=0.15, linewidth=0)
+        if held_out:
+            x, y, half = np.array(held_out, dtype=float).T
+            style: dict[str, Any] = {"markersize": 7, "linewidth": 1.5, "capsize": 3}
+            axes.errorbar(x, y, Z * np.nan_to_num(half), fmt="o-", color=SERIES[1], label="held out", **style)
         axes.margins(x=0.02)
 
     alt = f"Line chart. Mean reward of {len(steps)} steps, from {steps[0][1]:.3f} to {steps[-1][1]:.3f}."
-    caption = "Thin line: each step. Thick line: running mean. Dots: all held-out prompts."
+    if held_out:
+        alt += f" Held-out reward from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}."
+    caption = (
+        "Thin line: each step, with the 95% interval over its prompts. Thick line: running mean. Dots: all held-out "
+        "prompts, with 95% intervals."
+    )
     return Figure("reward", draw, alt, caption, wide=True)
+
+
+def _sampled(lines: Sequence[Completions]) -> list[Section]:
+    """Returns what some prompts got over time, and the group with the largest advantage of each part of the run."""
+    sections, tables, columns = list[Section](), list[Block | None](), [Column("step", numeric=True)]
+    evaluations = [line for line in lines if line.held_out]
+    numbers = dict.fromkeys(np.linspace(0, len(evaluations) - 1, MOST_SHOWN).round().astype(int).tolist())
+    evaluations = [evaluations[number] for number in numbers] if evaluations else []
+    for samples in zip(*(line.held_out for line in evaluations), strict=True):
+        rows = [
+            [f"{line.step:,}", decimals(sample["reward"]), sample["completion"]]
+            for line, sample in zip(evaluations, samples, strict=True)
+        ]
+        title = one_line(samples[0]["prompt"], LONGEST)
+        tables.append(
+            Table([*columns, Column("reward", numeric=True), Column("completion")], rows, title, detail="page")
+        )
+    if tables:
+        text = "One completion of the same held-out prompts at each evaluation, sampled with the same random numbers."
+        sections.append(Section("Samples over time", text, tables))
+    by_size = sorted(lines, key=lambda line: line.advantage)
+    groups = {line.part: line for line in by_size if line.part is not None}  # the largest of each part
+    rows = [
+        [
+            f"{group.step:,}",
+            f"{group.advantage:.2f}",
+            one_line(group.prompt, LONGEST),
+            group.best,
+            group.worst,
+            ", ".join(map(decimals, group.rewards)),
+        ]
+        for _, group in sorted(groups.items())
+    ]
+    columns = [*columns, Column("advantage", numeric=True), *map(Column, ("prompt", "best", "worst", "rewards"))]
+    if rows:
+        text = "The group with the largest advantage in each eighth of the run: its best and worst completion."
+        sections.append(Section("Largest advantages", text, [Table(columns, rows, detail="page")]))
+    return sections
 
 
 def _examples(held_out: HeldOut, unit: str) -> Section:
