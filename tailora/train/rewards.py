@@ -225,7 +225,8 @@ class RewardProcess:
     def _start(self) -> None:
         self._connection, other = Pipe()
         command = [sys.executable, "-m", "tailora.train.rewards", str(other.fileno())]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()])
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "pass_fds": [other.fileno()]}
+        self._process = subprocess.Popen(command, start_new_session=True, **pipes)  # without Ctrl-C, which is for us
         other.close()
         self._connection.send(self.rewards)
         try:
