@@ -250,17 +250,19 @@ class Rollouts:
     def _sampled_step(self, number: int, shape: StepShape) -> tuple[list[Example], dict[str, float]]:
         config, generations = self.config, self.config.num_generations
         self._started = time.perf_counter()
-        indices = self.prompts_of(number, shape)[shape.rank :: shape.world]
-        repeated = np.repeat(indices, generations).tolist()
-        seeds = [[config.seed, number, shape.rank, i] for i in range(len(repeated))]
+        positions = np.repeat(range(shape.rank, shape.examples_per_step, shape.world), generations)
+        repeated = np.array(self.prompts_of(number, shape))[positions].tolist()
+        seeds = [[config.seed, number, int(position), i % generations] for i, position in enumerate(positions)]
         samples = self.sample([self.prompts[index] for index in repeated], seeds, lambda _done: None)
-        scores = self.score(samples)
-        rewards = self.total(scores)
-        groups = rewards.reshape(-1, generations)
-        advantages = advantages_of(groups, config.loss or "grpo", config.scale_rewards).reshape(-1)
-        truncated = np.array([sample.is_truncated for sample in samples])
+        lengths, truncated = [len(sample.ids) for sample in samples], [sample.is_truncated for sample in samples]
+        of_ranks = gather_object([np.column_stack([self.score(samples), lengths, truncated])])
+        table = np.concatenate(of_ranks)  # (completions of all ranks, rewards and judges, length, truncated)
+        groups = self.total(table).reshape(-1, generations)
+        advantages = advantages_of(groups, config.loss or "grpo", config.scale_rewards)
         if config.mask_truncated_completions:
-            advantages = np.where(truncated, 0.0, advantages)
+            advantages = np.where(table[:, -1].reshape(groups.shape), 0.0, advantages)
+        metrics = self._metrics_of(table, groups)
+        groups, advantages = (np.split(values, shape.world)[shape.rank] for values in (groups, advantages))
         examples = [sample.example(index) for sample, index in zip(samples, repeated, strict=True)]
         old = self._log_probabilities(examples) if config.num_iterations > 1 else None
         reference = None
@@ -275,26 +277,28 @@ class Rollouts:
                 old[i] if old else None,
                 reference[i] if reference else None,
             )
-            for i, (example, sample, advantage) in enumerate(zip(examples, samples, advantages, strict=True))
+            for i, (example, sample, advantage) in enumerate(zip(examples, samples, advantages.flat, strict=True))
         ]
+        self._group = self._largest_group(number, samples, groups, advantages)
+        return examples, metrics
+
+    def _metrics_of(self, table: npt.NDArray[np.float64], groups: Rewards) -> dict[str, float]:
+        """Returns what to log with a step. table: (completions, rewards and judges, length, truncated)."""
         highest, lowest = (sign * np.nan_to_num(sign * groups, nan=-np.inf).max(1) for sign in (1, -1))
         equal = int((highest <= lowest).sum())  # also if none is scored
-        names = [reward.name for reward in self.rewards + self.judges]
-        lengths, known = np.array([len(sample.ids) for sample in samples]), rewards[~np.isnan(rewards)]
-        metrics = {
+        names, known = [reward.name for reward in self.rewards + self.judges], groups[~np.isnan(groups)]
+        return {
             **mean_and_error("reward", group_means(groups)),
             "reward_std": float(known.std()) if known.size else 0.0,
             **{
                 key: value
-                for name, column in zip(names, scores.T, strict=True)
+                for name, column in zip(names, table.T, strict=False)
                 for key, value in mean_and_error(f"reward/{name}", group_means(column.reshape(groups.shape))).items()
             },
             "equal_groups": equal / len(groups),
-            "completion_tokens": float(lengths.mean()),
-            "truncated": float(truncated.mean()),
+            "completion_tokens": float(table[:, -2].mean()),
+            "truncated": float(table[:, -1].mean()),
         }
-        self._group = self._largest_group(number, samples, groups, advantages.reshape(groups.shape))
-        return examples, metrics
 
     def _largest_group(
         self, number: int, samples: Sequence[Sample], rewards: Rewards, advantages: Rewards

@@ -134,6 +134,10 @@ CASES: dict[str, dict[str, Any]] = {
         **FULL,
     },
     "dpo": {"data": "pairs"},
+    "grpo": {
+        "task": "grpo", "data": "prompts", "reward": ["max_length:10", "regex:.*[aeiou]=0.5"], "max_steps": 20,
+        "num_generations": 4, "max_completion_length": 8, "scale_rewards": "batch",
+    },
     "kto, sharded": {"data": "feedback", "fsdp": True},
     "sharded, one rank packs": {"fsdp": True},
     "sharded, one rank splits the loss": {"fsdp": True},
@@ -172,9 +176,13 @@ def check_close(one: Path, other: Path, *, file: str, atol: float = 1e-6, rtol: 
 
 
 @pytest.fixture(scope="module")
-def settings_of(pairs_file: Path, feedback_file: Path) -> Callable[[str], dict[str, Any]]:
+def settings_of(
+    pairs_file: Path, feedback_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
     """Returns the settings of a case, with the files of its data."""
-    files = {"pairs": str(pairs_file), "feedback": str(feedback_file)}
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Count to {number}."}}\n' for number in range(20)))
+    files = {"pairs": str(pairs_file), "feedback": str(feedback_file), "prompts": str(prompts)}
 
     def settings_of(case: str) -> dict[str, Any]:
         settings = {**SHARED, **CASES[case]}
