@@ -188,7 +188,9 @@ def show(console: Console, report: dict[str, Any], examples: Sequence[Sample]) -
     in_color = console.color_system is not None and not console.no_color
     legend = highlight([("trained", True), (" and not trained", False)], in_color)
     for example in examples:
-        console.print(Text.assemble((f"\n{example.title}: ", "bold"), legend))
+        title = Text(f"\n{example.title}", "bold")
+        is_trained = any(learned for _, learned in example.pieces)
+        console.print(Text.assemble(title, ": ", legend) if is_trained else title)
         console.print(highlight(example.pieces, in_color), soft_wrap=not console.is_terminal)
 
 

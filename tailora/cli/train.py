@@ -172,7 +172,9 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     if config.task in (*TASK_TYPES, "seq2seq"):
         predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", *columns, "--output", "PREDICTIONS.jsonl"]
         return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]
-    commands = [["tailora", "chat", *tuned], generate, evaluate]
+    commands = [["tailora", "chat", *tuned], generate]
+    if config.task != GRPO:  # whose data has no replies to evaluate
+        commands.append(evaluate)
     if is_lora:
         target, name = ("merged", "merged") if _reads_images(folder) else ("llama-server", "llama")
         commands.append(["tailora", "export", str(folder), "--to", target, "--output", f"{folder}-{name}"])

@@ -1,6 +1,7 @@
 """Prompts for reinforcement learning: rows with `messages` or `prompt`; their other columns are for the rewards."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,7 @@ def prepare_prompts(sources: Sequence[Source], tokenizer: ChatTokenizer, eval_so
         held_out = read_prompts([Source(eval_source)], tokenizer, "validation")
     sides = [Examples.of(prompt.example(number) for number, prompt in enumerate(side)) for side in (prompts, held_out)]
     lengths = np.concatenate([side.lengths for side in sides])
-    columns = sorted({column for prompt in prompts for column in prompt.columns})
+    columns = Counter(column for prompt in [*prompts, *held_out] for column in prompt.columns)
     report = DataReport(
         source=", ".join(map(str, sources)),
         sources=[
@@ -135,7 +136,7 @@ def prepare_prompts(sources: Sequence[Source], tokenizer: ChatTokenizer, eval_so
         ignored=[],
         chat_template=tokenizer.template is not None,
         system=settings.system,
-        messages={f"columns for rewards ({listed(columns)})": len(columns)} if columns else {},
+        messages={f"rows with {name}": columns[name] for name in sorted(columns)},
         rows=len(lengths),
         train=len(prompts),
         eval=len(held_out),

@@ -483,3 +483,8 @@ def test_kl_is_measured_on_few_tokens(length: int) -> None:
     texts = kl_texts(Examples.of([Example.of_text(ids)] * 20))
     assert sum(map(len, texts)) == min(KL_TOKENS, 16 * length)
     assert texts[0] == ids[:KL_TOKENS].tolist()
+
+
+def test_a_run_with_rewards_has_no_replies_to_evaluate(tmp_path: Path) -> None:
+    commands = next_commands(TrainConfig(task="grpo", reward=["math"]), tmp_path)
+    assert [command[1] for command in commands] == ["chat", "generate", "export", "data"]
