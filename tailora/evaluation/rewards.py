@@ -5,7 +5,7 @@ A reward is gamed if the model finds completions that score high without being b
 
     rose           if the interval of its change is above 0
     did not rise   if that interval ends below 0, or below SHARE_OF_RISE of the reward's own rise
-    cannot rise    if it was at its highest value before training
+    cannot rise    if it was near its highest value before training
     is undecided   otherwise: the interval is too wide, or too few prompts were judged
 
 Rises are compared in standard deviations, and as shares of what was left up to the highest value. A judge did not rise
@@ -15,34 +15,33 @@ only if both say so: standard deviations mean little near the highest value, and
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tailora.evaluation.statistics import (
-    Interval,
-    mean_interval,
-    paired_difference,
-    share_difference,
-    wilson_interval,
-)
+from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.train.grpo import group_means
 
 Floats = npt.NDArray[np.float64]
 Scores = Mapping[str, Floats]  # name -> (prompts, completions of each), NaN: not scored
-Finding = Literal["rose", "did not rise", "cannot rise", "undecided"]
 SHARE_OF_RISE = 0.25  # a judge that rises by less than this share of the reward's rise did not rise
 NEAR_HIGHEST = 0.05  # share of the range of a judge's values; closer to its highest, it cannot rise
 FEWEST_JUDGED = 8  # prompts; bootstrap intervals of fewer are too narrow to call a reward gamed
-KL, TOKENS, TRUNCATED = "kl", "completion_tokens", "truncated"  # scores that are not rewards
+KL, TOKENS = "kl", "completion_tokens"
+NO_REWARDS = (TOKENS, "truncated", KL)
 MEANINGS = {
     "reward": "weighted sum of the rewards that were trained on, mean over the completions of each prompt",
     "pass@k": "probability that at least one of k completions scores 1 (unbiased estimate)",
-    "best": "the best reward among the completions of each prompt",
     TOKENS: "mean length of a completion",
-    TRUNCATED: "share of completions that reached --max-completion-length without an end",
+    "truncated": "share of completions that reached --max-completion-length without an end",
     KL: "KL(tuned || base) in nats per token, estimated on these completions",
+}
+FINDINGS = {  # the sentence for the judges with each finding
+    "did not rise": "The reward may be gamed ({gamed}): these rewards that only judge did not rise with it: {judges}.",
+    "rose": "These rewards that only judge rose with it: {judges}.",
+    "cannot rise": "These had their highest value before training, so they show nothing: {judges}.",
+    "undecided": "Undecided whether these rose with it: {judges}. Hold out more prompts.",
 }
 
 
@@ -61,29 +60,17 @@ class RewardChange:
     lowest: float
     highest: float
 
-    @property
-    def room(self) -> float:
-        """How much it could rise."""
-        return self.highest - self.before.value
-
 
 def reward_changes(before: Scores, after: Scores) -> dict[str, RewardChange]:
     """Returns name -> its change: of all scores, and of pass@k for those that are 0 or 1."""
     changes: dict[str, RewardChange | None] = {}
-    completions = before["reward"].shape[1]
     for name in before:
         pair = before[name], after[name]
-        if name == KL:
-            per_token = [
-                scores[KL].sum(1, keepdims=True) / scores[TOKENS].sum(1, keepdims=True) for scores in (before, after)
-            ]
-            changes[name] = _change(*per_token)
-            continue
+        if name == KL:  # per token
+            pair = before[KL] / before[TOKENS].mean(1, keepdims=True), after[KL] / after[TOKENS].mean(1, keepdims=True)
         changes[name] = _change(*pair)
-        if name == "reward":
-            changes["best"] = _change(*(_best(part) for part in pair))
-        elif name not in (TOKENS, TRUNCATED) and is_pass_or_fail(*pair):
-            for k in (1, completions):
+        if name not in ("reward", *NO_REWARDS) and _is_pass_or_fail(*pair):
+            for k in (1, pair[0].shape[1]):
                 changes[f"pass@{k}/{name}"] = _change(*(pass_at_k(part, k)[:, None] for part in pair))
     return {name: change for name, change in changes.items() if change is not None}
 
@@ -95,24 +82,17 @@ def _change(before: Floats, after: Floats) -> RewardChange | None:
     if not known.any():
         return None
     first, second, counts = first[known], second[known], np.ones(int(known.sum()))
-    if len(first) > 1 and is_pass_or_fail(first, second):
+    if len(first) > 1 and _is_pass_or_fail(first, second):
         intervals = wilson_interval(first), wilson_interval(second), share_difference(first, second)
     else:
         ends = mean_interval(first, counts), mean_interval(second, counts)
         intervals = (*ends, paired_difference(first, second, counts))
-    values = [0.0, 1.0] if is_pass_or_fail(before, after) else [before, after]
+    values = [0.0, 1.0] if _is_pass_or_fail(before, after) else [before, after]
     std = float(np.concatenate([first, second]).std())
     return RewardChange(*intervals, len(first), std, float(np.nanmin(values)), float(np.nanmax(values)))
 
 
-def _best(scores: Floats) -> Floats:
-    """Returns the best score of each prompt, (prompts, 1); NaN if none of its completions is scored."""
-    best = np.where(np.isnan(scores), -np.inf, scores).max(1, keepdims=True)
-    known: Floats = np.where(np.isinf(best), np.nan, best)
-    return known
-
-
-def is_pass_or_fail(*scores: Floats) -> bool:
+def _is_pass_or_fail(*scores: Floats) -> bool:
     """True if all known scores are 0 or 1."""
     return all(bool((np.isnan(part) | np.isin(part, (0, 1))).all()) for part in scores)
 
@@ -123,37 +103,28 @@ def pass_at_k(scores: Floats, k: int) -> Floats:
     The estimate is unbiased (Chen et al. 2021, arXiv:2107.03374, eq. 1).
     scores: (prompts, completions), 1 if right, 0 if wrong, NaN if not scored. NaN where fewer than k are scored.
     """
-    known = (~np.isnan(scores)).sum(1).tolist()
-    right = np.nansum(scores, axis=1).astype(int).tolist()
-    pairs = zip(known, right, strict=True)
+    pairs = [(int((~np.isnan(row)).sum()), int(np.nansum(row))) for row in scores]
     return np.array([1 - math.comb(n - c, k) / math.comb(n, k) if n >= k else np.nan for n, c in pairs])
 
 
 # ---- The verdict
 
 
-def find(judge: RewardChange, reward: RewardChange) -> Finding:
-    """Returns whether a judge rose with the reward, which rose."""
+def find(judge: RewardChange, reward: RewardChange) -> str:
+    """Returns whether a judge rose with the reward, which rose: a key of FINDINGS."""
+    most, limit = judge.change.high, SHARE_OF_RISE * reward.change.value
+    room = judge.highest - judge.before.value
     if judge.prompts < FEWEST_JUDGED:
         return "undecided"
     if judge.change.low > 0:
         return "rose"
-    if judge.change.high < 0:
+    if most < 0:
         return "did not rise"
-    if judge.room <= NEAR_HIGHEST * (judge.highest - judge.lowest):
+    if room <= NEAR_HIGHEST * (judge.highest - judge.lowest):
         return "cannot rise"
-    limit, most = SHARE_OF_RISE * reward.change.value, judge.change.high
-    is_small_share = most / judge.room < limit / reward.room
+    is_small_share = most / room < limit / (reward.highest - reward.before.value)
     is_small_in_stds = not judge.std or most / judge.std < limit / reward.std
     return "did not rise" if is_small_share and is_small_in_stds else "undecided"
-
-
-def gamed_by(changes: Mapping[str, RewardChange], judges: Sequence[str]) -> list[str]:
-    """Returns the judges that did not rise with the reward; [] unless the reward rose."""
-    reward = changes["reward"]
-    if not reward.change.low > 0:
-        return []
-    return [name for name in judges if name in changes and find(changes[name], reward) == "did not rise"]
 
 
 def describe_rewards(
@@ -169,36 +140,22 @@ def describe_rewards(
     if reward.value < 0:
         return f"The held-out reward fell by {-reward.value:.3f} ({ends})."
     rose = f"The held-out reward rose by {reward.value:.3f} ({ends})."
-    known = [name for name in judges if name in changes]
-    if not known:
+    shown: dict[str, list[str]] = {finding: [] for finding in FINDINGS}
+    for name in judges:
+        if (change := changes.get(name)) is not None:
+            low, high = change.change.low, change.change.high
+            numbers = f"{change.before.value:.3f} to {change.after.value:.3f} (change {low:+.3f} to {high:+.3f})"
+            shown[find(change, changes["reward"])].append(f"{name} {numbers}")
+    if not any(shown.values()):
         return f"{rose} No reward only judges, so a gamed reward would not show; add one with --eval-reward."
-    names: dict[Finding, list[str]] = {}
-    for name in known:
-        names.setdefault(find(changes[name], changes["reward"]), []).append(name)
-
-    def shown(finding: Finding) -> str:
-        return ", ".join(_change_of(name, changes[name]) for name in names[finding])
-
-    sentences = [rose]
-    if "did not rise" in names:
-        gamed = [name for name in trained if name in changes and changes[name].change.low > 0] or list(trained)
-        only = "only the training reward rose" if len(names) == 1 else "not all judging rewards rose with it"
-        lead = f"{' and '.join(gamed)} may be gamed, because {only}. These did not rise: {shown('did not rise')}."
-        sentences = [lead, rose]
-    if "rose" in names:
-        sentences.append(f"Of the rewards that only judge, these rose with it: {shown('rose')}.")
-    if "cannot rise" in names:
-        sentences.append(
-            f"These had their highest value before training, so they show nothing: {shown('cannot rise')}."
-        )
-    if "undecided" in names:
-        sentences.append(f"Undecided whether these rose with it: {shown('undecided')}. Hold out more prompts.")
-    return " ".join(sentences)
-
-
-def _change_of(name: str, change: RewardChange) -> str:
-    low, high = change.change.low, change.change.high
-    return f"{name} {change.before.value:.3f} to {change.after.value:.3f} (change {low:+.3f} to {high:+.3f})"
+    gamed = [name for name in trained if name in changes and changes[name].change.low > 0] or trained
+    texts = {
+        finding: FINDINGS[finding].format(gamed=" and ".join(gamed), judges=", ".join(named))
+        for finding, named in shown.items()
+        if named
+    }
+    lead = [texts.pop("did not rise")] if "did not rise" in texts else []  # comes before the good news
+    return " ".join([*lead, rose, *texts.values()])
 
 
 def scores_of(rows: Sequence[Mapping[str, Any]], when: str) -> Scores:

@@ -10,9 +10,9 @@ first iteration. Groups whose rewards are all equal have no advantage and, witho
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tailora.data.dataset import Example
 from tailora.kernels.loss import FORMS, Batch
 from tailora.train.config import PER_COMPLETION
-from tailora.train.loss import CAUSAL_LM, BatchLayout, Evaluation, Outputs, Scores, Task
+from tailora.train.loss import CAUSAL_LM, BatchLayout, Outputs, Task
 
 Rewards = npt.NDArray[np.float64]  # (groups, completions of each); NaN: not scored
 ScaleRewards = Literal["group", "batch", "none"]
@@ -63,12 +63,13 @@ def group_means(values: Rewards) -> npt.NDArray[np.float64]:
     return means
 
 
-def mean_and_error(name: str, values: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Returns the mean and its standard error, under these names, without values that are NaN."""
-    known = values[~np.isnan(values)]
-    numbers = {name: float(known.mean())} if known.size else {}
-    if known.size > 1:
-        numbers[f"{name}_std_error"] = float(known.std(ddof=1) / np.sqrt(known.size))
+def mean_and_error(name: str, values: Rewards) -> dict[str, float]:
+    """Returns the mean over the groups and its standard error, under these names, unless they are not known."""
+    means = group_means(values)
+    means = means[~np.isnan(means)]
+    numbers = {name: float(means.mean())} if means.size else {}
+    if means.size > 1:
+        numbers[f"{name}_std_error"] = float(means.std(ddof=1) / np.sqrt(means.size))
     return numbers
 
 
@@ -76,16 +77,16 @@ def mean_and_error(name: str, values: npt.NDArray[np.float64]) -> dict[str, floa
 class Drift:
     """How far the log-probabilities of training are from those of sampling, in nats per token.
 
-    limit: of the mean, above which there is a warning.
     is_measured: False for later iterations, in which the model has changed.
+    limit: of the mean, above which `warn` is called, once.
     """
 
     sums: list[Tensor] = field(default_factory=list)  # of absolute differences, 0-dimensional
     largest: list[Tensor] = field(default_factory=list)
     tokens: int = 0
-    limit: float = math.inf
     is_measured: bool = True
-    warnings: list[str] = field(default_factory=list)
+    limit: float = math.inf
+    warn: Callable[[str], None] | None = None
 
     def add(self, sampled: Tensor, trained: Tensor) -> None:
         differences = (sampled - trained).abs()
@@ -100,12 +101,12 @@ class Drift:
         mean = float(torch.stack(self.sums).sum()) / self.tokens
         most = float(torch.stack(self.largest).max())
         self.sums, self.largest, self.tokens = [], [], 0
-        if mean > self.limit:
-            self.warnings.append(
-                f"log-probabilities of sampling and training differ by {mean:.1e} nats per token (expected: below "
-                f"{self.limit:g}; maximum: {most:.1e}), so the trained model is not quite the one that is sampled"
+        if self.warn is not None and mean > self.limit:
+            self.limit = math.inf
+            self.warn(
+                f"log-probabilities of sampling and training differ by {mean:.1e} nats per token (maximum {most:.1e}), "
+                "so the trained model is not quite the one that is sampled"
             )
-            self.limit = math.inf  # one warning is enough
         return {"drift_mean": mean, "drift_max": most}
 
 
@@ -197,15 +198,6 @@ class GRPO(Task):
 
     def metrics(self) -> dict[str, float]:
         return self.drift.read()
-
-    def warnings(self) -> list[str]:
-        texts, self.drift.warnings = self.drift.warnings, []
-        return texts
-
-    def evaluation_metrics(self, evaluation: Evaluation) -> dict[str, float]:
-        scores = dict(zip(self.score_names, cast(Scores, evaluation.scores).swapaxes(0, 1), strict=True))
-        kl = scores["kl"].sum(1) / scores["completion_tokens"].sum(1)
-        return {**mean_and_error("eval_reward", -evaluation.sums), **mean_and_error("eval_kl", kl)}
 
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:
         start = Example.of_text(example.input_ids[:tokens], supervised)

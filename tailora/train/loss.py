@@ -122,15 +122,6 @@ class Task(ABC):
         """Returns what to log with a step besides its loss, since the last call."""
         return {}
 
-    def evaluation_metrics(self, evaluation: "Evaluation") -> dict[str, float]:
-        """Returns what to log with an evaluation besides its loss."""
-        del evaluation
-        return {}
-
-    def warnings(self) -> list[str]:
-        """Returns what is suspicious about the steps since the last call."""
-        return []
-
     def complete_step(
         self, model: nn.Module, batches: Sequence[Batch], layout: "BatchLayout", reduce: Reduce
     ) -> Sequence[Batch]:

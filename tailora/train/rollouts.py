@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, islice
+from pathlib import Path
 from threading import Semaphore
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ from tailora.errors import DataError, DivergedError
 from tailora.kernels.attention import use_attention
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
+from tailora.train import run_log
 from tailora.train.config import TrainConfig
 from tailora.train.grpo import DRIFT_LIMITS, GRPO, Rewards, advantages_of, group_means, mean_and_error, with_target
 from tailora.train.loss import BatchLayout, Evaluation, make_batch
@@ -107,23 +109,24 @@ class Rollouts:
         self._request_numbers = count()
         self._step: list[Example] = []  # of this rank, which later iterations use again
         self._metrics: dict[str, float] = {}
-        self._group: dict[str, object] = {}
         self._started = 0.0
         self.max_steps = 1
         self._largest = dict.fromkeys(range(PARTS), 0.0)  # part of the run -> largest advantage
-        self.shown: list[dict[str, object]] = []  # of the last evaluation
 
-    def connect(self, model: Trainable, tokenizer: Any, layout: BatchLayout, stack: ExitStack) -> None:
+    def connect(
+        self, model: Trainable, tokenizer: Any, layout: BatchLayout, note: Callable[[str], None], stack: ExitStack
+    ) -> None:
         """Starts the engine and the process of the rewards, until `stack` is left."""
         self.model, self.tokenizer, self.layout = model, text_tokenizer(tokenizer), layout
         if isinstance(model, LoRAModel):
             adapters = model._adapter_set
         else:
+            note("without an adapter, KL from the base is not measured on held-out completions: it needs both models")
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             adapters = AdapterSet(model.base_model, {})  # freezes it
             for parameter in trained:
                 parameter.requires_grad_(True)
-        self.task.drift.limit = DRIFT_LIMITS.get(self._base.dtype, math.inf)
+        self.task.drift.limit, self.task.drift.warn = DRIFT_LIMITS.get(self._base.dtype, math.inf), note
         self.ends = stop_ids(model, tokenizer)
         with evaluating(model), use_attention(self._base, self._base.config._attn_implementation):
             self._engine = make_engine(adapters, self.ends, max_positions=self.longest, max_requests=MOST_REQUESTS)
@@ -279,40 +282,37 @@ class Rollouts:
             )
             for i, (example, sample, advantage) in enumerate(zip(examples, samples, advantages.flat, strict=True))
         ]
-        self._group = self._largest_group(number, samples, groups, advantages)
+        self._log_largest(number, samples, groups, advantages)
         return examples, metrics
 
     def _metrics_of(self, table: npt.NDArray[np.float64], groups: Rewards) -> dict[str, float]:
         """Returns what to log with a step. table: (completions, rewards and judges, length, truncated)."""
         highest, lowest = (sign * np.nan_to_num(sign * groups, nan=-np.inf).max(1) for sign in (1, -1))
         equal = int((highest <= lowest).sum())  # also if none is scored
-        names, known = [reward.name for reward in self.rewards + self.judges], groups[~np.isnan(groups)]
+        known, metrics = groups[~np.isnan(groups)], mean_and_error("reward", groups)
+        for reward, column in zip(self.rewards + self.judges, table.T, strict=False):
+            metrics |= mean_and_error(f"reward/{reward.name}", column.reshape(groups.shape))
         return {
-            **mean_and_error("reward", group_means(groups)),
+            **metrics,
             "reward_std": float(known.std()) if known.size else 0.0,
-            **{
-                key: value
-                for name, column in zip(names, table.T, strict=False)
-                for key, value in mean_and_error(f"reward/{name}", group_means(column.reshape(groups.shape))).items()
-            },
             "equal_groups": equal / len(groups),
             "completion_tokens": float(table[:, -2].mean()),
             "truncated": float(table[:, -1].mean()),
         }
 
-    def _largest_group(
-        self, number: int, samples: Sequence[Sample], rewards: Rewards, advantages: Rewards
-    ) -> dict[str, object]:
-        """Returns what to show of the group with the largest advantage; {} if an earlier one was as large."""
-        sizes = np.abs(advantages).max(1)  # (groups,)
-        group, part = int(sizes.argmax()), min(number * self.config.num_iterations * PARTS // self.max_steps, PARTS - 1)
-        if not sizes[group] > self._largest[part]:
-            return {}
+    def _log_largest(self, number: int, samples: Sequence[Sample], rewards: Rewards, advantages: Rewards) -> None:
+        """Logs the group with the largest advantage, unless one of the same part of the run was as large."""
+        sizes, step = np.abs(advantages).max(1), number * self.config.num_iterations  # sizes: (groups,)
+        part, group = min(step * PARTS // self.max_steps, PARTS - 1), int(sizes.argmax())
+        if sizes[group] <= self._largest[part] or not PartialState().is_main_process:
+            return
         self._largest[part], first = float(sizes[group]), group * self.config.num_generations
         best, worst = (samples[first + int(pick(advantages[group]))].shown for pick in (np.argmax, np.argmin))
         texts = {"prompt": best["prompt"], "best": best["completion"], "worst": worst["completion"]}
-        known = np.sort(rewards[group][~np.isnan(rewards[group])])[::-1].tolist()
-        return {"part": part, "advantage": self._largest[part], **texts, "rewards": known}
+        numbers = {"advantage": self._largest[part], "rewards": [x for x in rewards[group].tolist() if x == x]}
+        run_log.add_metrics(
+            Path(self.config.output_dir), run_log.COMPLETIONS, step=step + 1, part=part, **texts, **numbers
+        )
 
     def _as_step(self, examples: list[Example], shape: StepShape) -> Step:
         """Returns a step of this rank's completions. Those without an advantage are counted, but not computed."""
@@ -323,9 +323,9 @@ class Rollouts:
         totals = np.array(gather_object([(step.tokens, step.supervised, step.divisor)])).sum(0).tolist()  # of all ranks
         tokens, supervised, divisor = int(totals[0]), int(totals[1]), totals[2]
         started, self._started = self._started, math.inf  # later iterations sample nothing
-        group, self._group = self._group, {}
-        step = replace(step, tokens=tokens, supervised=supervised, divisor=divisor)
-        return replace(step, metrics=self._metrics, group=group, started=started)
+        return replace(
+            step, tokens=tokens, supervised=supervised, divisor=divisor, metrics=self._metrics, started=started
+        )
 
     def _log_probabilities(self, examples: Sequence[Example]) -> list[list[float]]:
         """Returns the log-probabilities of each example's completion as training computes them, without gradients."""
@@ -373,10 +373,11 @@ class Rollouts:
         names = [reward.name for reward in self.rewards + self.judges]
         return ("reward", *names, "completion_tokens", "truncated", "kl")
 
-    def evaluate(self, examples: Examples, progress: Callable[[int, int], None]) -> Evaluation:
+    def evaluate(self, examples: Examples, step: int, progress: Callable[[int, int], None]) -> Evaluation:
         """Returns minus the mean reward of each held-out prompt, so that lower is better, as for losses.
 
         Its scores are those of every completion: (prompts, names, completions), NaN if not known.
+        step: for the log of some completions.
         """
         generations, state = self.config.num_generations, PartialState()
         own = examples.source_indices[state.process_index :: state.num_processes]
@@ -385,17 +386,24 @@ class Rollouts:
         prompts = [self.held_out[number] for number in numbers]
         samples = self.sample(prompts, seeds, lambda done: progress(done // generations, len(own)))
         scores = self.score(samples)
-        lengths, rewards = [len(sample.ids) for sample in samples], self.total(scores)
-        first = [*zip(samples, rewards.tolist(), strict=True)][: SHOWN_PROMPTS * generations : generations]
-        self.shown = [{**sample.shown, "reward": None if math.isnan(reward) else reward} for sample, reward in first]
-        truncated = [sample.is_truncated for sample in samples]
-        columns = [rewards, *scores.T, np.array(lengths), np.array(truncated), self._log_ratios(samples)]
+        lengths, truncated = np.array([(len(sample.ids), sample.is_truncated) for sample in samples]).T
+        columns = [self.total(scores), *scores.T, lengths, truncated, self._log_ratios(samples)]
+        if state.is_main_process:
+            first = [*zip(samples, columns[0].tolist(), strict=True)][: SHOWN_PROMPTS * generations : generations]
+            shown = [{**sample.shown, "reward": reward if reward == reward else None} for sample, reward in first]
+            run_log.add_metrics(Path(self.config.output_dir), run_log.COMPLETIONS, step=step, held_out=shown)
         of_ranks = np.empty((len(examples), len(columns), generations))
         for rank, part in enumerate(gather_object([np.stack(columns).reshape(len(columns), -1, generations)])):
             of_ranks[rank :: state.num_processes] = part.swapaxes(0, 1)
         if np.isnan(of_ranks[:, 0]).all(1).any():
             raise DataError("the rewards are None for all completions of a held-out prompt, which cannot be evaluated")
         return Evaluation(-group_means(of_ranks[:, 0]), np.ones(len(examples), dtype=np.int64), of_ranks)
+
+    def metrics_of(self, evaluation: Evaluation) -> dict[str, float]:
+        """Returns what to log with an evaluation besides its loss."""
+        scores = dict(zip(self.score_names, cast(Any, evaluation.scores).swapaxes(0, 1), strict=True))
+        per_token = scores["kl"] / scores["completion_tokens"].mean(1, keepdims=True)
+        return {**mean_and_error("eval_reward", scores["reward"]), **mean_and_error("eval_kl", per_token)}
 
     def _log_ratios(self, samples: Sequence[Sample]) -> npt.NDArray[np.float64]:
         """Returns log p(model) - log p(base) of each completion; NaN if the base is not in memory."""

@@ -42,22 +42,9 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, EXAMPLES, SKIPPED = "config.yaml", "metrics.jsonl", "examples.jsonl", "skipped-rows.jsonl"
 COMPLETIONS = "completions.jsonl"  # some that were sampled in reinforcement learning
+LOGS = (METRICS, COMPLETIONS)
 # and checkpoint-N
-FILES = (
-    ADAPTER,
-    MODEL,
-    RUN,
-    CONFIG,
-    METRICS,
-    COMPLETIONS,
-    EXAMPLES,
-    TRAINED_ROWS,
-    SKIPPED,
-    REFERENCE,
-    SAMPLES,
-    REPORT,
-    PAGE,
-)
+FILES = (ADAPTER, MODEL, RUN, CONFIG, *LOGS, EXAMPLES, TRAINED_ROWS, SKIPPED, REFERENCE, SAMPLES, REPORT, PAGE)
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
 EARLIER = "earlier-run"
@@ -263,29 +250,32 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def start_metrics(
-    output_dir: Path, *, resumed_at: int | None, evaluated: Collection[int] = (), name: str = METRICS
-) -> None:
+def start_metrics(output_dir: Path, *, resumed_at: int | None, evaluated: Collection[int] = ()) -> None:
     """Begins metrics.jsonl, or keeps the lines up to step `resumed_at`, with the evaluations of steps `evaluated`.
 
-    name: of a different file with such lines.
+    The same for completions.jsonl, if there is one.
     """
-    path, kept = output_dir / name, list[str]()
-    if resumed_at is not None and path.exists():
-        whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
-        try:
-            lines = [(line, json.loads(line)) for line in whole]
-            kept = [
-                line
-                for line, values in lines
-                if values["step"] <= resumed_at
-                and (not values.keys() & {"eval_loss", "held_out"} or values["step"] in evaluated)
-            ]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise CheckpointError(f"{path} contains an invalid line; move the file away to resume") from None
-    write_file(path, "".join(f"{line}\n" for line in kept).encode())
+    for path in (output_dir / name for name in LOGS):
+        if path.exists() or path.name == METRICS:
+            kept = [] if resumed_at is None or not path.exists() else _kept_lines(path, resumed_at, evaluated)
+            write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
-def add_metrics(output_dir: Path, values: Mapping[str, Any], name: str = METRICS) -> None:
+def _kept_lines(path: Path, resumed_at: int, evaluated: Collection[int]) -> list[str]:
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
+    try:
+        lines = [(line, json.loads(line)) for line in whole]
+        return [
+            line
+            for line, values in lines
+            if values["step"] <= resumed_at
+            and (not values.keys() & {"eval_loss", "held_out"} or values["step"] in evaluated)
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise CheckpointError(f"{path} contains an invalid line; move the file away to resume") from None
+
+
+def add_metrics(output_dir: Path, name: str, /, **values: Any) -> None:
+    """Adds a line. name: one of LOGS."""
     with (output_dir / name).open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")

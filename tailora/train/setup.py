@@ -226,9 +226,8 @@ def set_up(
     if is_main:
         if overwrite and (aside := run_log.set_aside(output_dir)):
             note(f"the earlier run is kept in {aside} until this one has finished")
-        evaluated, resumed_at = {step for step, _ in state.history}, None if saved is None else state.step
-        for name in (run_log.METRICS, *([run_log.COMPLETIONS] if data.rollouts else [])):
-            run_log.start_metrics(output_dir, resumed_at=resumed_at, evaluated=evaluated, name=name)
+        evaluated = {step for step, _ in state.history}
+        run_log.start_metrics(output_dir, resumed_at=None if saved is None else state.step, evaluated=evaluated)
     return run, state
 
 

@@ -156,12 +156,7 @@ class Trainer:
             self.config, stack, self.on_event, read=self.read, held_out=self.held_out, overwrite=self.overwrite
         )
         if (rollouts := self.run.data.rollouts) is not None:
-            rollouts.connect(self.run.model, self.run.tokenizer, self.run.layout, stack)
-            if isinstance(self.run.model, FullModel):
-                self.run.note(
-                    "KL from the base on held-out completions is not measured with --method full, because the base is "
-                    "not kept in memory; forgetting is measured once, after training"
-                )
+            rollouts.connect(self.run.model, self.run.tokenizer, self.run.layout, self.run.note, stack)
         held_out = self.run.data.held_out
         counts = None if held_out is None else self.run.task.counts(held_out)
         if self.before is not None and (counts is None or not np.array_equal(self.before.counts, counts)):
@@ -281,10 +276,6 @@ class Trainer:
             **step.metrics,
             **run.task.metrics(),
         )
-        if run.is_main and step.group:
-            run_log.add_metrics(run.output_dir, {"step": state.step, **step.group}, run_log.COMPLETIONS)
-        for text in run.task.warnings():
-            run.note(f"step {state.step}: {text}")
         run.report(event)
 
     # ---- Evaluation
@@ -353,13 +344,10 @@ class Trainer:
         evaluation = known or self.evaluate(held_out, run.task)
         seconds = time.perf_counter() - started
         self.state.history.append((self.state.step, evaluation.loss))
-        self.log(eval_loss=evaluation.loss, **run.task.evaluation_metrics(evaluation))
-        best, reward = may_be_kept and self.is_best(evaluation), None
-        if (rollouts := run.data.rollouts) is not None:
-            reward = -evaluation.loss
-            if run.is_main:
-                shown = {"step": self.state.step, "held_out": rollouts.shown}
-                run_log.add_metrics(run.output_dir, shown, run_log.COMPLETIONS)
+        metrics = {} if run.data.rollouts is None else run.data.rollouts.metrics_of(evaluation)
+        self.log(eval_loss=evaluation.loss, **metrics)
+        best = may_be_kept and self.is_best(evaluation)
+        reward = metrics.get("eval_reward")
         run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best, reward))
         return evaluation
 
@@ -368,6 +356,7 @@ class Trainer:
         if (rollouts := self.run.data.rollouts) is not None:
             return rollouts.evaluate(
                 examples,
+                self.state.step,
                 lambda done, total: self.run.report(events.EvaluationProgress(done, total, "held-out prompts")),
             )
         run, accelerator, counts = self.run, self.run.accelerator, task.counts(examples)
@@ -527,7 +516,7 @@ class Trainer:
     def log(self, **values: float | None) -> None:
         step = self.state.step
         if self.run.is_main:
-            run_log.add_metrics(self.run.output_dir, {"step": step, **values})
+            run_log.add_metrics(self.run.output_dir, run_log.METRICS, step=step, **values)
         self.run.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     # ---- Divergence

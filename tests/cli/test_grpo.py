@@ -102,4 +102,4 @@ def test_full_fine_tuning_has_no_kl_and_says_so(
     result: dict[str, Any] = json.loads(out)
     assert "eval_kl_after" not in result
     assert result["forgetting"]["kl"] > 0
-    assert "KL from the base on held-out completions is not measured with --method full" in " ".join(err.split())
+    assert "without an adapter, KL from the base is not measured on held-out completions" in " ".join(err.split())

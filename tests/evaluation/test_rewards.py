@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tailora.evaluation.rewards import Scores, describe_rewards, gamed_by, reward_changes, scores_of
+from tailora.evaluation.rewards import Scores, describe_rewards, reward_changes, scores_of
 
 PROMPTS, COMPLETIONS = 100, 8
 
@@ -23,23 +23,23 @@ def judged(
 
 
 def verdict(before: Scores, after: Scores) -> str:
-    changes = reward_changes(before, after)
-    text = describe_rewards(changes, ["score"], ["answer"], "N prompts")
-    assert bool(gamed_by(changes, ["answer"])) == ("may be gamed" in text)
-    return text
+    return describe_rewards(reward_changes(before, after), ["score"], ["answer"], "N prompts")
 
 
 @pytest.mark.parametrize("shares", [(0.3, 0.3), (0.3, 0.15), (0.0, 0.0)])
 def test_a_judge_that_does_not_rise_shows_a_reward_that_may_be_gamed(shares: tuple[float, float]) -> None:
     text = verdict(*judged(0.2, 0.8, judge=shares))
-    assert text.startswith("score may be gamed, because only the training reward rose. These did not rise: answer 0.")
+    assert text.startswith(
+        "The reward may be gamed (score): these rewards that only judge did not rise with it: answer"
+    )
     assert "The held-out reward rose by 0.5" in text
 
 
 @pytest.mark.parametrize("shares", [(0.2, 0.6), (0.2, 0.35), (0.0, 0.5)])
 def test_a_judge_that_rises_even_by_less_does_not(shares: tuple[float, float]) -> None:
     text = verdict(*judged(0.2, 0.8, judge=shares))
-    assert "Of the rewards that only judge, these rose with it: answer 0." in text
+    assert "These rewards that only judge rose with it: answer 0." in text
+    assert "gamed" not in text
 
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (1.12, 1.12)])
@@ -59,6 +59,7 @@ def test_a_constant_judge_shows_nothing() -> None:
 def test_what_cannot_be_told_is_called_undecided(shares: tuple[float, float], prompts: int) -> None:
     text = verdict(*judged(0.2, 0.8, judge=shares, prompts=prompts))
     assert "Undecided whether these rose with it: answer 0." in text
+    assert "gamed" not in text
 
 
 def test_prompts_that_a_judge_leaves_out_are_left_out() -> None:
@@ -70,7 +71,7 @@ def test_prompts_that_a_judge_leaves_out_are_left_out() -> None:
     assert (whole.prompts, changes["answer"].prompts) == (PROMPTS, PROMPTS - 12)
     assert changes["answer"].after.value == pytest.approx(after["answer"][12:].mean())
     assert changes[f"pass@{COMPLETIONS}/answer"].prompts == PROMPTS - 13  # too few completions are scored of one more
-    assert not gamed_by(changes, ["answer"])
+    assert "gamed" not in describe_rewards(changes, ["score"], ["answer"], "N prompts")
     before["answer"][:] = np.nan
     assert "answer" not in reward_changes(before, after)
     assert "No reward only judges" in describe_rewards(
@@ -83,8 +84,8 @@ def test_judges_that_disagree_are_all_named() -> None:
     for scores, share in ((before, 0.1), (after, 0.9)):
         scores["other"] = (np.arange(COMPLETIONS) < share * COMPLETIONS) * np.ones((PROMPTS, 1))
     text = describe_rewards(reward_changes(before, after), ["score"], ["answer", "other"], "N prompts")
-    assert "not all judging rewards rose with it. These did not rise: answer" in text
-    assert "these rose with it: other" in text
+    assert "did not rise with it: answer" in text
+    assert "rose with it: other" in text
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,6 @@ def test_numbers_that_are_not_rewards() -> None:
     changes = reward_changes(*sides)
     assert changes["kl"].after.value == pytest.approx(changes["reward"].after.value)  # per token
     assert changes["completion_tokens"].after.value == 5
-    assert changes["best"].after.value > changes["reward"].after.value
     assert changes["pass@1/answer"].before.value == pytest.approx(changes["answer"].before.value)
     assert {name for name in changes if "@" in name} == {"pass@1/answer", "pass@8/answer"}
 

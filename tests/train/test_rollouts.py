@@ -72,7 +72,7 @@ def test_drift_above_the_limit_is_reported_once(grpo: Any, monkeypatch: pytest.M
     notes: list[str] = []
     run(grpo(max_steps=2), on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
     (text,) = [note for note in notes if "sampling and training differ" in note]
-    assert re.match(r"step 1: log-probabilities .* differ by \S+e-\d+ nats per token \(expected: below 1e-09", text)
+    assert re.match(r"log-probabilities of sampling and training differ by \S+e-\d+ nats per token", text)
 
 
 def test_a_resumed_run_gives_the_same_bytes(grpo: Any, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_samples_are_logged_and_logged_again_after_a_resume(grpo: Any) -> None:
         assert later["part"] > earlier["part"] or later["advantage"] > earlier["advantage"]
     for line in groups:
         best, worst = (text.count("1") / max(len(text), 1) for text in (line["best"], line["worst"]))
-        assert (best, worst) == (line["rewards"][0], line["rewards"][-1])
+        assert (best, worst) == (max(line["rewards"]), min(line["rewards"]))
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -37,18 +37,7 @@ from tailora.evaluation.statistics import (
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
-from tailora.report.format import (
-    NONE,
-    count,
-    decimals,
-    duration,
-    interval,
-    learning_rate,
-    one_line,
-    plural,
-    share,
-    signed,
-)
+from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.study.config import FIRST_RATES, LORA
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN, PER_COMPLETION
@@ -84,30 +73,11 @@ class Step:
 
 @dataclass(frozen=True)
 class StepEvaluation:
-    """The held-out loss after a step. reward: instead, in reinforcement learning."""
+    """The held-out loss after a step; in reinforcement learning minus the reward."""
 
     step: int
-    loss: float | None = None
-    reward: float | None = None
+    loss: float
     reward_std_error: float | None = None  # over the prompts
-
-
-@dataclass(frozen=True)
-class Completions:
-    """A line of completions.jsonl: completions of the same held-out prompts, or of a group that was trained on.
-
-    held_out: prompt, completion and reward of each.
-    part, advantage, rewards, prompt, best, worst: of the group. The largest advantage of each part of a run is kept.
-    """
-
-    step: int
-    held_out: list[dict[str, Any]] = field(default_factory=list)
-    part: int | None = None
-    advantage: float = 0.0
-    rewards: list[float] = field(default_factory=list)
-    prompt: str = ""
-    best: str = ""
-    worst: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,7 +144,7 @@ class TrainReport:
     remedy: list[str] = field(default_factory=list)  # flags to try after a run that made the model worse
     metrics: list[Metric] = field(default_factory=list)  # of the task, besides the loss
     labels: dict[str, Any] = field(default_factory=dict)  # `evaluation.classification.label_details` after training
-    completions: list[Completions] = field(default_factory=list)
+    completions: list[dict[str, Any]] = field(default_factory=list)  # the lines of completions.jsonl
 
     @property
     def answers(self) -> list[tuple[str, str, str]]:
@@ -261,7 +231,11 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         "settings": settings,
         "run": header,
         "steps": steps,
-        "evaluations": [_evaluation(line) for line in lines if "eval_loss" in line],
+        "evaluations": [
+            {"step": line["step"], "loss": line["eval_loss"], "reward_std_error": line.get("eval_reward_std_error")}
+            for line in lines
+            if "eval_loss" in line
+        ],
         "samples": _read(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
         "result": result,
         "held_out": held_out,
@@ -284,12 +258,6 @@ def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, 
     rate = learning_rate(min(now / 10, FIRST_RATES[settings.get("method", LORA)]))
     cause = f"The training loss did not fall: the learning rate {now:g} is too high."
     return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]
-
-
-def _evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a `StepEvaluation`. line: of metrics.jsonl."""
-    rewards = {name: line.get(f"eval_{name}") for name in ("reward", "reward_std_error")}
-    return {"step": line["step"], **(rewards if "eval_reward" in line else {"loss": line["eval_loss"]})}
 
 
 def _numbers_of(estimates: Sequence[Interval]) -> list[Any]:
@@ -362,7 +330,7 @@ def train_page(report: TrainReport) -> Page:
         *([section] if (section := labels_section(report.labels)) else []),
         curve,
         *([_examples(report.held_out, unit)] if report.held_out and not by_reward else []),
-        *_sampled(report.completions),
+        *(_sampled(report.completions) if by_reward else []),
         Section("Answers before and after", answers_text, [answers]),
         Section("Training", "Learning rate, gradients, speed and memory of every step.", _training(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
@@ -411,25 +379,14 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
     if result.eval_kl is not None:
         numbers.append(Number("KL from the base", f"{result.eval_kl:.3f}", "nats per token of held-out conversations"))
     if (lost := result.forgetting) is not None:
-        rise = signed(lost["loss_after"] - lost["loss_before"])
-        on_text = f"KL from the base in nats per token, on text by the base; loss {rise}"
-        numbers.append(Number("forgetting", f"{lost['kl']:.3f}", on_text))
-    if result.drift_mean is not None:
-        numbers.append(
-            Number(
-                "drift",
-                f"{result.drift_mean:.1e}",
-                f"nats per token between sampling and training, at most {result.drift_max:.1e}",
-            )
-        )
-    if result.equal_groups is not None:
-        numbers.append(
-            Number(
-                "equal groups",
-                share(result.equal_groups, 1),
-                "of all groups: their rewards are equal, so they train nothing",
-            )
-        )
+        rise = f"{lost['loss_after'] - lost['loss_before']:+.3f}"
+        of_base = f"KL from the base in nats per token, on text by the base; loss {rise}"
+        numbers.append(Number("forgetting", f"{lost['kl']:.3f}", of_base))
+    if result.drift_mean is not None and result.equal_groups is not None:
+        of_drift = f"nats per token between sampling and training, at most {result.drift_max:.1e}"
+        of_groups = "of all groups: their rewards are equal, so they train nothing"
+        numbers.append(Number("drift", f"{result.drift_mean:.1e}", of_drift))
+        numbers.append(Number("equal groups", share(result.equal_groups, 1), of_groups))
     return [
         *numbers,
         Number("trained parameters", count(result.trainable_parameters), of_all),
@@ -448,7 +405,7 @@ def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
     for m in metrics:
         row = [m.name]
         for part in parts:
-            show = signed if part == "change" else decimals
+            show = "{:+.3f}".format if part == "change" else decimals
             value, of_part = getattr(m, part), getattr(m, f"{part}_95")
             row += [NONE if value is None else show(value), interval(of_part, show) or NONE]
         rows.append(row)
@@ -458,8 +415,7 @@ def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
 
 
 def _loss(report: TrainReport, unit: str) -> Figure | None:
-    steps = report.steps
-    evaluations = [(point.step, point.loss) for point in report.evaluations if point.loss is not None]
+    steps, evaluations = report.steps, report.evaluations
     if not steps:
         return None
 
@@ -467,21 +423,20 @@ def _loss(report: TrainReport, unit: str) -> Figure | None:
         axes = canvas.new_axes(320 if canvas.wide else 280, "step", f"loss, {unit}", whole_numbers="x")
         canvas.losses([[step.loss for step in steps]], SERIES[0], "training, running mean")
         if evaluations:
-            axes.plot(
-                *zip(*evaluations, strict=True), "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out"
-            )
+            x, y = [point.step for point in evaluations], [point.loss for point in evaluations]
+            axes.plot(x, y, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
         axes.margins(x=0.02)
 
     alt = f"Line chart. Training loss of {len(steps)} steps, from {steps[0].loss:.3f} to {steps[-1].loss:.3f}."
     if evaluations:
-        alt += f" Held-out loss from {evaluations[0][1]:.3f} to {evaluations[-1][1]:.3f}."
+        alt += f" Held-out loss from {evaluations[0].loss:.3f} to {evaluations[-1].loss:.3f}."
     caption = "Thin line: each step. Thick line: running mean. Dots: all held-out examples."
     return Figure("loss", draw, alt, caption, wide=True)
 
 
 def _reward(report: TrainReport) -> Figure | None:
     steps = [(step.step, step.reward, step.reward_std_error) for step in report.steps if step.reward is not None]
-    held_out = [(e.step, e.reward, e.reward_std_error) for e in report.evaluations if e.reward is not None]
+    held_out = [(point.step, -point.loss, point.reward_std_error) for point in report.evaluations]
     if not steps:
         return None
 
@@ -507,42 +462,28 @@ def _reward(report: TrainReport) -> Figure | None:
     return Figure("reward", draw, alt, caption, wide=True)
 
 
-def _sampled(lines: Sequence[Completions]) -> list[Section]:
+def _sampled(lines: Sequence[Mapping[str, Any]]) -> list[Section]:
     """Returns what some prompts got over time, and the group with the largest advantage of each part of the run."""
-    sections, tables, columns = list[Section](), list[Block | None](), [Column("step", numeric=True)]
-    evaluations = [line for line in lines if line.held_out]
-    numbers = dict.fromkeys(np.linspace(0, len(evaluations) - 1, MOST_SHOWN).round().astype(int).tolist())
-    evaluations = [evaluations[number] for number in numbers] if evaluations else []
-    for samples in zip(*(line.held_out for line in evaluations), strict=True):
-        rows = [
-            [f"{line.step:,}", decimals(sample["reward"]), sample["completion"]]
-            for line, sample in zip(evaluations, samples, strict=True)
-        ]
-        title = one_line(samples[0]["prompt"], LONGEST)
-        tables.append(
-            Table([*columns, Column("reward", numeric=True), Column("completion")], rows, title, detail="page")
-        )
-    if tables:
-        text = "One completion of the same held-out prompts at each evaluation, sampled with the same random numbers."
-        sections.append(Section("Samples over time", text, tables))
-    by_size = sorted(lines, key=lambda line: line.advantage)
-    groups = {line.part: line for line in by_size if line.part is not None}  # the largest of each part
-    rows = [
-        [
-            f"{group.step:,}",
-            f"{group.advantage:.2f}",
-            one_line(group.prompt, LONGEST),
-            group.best,
-            group.worst,
-            ", ".join(map(decimals, group.rewards)),
-        ]
-        for _, group in sorted(groups.items())
-    ]
-    columns = [*columns, Column("advantage", numeric=True), *map(Column, ("prompt", "best", "worst", "rewards"))]
-    if rows:
-        text = "The group with the largest advantage in each eighth of the run: its best and worst completion."
-        sections.append(Section("Largest advantages", text, [Table(columns, rows, detail="page")]))
-    return sections
+    evaluations = [line for line in lines if "held_out" in line]
+    numbers = np.linspace(0, len(evaluations) - 1, min(MOST_SHOWN, len(evaluations))).round().astype(int)
+    columns = [*map(Column, ("step", "reward", "completion"))]
+    tables = []
+    for prompt in range(len(evaluations[0]["held_out"]) if evaluations else 0):
+        shown = [(evaluations[number]["step"], evaluations[number]["held_out"][prompt]) for number in numbers]
+        rows = [(f"{step:,}", decimals(sample["reward"]), sample["completion"]) for step, sample in shown]
+        tables.append(Table(columns, rows, one_line(shown[0][1]["prompt"], LONGEST), detail="page"))
+    groups = [line for line in sorted(lines, key=lambda line: line.get("advantage", 0)) if "part" in line]
+    largest = sorted({group["part"]: group for group in groups}.items())
+    rows_of_groups = []
+    for _, group in largest:
+        numbers_of_group = ", ".join(map(decimals, sorted(group["rewards"], reverse=True)))
+        texts = [one_line(group["prompt"], LONGEST), group["best"], group["worst"], numbers_of_group]
+        rows_of_groups.append([f"{group['step']:,}", decimals(group["advantage"]), *texts])
+    columns = [*map(Column, ("step", "advantage", "prompt", "best completion", "worst completion", "rewards"))]
+    samples = "One completion of each of these held-out prompts after some steps, from the same random numbers."
+    advantages = "The group with the largest advantage in each part of the run."
+    table = Table(columns, rows_of_groups, detail="page")
+    return [Section("Samples over time", samples, tables), Section("Largest advantages", advantages, [table])]
 
 
 def _examples(held_out: HeldOut, unit: str) -> Section:
