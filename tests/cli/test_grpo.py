@@ -16,8 +16,8 @@ from tailora.report.files import read_page
 from tailora.report.terminal import print_page
 
 REWARDS = """
-def ones(completions, **kwargs):
-    return [text.count("1") / max(len(text), 1) for text in completions]
+def share(completions, **kwargs):
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 def digits(completions, **kwargs):
     return [float(any(c.isdigit() for c in text)) for text in completions]
@@ -26,14 +26,14 @@ def digits(completions, **kwargs):
 
 @pytest.fixture(scope="module")
 def line(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run whose completions should consist of the letter 1."""
+    """A run whose completions should consist of digits."""
     folder = tmp_path_factory.mktemp("grpo")
     rewards, data = folder / "rewards.py", folder / "prompts.jsonl"
     rewards.write_text(REWARDS)
     data.write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(40)))
     files = ["--model", tiny_model, "--data", data, "--output-dir", folder / "run"]
     sizes = ["--max-completion-length", 8, "--num-generations", 4, "--max-steps", 6, "--validation-split", 0.5]
-    rewarded = ["--reward", f"{rewards}:ones", "--eval-reward", f"{rewards}:digits"]
+    rewarded = ["--reward", f"{rewards}:share", "--eval-reward", f"{rewards}:digits"]
     speed = ["--learning-rate=3e-2", "--samples", 0, "--passport", "none"]
     return [str(word) for word in ("train", "--task", "grpo", *files, *sizes, *rewarded, *speed)]
 
@@ -53,7 +53,7 @@ def test_json_has_rewards_with_intervals_and_what_to_make_of_them(finished: tupl
     assert result["eval_reward_change"] == pytest.approx(result["eval_reward_after"] - result["eval_reward_before"])
     assert 0 <= result["eval_pass@1/digits_after"] <= result["eval_pass@4/digits_after"] <= 1
     assert result["eval_kl_before"] == pytest.approx(0, abs=1e-5)
-    assert result["eval_kl_after"] > 0.01
+    assert abs(result["eval_kl_after"]) > 1e-3
     assert result["forgetting"]["kl"] > 0
     assert 0 < result["drift_mean"] < result["drift_max"] < 1e-4
     assert 0 <= result["equal_groups"] <= 1
