@@ -58,7 +58,7 @@ class Completion:
 
 
 def parse_rewards(trained: Sequence[str], judging: Sequence[str]) -> tuple[list[Reward], list[Reward]]:
-    """Returns the rewards in texts like `rewards.py:score=0.5`, to train on and to judge by. Raises ConfigError."""
+    """Returns the rewards in texts like `rewards.py:score=0.5`, to train on and that only judge. Raises ConfigError."""
     rewards = [_parse_reward(value) for value in (*trained, *judging)]
     sources = Counter(reward.source for reward in rewards)
     if repeated := [source for source, times in sources.items() if times > 1]:

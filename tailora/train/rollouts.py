@@ -376,7 +376,7 @@ class Rollouts:
     def evaluate(self, examples: Examples, step: int, progress: Callable[[int, int], None]) -> Evaluation:
         """Returns minus the mean reward of each held-out prompt, so that lower is better, as for losses.
 
-        Its scores are those of every completion: (prompts, names, completions), NaN if not known.
+        It has the scores of every completion: (prompts, names, completions), NaN if not known.
         step: for the log of some completions.
         """
         generations, state = self.config.num_generations, PartialState()
