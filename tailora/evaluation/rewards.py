@@ -9,7 +9,7 @@ A reward is gamed if the model finds completions that score high without being b
     is undecided   otherwise: the interval is too wide, or too few prompts were judged
 
 Rises are compared in standard deviations, and as shares of what was left up to the highest value. A judge did not rise
-only by both measures: standard deviations mean little near the highest value, and shares little if values are unbounded.
+only if both agree: standard deviations mean little near the highest value, shares little if values are unbounded.
 """
 
 import math

@@ -119,6 +119,7 @@ def with_target(
 ) -> Example:
     """Returns a completion with what its loss needs: for each of its tokens, four columns of `Example.target`.
 
+    advantage: NaN for a completion that is not trained.
     sampled: log-probabilities when it was sampled.    old: of the model before the first iteration; None: the current
     ones.    reference: of the base model; None without a KL penalty.
     """
@@ -154,7 +155,14 @@ class GRPO(Task):
         return f"rewards of sampled completions, loss {self.loss}{penalty}"
 
     def divisor(self, example: Example) -> float:
-        return float(example.supervised) if self.loss == "dapo" else 1.0
+        if self.loss != "dapo":
+            return 1.0
+        return 0.0 if np.isnan(_target(example)[0, 0]) else float(example.supervised)
+
+    def is_trained(self, example: Example) -> bool:
+        """Returns whether the example has a gradient."""
+        advantage = _target(example)[0, 0]
+        return not np.isnan(advantage) and bool(self.beta or advantage)
 
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         batch = CAUSAL_LM.make_batch(examples, layout)
@@ -181,12 +189,13 @@ class GRPO(Task):
             return values.new_zeros(len(lengths)).index_add(0, sequences, values)
 
         if self.loss == "rloo":
-            of_sequences = sums(advantages) / lengths
+            of_sequences = sums(advantages.nan_to_num()) / lengths
             return Outputs(self._clipped(sums(log_ratios), of_sequences))
-        losses = self._clipped(log_ratios, advantages)
+        losses = self._clipped(log_ratios, advantages.nan_to_num())
         if self.beta:
             to_reference = reference - log_p
             penalties = to_reference.exp() - to_reference - 1  # arXiv:2402.03300, eq. 4
+            penalties = penalties * ~advantages.isnan()
             losses = losses + self.beta * log_ratios.exp() * penalties  # unbiased: arXiv:2512.02556, section 3.1
         divisors = {"grpo": lengths, "dr_grpo": torch.tensor(self.max_completion_length), "dapo": torch.tensor(1)}
         return Outputs(sums(losses) / divisors[self.loss].to(losses.device))

@@ -263,7 +263,7 @@ class Rollouts:
         groups = self.total(table).reshape(-1, generations)
         advantages = advantages_of(groups, config.loss or "grpo", config.scale_rewards)
         if config.mask_truncated_completions:
-            advantages = np.where(table[:, -1].reshape(groups.shape), 0.0, advantages)
+            advantages = np.where(table[:, -1].reshape(groups.shape), np.nan, advantages)
         metrics = self._metrics_of(table, groups)
         groups, advantages = (np.split(values, shape.world)[shape.rank] for values in (groups, advantages))
         examples = [sample.example(index) for sample, index in zip(samples, repeated, strict=True)]
@@ -302,12 +302,12 @@ class Rollouts:
 
     def _log_largest(self, number: int, samples: Sequence[Sample], rewards: Rewards, advantages: Rewards) -> None:
         """Logs the group with the largest advantage, unless one of the same part of the run was as large."""
-        sizes, step = np.abs(advantages).max(1), number * self.config.num_iterations  # sizes: (groups,)
+        sizes, step = np.abs(np.nan_to_num(advantages)).max(1), number * self.config.num_iterations  # sizes: (groups,)
         part, group = min(step * PARTS // self.max_steps, PARTS - 1), int(sizes.argmax())
         if sizes[group] <= self._largest[part] or not PartialState().is_main_process:
             return
         self._largest[part], first = float(sizes[group]), group * self.config.num_generations
-        best, worst = (samples[first + int(pick(advantages[group]))].shown for pick in (np.argmax, np.argmin))
+        best, worst = (samples[first + int(pick(advantages[group]))].shown for pick in (np.nanargmax, np.nanargmin))
         texts = {"prompt": best["prompt"], "best": best["completion"], "worst": worst["completion"]}
         numbers = {"advantage": self._largest[part], "rewards": [x for x in rewards[group].tolist() if x == x]}
         run_log.add_metrics(
@@ -316,7 +316,7 @@ class Rollouts:
 
     def _as_step(self, examples: list[Example], shape: StepShape) -> Step:
         """Returns a step of this rank's completions. Those without an advantage are counted, but not computed."""
-        trained = [e for e in examples if self.task.beta or (e.target is not None and e.target[0, 0])] or examples[:1]
+        trained = [example for example in examples if self.task.is_trained(example)] or examples[:1]
         parts = split_by_tokens([len(example.input_ids) for example in trained], shape.token_limit)
         micro_batches = [[trained[i] for i in part] for part in parts]
         step = Step.of(micro_batches, examples, self.task)

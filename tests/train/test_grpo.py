@@ -18,8 +18,8 @@ LAYOUT = BatchLayout(False, OWN, 0)
 PROMPT, LONGEST = 5, 7
 
 
-def completions(step: int, model: Any) -> list[Example]:
-    """Returns four completions of different lengths, sampled by a slightly different model."""
+def completions(step: int, model: Any, masked: int | None = None) -> list[Example]:
+    """Returns four completions of different lengths, sampled by a slightly different model. masked: is not trained."""
     random = np.random.default_rng(step)
     examples = []
     for length in (LONGEST, 3, 5, 1):
@@ -29,25 +29,27 @@ def completions(step: int, model: Any) -> list[Example]:
         old = logits.log_softmax(-1).gather(1, torch.tensor(ids[PROMPT:, None].astype(np.int64)))[:, 0]
         old = old.detach().numpy() + random.normal(0, 0.3, length)
         reference = old + random.normal(0, 0.3, length)
-        examples.append(with_target(example, random.normal(), old.tolist(), old.tolist(), reference.tolist()))
+        advantage = random.normal() if len(examples) != masked else np.nan
+        examples.append(with_target(example, advantage, old.tolist(), old.tolist(), reference.tolist()))
     return examples
 
 
 def inputs_of_trl(examples: list[Example]) -> dict[str, Any]:
     rows, lengths = len(examples), [example.supervised for example in examples]
+    is_masked = [bool(np.isnan(example.target[0, 0])) for example in examples]
     inputs: dict[str, Any] = {
         "prompt_ids": torch.tensor(np.stack([e.input_ids[:PROMPT] for e in examples]).astype(np.int64)),
         "prompt_mask": torch.ones(rows, PROMPT, dtype=torch.long),
         "completion_ids": torch.zeros(rows, LONGEST, dtype=torch.long),
         "completion_mask": torch.zeros(rows, LONGEST, dtype=torch.long),
-        "advantages": torch.tensor([e.target[0, 0] for e in examples]).float(),
+        "advantages": torch.tensor([e.target[0, 0] for e in examples]).nan_to_num().float(),
         "old_per_token_logps": torch.zeros(rows, LONGEST),
         "ref_per_token_logps": torch.zeros(rows, LONGEST),
-        "num_items_in_batch": torch.tensor(sum(lengths)),
+        "num_items_in_batch": torch.tensor(sum(n for n, masked in zip(lengths, is_masked, strict=True) if not masked)),
     }
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         inputs["completion_ids"][row, :length] = torch.tensor(example.input_ids[PROMPT:].astype(np.int64))
-        inputs["completion_mask"][row, :length] = 1
+        inputs["completion_mask"][row, :length] = not is_masked[row]
         inputs["old_per_token_logps"][row, :length] = torch.tensor(example.target[:, 2])
         inputs["ref_per_token_logps"][row, :length] = torch.tensor(example.target[:, 3])
     inputs["old_logps"] = inputs["old_per_token_logps"].sum(1)
@@ -57,9 +59,13 @@ def inputs_of_trl(examples: list[Example]) -> dict[str, Any]:
 @pytest.mark.trainers
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("loss", "beta"), [("grpo", 0.0), ("grpo", 0.1), ("dr_grpo", 0.0), ("dapo", 0.1), ("rloo", 0.0)]
+    ("loss", "beta", "masked"),
+    [
+        *[("grpo", 0.0, None), ("grpo", 0.1, None), ("dr_grpo", 0.0, None), ("dapo", 0.1, None), ("rloo", 0.0, None)],
+        *[("grpo", 0.1, 1), ("dapo", 0.1, 1)],
+    ],
 )
-def test_ten_steps_are_those_of_trl(loss: str, beta: float, tmp_path: Path) -> None:
+def test_ten_steps_are_those_of_trl(loss: str, beta: float, masked: int | None, tmp_path: Path) -> None:
     import trl
 
     kind = "RLOO" if loss == "rloo" else "GRPO"
@@ -92,7 +98,7 @@ def test_ten_steps_are_those_of_trl(loss: str, beta: float, tmp_path: Path) -> N
     task = GRPO(loss, beta, 0.2, high, temperature=0.7, max_completion_length=LONGEST)
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (theirs, ours)]
     for step in range(10):
-        examples = completions(step, ours)
+        examples = completions(step, ours, masked)
         losses = task.outputs(ours, make_batch(examples, LAYOUT, ours.device, task), LAYOUT).losses
         mine = losses.sum() / sum(map(task.divisor, examples))
         other = trainer._compute_loss(theirs, inputs_of_trl(examples))
