@@ -14,7 +14,7 @@ FILES = {  # room -> names of its files, between "test_" and ".py"
     "laws": "extras frozen_start laws",
     "papers": "dora",
     "train": "adalora adapter_init classification divergence full gradient_checkpointing loss loss_forms loss_scale "
-    "packing preference seq2seq trainer",
+    "packing preference rollouts seq2seq trainer",
 }
 CHOSEN = ("train",)  # these make everything on the CPU; what they call chooses the device
 

@@ -197,6 +197,7 @@ class Trainer:
         started, run, updates, config = min(time.perf_counter(), step.started), self.run, self.run.updates, self.config
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
         share = self.compute_gradients(step, scale)
+        step = replace(step, metrics=step.metrics | run.task.metrics())
         requests = [torch.full_like(share, is_asked) for is_asked in (stop, self.is_time_to_save())]
         loss, stops, due = run.accelerator.reduce(torch.stack([share, *requests]), reduction="sum")
         norm = clip_gradients(updates.buffers, config.max_grad_norm, updates.loss_scale)
@@ -274,7 +275,6 @@ class Trainer:
             tokens_per_second=event.tokens_per_second,
             memory_bytes=event.memory_bytes,
             **step.metrics,
-            **run.task.metrics(),
         )
         run.report(event)
 

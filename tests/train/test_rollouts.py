@@ -142,7 +142,7 @@ def plain_log_probability(model: Any, completion: Any, temperature: float) -> fl
     """Returns log p(completion) of the model without its adapter."""
     prompt, ids = completion.prompt.ids, completion.ids
     with torch.no_grad(), model.disable_adapter():
-        logits = model(torch.tensor([[*prompt, *ids]], device=model.device)).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([[*prompt, *ids]], device=model.device)).logits[0, len(prompt) - 1 : -1].cpu()
     log_p = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
     return float(log_p.sum())
 
