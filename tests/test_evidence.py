@@ -93,13 +93,25 @@ def test_differences_are_first_minus_second_and_need_tuned_arms() -> None:
     assert (untuned.verdict, untuned.remark) == ("cannot tell", "the rate of dora is not tuned")
 
 
+@pytest.mark.parametrize(
+    ("of_rank_16", "verdict"), [(0.6, "holds"), (0.63, "holds"), (0.7, "does not hold"), (0.5, "holds")]
+)
+def test_rank_1_is_enough_if_nothing_is_better_by_the_margin(of_rank_16: float, verdict: str) -> None:
+    """Losses are minus the rewards, and the value is how much more reward rank 1 gets."""
+    of_arms = {"full": -0.6, "r16": -of_rank_16, "r1": -0.6}
+    parts = rules.findings({"markov": {"rewards": result(of_arms)}})
+    assert [part.verdict for part in parts] == [verdict, verdict]
+    assert [part.quantity for part in parts] == ["r1 - r16, reward", "r1 - full, reward"]
+    assert [part.value for part in parts] == pytest.approx([0.6 - of_rank_16, 0.0], abs=1e-2)
+
+
 def test_the_stored_findings_are_what_the_rules_make_of_the_stored_results(tmp_path: Path) -> None:
     """All statements, with each verdict."""
     path = Path(shutil.copy(measure.RESULTS / "evidence.json", tmp_path))
     stored = json.loads(path.read_text())["findings"]
     evidence.write_findings(path)
     found = json.loads(path.read_text())["findings"]
-    assert {finding["statement"] for finding in found} == rules.STATEMENTS.keys()
+    assert {finding["statement"] for finding in found} | {"rewards"} == rules.STATEMENTS.keys()
     for ours, theirs in zip(found, stored, strict=True):
         numbers, expected = ([finding.pop(name) for name in ("value", "low", "high")] for finding in (ours, theirs))
         assert numbers == pytest.approx(expected, rel=1e-6), "run benchmarks/studies/evidence.py --judge"

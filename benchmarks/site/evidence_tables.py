@@ -14,10 +14,12 @@ SETTINGS = {
     "markov": "tiny model, changed language",
     "reviews": "SmolLM2-135M, film reviews",
     "chats": "SmolLM2-135M, chats",
+    "sums": "SmolLM2-135M, sums",
     "tiny_lm": "tiny model, [experiment 6](#experiment-6-a-tiny-language-model)",
 }
 NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "batch": ["batch"], "rank": ["rank", "few"]}
-NEEDED |= {"mlp": ["layers"]} | {name: [name] for name in ("alpha", "layers", "dora", "pissa", "loraplus", "rslora")}
+NEEDED |= {"mlp": ["layers"]}
+NEEDED |= {name: [name] for name in ("alpha", "layers", "dora", "pissa", "loraplus", "rslora", "rewards")}
 ARMS = {
     PLAIN: "LoRA, r = 8",
     FULL: "full fine-tuning",
@@ -30,6 +32,7 @@ ARMS = {
     "alpha-r": "alpha = r",
     "alpha-16r": "alpha = 16r",
     "r64": "r = 64",
+    "r16": "r = 16",
     "r8": "LoRA, r = 8",
     "r4": "LoRA, r = 4",
     "r1": "r = 1",

@@ -2,6 +2,7 @@
 
     python -m benchmarks.studies.evidence                  writes benchmarks/results/evidence.json, cell by cell
     python -m benchmarks.studies.evidence --only setting=reviews study=full
+    python -m benchmarks.studies.evidence --only study=rewards     writes benchmarks/results/evidence_rewards.json
     python -m benchmarks.studies.evidence --judge          evaluates the stored measurements again
     python -m benchmarks.studies.evidence --make FOLDER    writes data and STUDY.yaml of every setting
 
@@ -16,6 +17,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,20 @@ from benchmarks.studies.tiny_lm import BASE_STEPS, QUICK_STEPS
 from tailora.evaluation.spectral import intruder_counter, module_report, updates_of
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig
-from tailora.study.trial import Listen, Trial, TrialSpec, Worker, evaluation_half, get_trial, run_here
+from tailora.study.trial import (
+    Listen,
+    Trial,
+    TrialSpec,
+    Worker,
+    evaluation_half,
+    get_trial,
+    run_here,
+    run_in_subprocess,
+)
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
 
+REWARDS_FILE = "evidence_rewards"  # of the study "rewards", which is younger than the others
 EVERY = 10  # of the layers of a large model, one is looked at for intruders
 NOT_IDENTITY = ("before", "texts", "processes")  # of a TrialSpec: change no result
 STORED = ("reference", "base_loss", "steps", "seeds", "judged_examples", "verdict", "p_values", "notes")
@@ -40,9 +52,12 @@ STORED_OF_ARM = ("name", "changes", "outcome", "learning_rate", "rates", "bracke
 STORED_OF_ARM += ("difference", "trainable_parameters", "forgetting", "seed_losses")
 
 
-def cells(quick: bool) -> list[measure.Cell]:
+def cells(quick: bool, *, file: str = "evidence") -> list[measure.Cell]:
     listed = [
-        {"setting": setting, "study": name} for setting, names in STUDIES.items() for name in (*names, "intruders")
+        {"setting": setting, "study": name}
+        for setting, names in STUDIES.items()
+        for name in (*names, *["intruders"] * ("full" in names))
+        if (name == "rewards") == (file == REWARDS_FILE)
     ]
     if quick:
         listed = [cell for cell in listed if cell["setting"] == "markov" and cell["study"] in ("full", "intruders")]
@@ -88,7 +103,8 @@ def run_study(setting: str, name: str, runs: Runs, *, quick: bool) -> dict[str, 
     folder = runs.folder.parent / name
     train = {**settings, "output_dir": str(folder)}
     of_study = {key: train.pop(key) for key in tuple(train) if key in CompareConfig.model_fields}
-    report = compare(TrainConfig(**train), CompareConfig(**of_study), measure.log, run_trial=runs).to_dict()
+    run_trial = run_in_subprocess if "workers" in of_study else runs
+    report = compare(TrainConfig(**train), CompareConfig(**of_study), measure.log, run_trial=run_trial).to_dict()
     arms = [arm for arm in report["arms"] if arm["outcome"] == "done"]
     trials = {
         arm["name"]: [
@@ -197,7 +213,8 @@ def write_findings(path: Path) -> None:
     content = json.loads(path.read_text())
     measured = content["cells"]
     results: dict[str, dict[str, Any]] = {setting: {} for setting in STUDIES}
-    for cell in measured:
+    rewards = measure.RESULTS / f"{REWARDS_FILE}.json"
+    for cell in measured + (json.loads(rewards.read_text())["cells"] if rewards.exists() else []):
         results[cell["cell"]["setting"]][cell["cell"]["study"]] = cell["result"]
     found = findings(results)
     found += of_grid("tiny_lm", json.loads((measure.RESULTS / "tiny_lm.json").read_text())["cells"])
@@ -216,6 +233,7 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["--judge"]:
         write_findings(measure.RESULTS / "evidence.json")
     else:
-        measure.main("evidence", str(__doc__), cells, run_cell)
+        file = REWARDS_FILE if "study=rewards" in sys.argv else "evidence"
+        measure.main(file, str(__doc__), partial(cells, file=file), run_cell)
         if "--cell" not in sys.argv:
             write_findings((measure.QUICK if "--quick" in sys.argv else measure.RESULTS) / "evidence.json")

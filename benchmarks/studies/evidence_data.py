@@ -3,6 +3,7 @@
     markov    the tiny model of markov.py; a quarter of its language's contexts are new
     reviews   the demo's model; film reviews as plain texts (snippets.py)
     chats     the demo's model; the demo's chats
+    sums      the demo's model without its chat template; chain_sum of reasoning-gym, with 2 or 3 one-digit numbers
 
 A study is what `tailora compare --config STUDY.yaml` gets. All studies of a setting share their plain arm, LoRA with
 r = 8 and alpha = 16 on every linear layer, and "attention" and "mlp" train about as many parameters as that arm.
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks.studies import markov
 from benchmarks.studies.snippets import labelled_folder
-from tailora.data.demo import eval_file
+from tailora.data.demo import eval_file, model_folder
 
 Study = dict[str, Any]  # settings of TrainConfig and CompareConfig, as in a YAML file
 PLAIN, FULL = "lora", "full"
@@ -26,22 +27,31 @@ TEXTS, FEW_TEXTS, HELD_OUT_TEXTS = 1280, 64, 240  # of the tiny model
 REVIEWS, HELD_OUT_REVIEWS = 96, 120
 CHAT_STEPS, HELD_OUT_CHATS = 16, 60
 OTHER_CHATS = 4  # on which it is measured what learning from the reviews has changed
-TINY, DEMO = ("markov",), ("reviews", "chats")
+PROMPTS, HELD_OUT_PROMPTS = 600, 160  # for rewards
+TINY, DEMO = ("markov",), ("reviews", "chats", "sums")
 MODEL_OF = {
     **dict.fromkeys(TINY, "tiny model"),
     **dict.fromkeys(DEMO, "SmolLM2-135M-Instruct"),
     "tiny_lm": "tiny model",
 }
 STUDIES = {  # setting -> its studies, the most important first
-    "markov": ("full", "few", "loraplus", "alpha", "batch", "rslora", "layers", "dora", "pissa"),
+    "markov": ("full", "few", "loraplus", "alpha", "batch", "rslora", "layers", "dora", "pissa", "rewards"),
     "reviews": ("rank", "dora", "layers", "loraplus", "pissa", "alpha", "rslora", "full", "batch"),
     "chats": ("rank", "layers", "dora", "pissa", "loraplus", "full"),
+    "sums": ("rewards",),
 }
 COMMON: dict[str, Study] = {
     "reviews": {"model": "demo", "per_device_train_batch_size": 4, "num_train_epochs": 1, "max_length": 128},
     "chats": {"model": "demo", "per_device_train_batch_size": 4, "max_steps": CHAT_STEPS, "max_length": 128},
+    "sums": {"model": "model"},
 }
 TINY_COMMON = {"model": "model", "per_device_train_batch_size": markov.BATCH, "num_train_epochs": 1, "dtype": "float32"}
+REWARDS = {"task": "grpo", "reward": ["rewards.py:score"], "data": "prompts.jsonl", "eval_data": "held_out.jsonl"}
+REWARDS |= {"per_device_train_batch_size": 8, "passport": "none"}
+REWARDS_OF = {
+    "markov": {"num_generations": 8, "max_completion_length": 8, "max_steps": 60, "seeds": 5},
+    "sums": {"num_generations": 4, "max_completion_length": 4, "max_steps": 24, "seeds": 3, "workers": 2},
+}
 LARGE_BATCH = 4  # times the batch, and a quarter of the steps
 ATTENTION_RANKS = {"tiny model": 23, "SmolLM2-135M-Instruct": 21}
 MLP_RANKS = {"tiny model": 12, "SmolLM2-135M-Instruct": 13}
@@ -57,6 +67,9 @@ def study(setting: str, name: str, *, quick: bool = False) -> Study:
         common["forgetting_data"] = "old.jsonl"
     if name == "few":
         common |= {"data": "few.jsonl", "num_train_epochs": TEXTS // FEW_TEXTS}
+    if name == "rewards":
+        common = {key: value for key, value in common.items() if key != "num_train_epochs"}
+        common |= REWARDS | REWARDS_OF[setting]
     if name == "batch":
         common["per_device_train_batch_size"] *= LARGE_BATCH
     if quick:
@@ -94,6 +107,11 @@ def arms(name: str, model: str) -> dict[str, dict[str, Any]]:
             "alpha-r": {"lora_alpha": 8.0, "learning_rate": first(-8)},
             "alpha-16r": {"lora_alpha": 128.0, "learning_rate": first(-11)},
         },
+        "rewards": {
+            FULL: {"method": "full", "learning_rate": first(-14)},
+            "r16": {"r": 16, "learning_rate": first(-10)},
+            "r1": {"r": 1, "learning_rate": first(-12)},
+        },
         "rslora": {
             "r64": {"r": 64, "learning_rate": first(-8)},
             "rslora": {"r": 64, "use_rslora": True, "learning_rate": first(-9)},
@@ -109,6 +127,9 @@ def write_setting(setting: str, folder: Path, *, base_steps: int) -> None:
     folder.mkdir(parents=True)
     if setting in TINY:
         write_tiny(folder, base_steps)
+    elif setting == "sums":
+        write_sums(folder)
+        return
     elif setting == "reviews":
         for name, count in (("train", REVIEWS), ("eval", HELD_OUT_REVIEWS)):
             lines = (labelled_folder() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
@@ -129,6 +150,57 @@ def write_tiny(folder: Path, base_steps: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         ids = markov.texts(markov.table() if name == "old" else markov.new_table(), count, generator)
         write_texts(folder / f"{name}.jsonl", [" ".join(f"w{word}" for word in row[:-1]) for row in ids.tolist()])
+    likely = markov.new_table().argmax(-1).tolist()
+    prompts = markov.texts(markov.new_table(), PROMPTS + HELD_OUT_PROMPTS, torch.Generator().manual_seed(30))
+    rows = [{"prompt": " ".join(f"w{word}" for word in row[:8])} for row in prompts.tolist()]
+    write_prompts(folder, rows, f"LIKELY = {likely}{REWARD_OF_WORDS}")
+
+
+REWARD_OF_WORDS = """  # word, word -> the most likely next one
+
+
+def score(prompts, completions, **columns):
+    \"\"\"The share of 8 words that are the most likely ones after the two before them.\"\"\"
+    rewards = []
+    for prompt, completion in zip(prompts, completions):
+        words = [int(word[1:]) for word in (prompt + " " + completion).split()]
+        new = range(len(prompt.split()), len(words))
+        rewards.append(sum(LIKELY[words[i - 2]][words[i - 1]] == words[i] for i in new) / 8)
+    return rewards
+"""
+REWARD_OF_SUMS = """import re
+
+
+def score(completions, answer, **columns):
+    \"\"\"1 if the first number is the answer.\"\"\"
+    found = [re.search(r"-?\\d+", completion) for completion in completions]
+    return [float(match is not None and match[0] == right) for match, right in zip(found, answer)]
+"""
+
+
+def write_sums(folder: Path) -> None:
+    """Writes sums like "... arithmetic problem: 4 - 1 =", and the demo's model without its chat template."""
+    from reasoning_gym import create_dataset  # pip install reasoning-gym
+
+    (folder / "model").mkdir()
+    for file in model_folder().iterdir():
+        (folder / "model" / file.name).symlink_to(file)
+    (folder / "model" / "chat_template.jinja").unlink()
+    numbers = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    sums = create_dataset("chain_sum", size=4 * (PROMPTS + HELD_OUT_PROMPTS), seed=0, **numbers)
+    answers = {entry["question"]: entry["answer"] for entry in sums}  # each question once
+    rows = [{"prompt": question, "answer": answer} for question, answer in answers.items()]
+    write_prompts(folder, rows[: PROMPTS + HELD_OUT_PROMPTS], REWARD_OF_SUMS)
+    chats = [
+        json.loads(line)["messages"] for line in eval_file().read_text(encoding="utf-8").splitlines()[:OTHER_CHATS]
+    ]
+    write_texts(folder / "old.jsonl", [" ".join(message["content"] for message in chat) for chat in chats])
+
+
+def write_prompts(folder: Path, rows: list[dict[str, str]], reward: str) -> None:
+    (folder / "rewards.py").write_text(reward)
+    for name, part in {"held_out": rows[:HELD_OUT_PROMPTS], "prompts": rows[HELD_OUT_PROMPTS:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def write_texts(path: Path, texts: list[str]) -> None:

@@ -1,13 +1,16 @@
 """The statements about LoRA that evidence.py checks, and the rules of their verdicts, written before the runs.
 
 A verdict is "holds", "does not hold" or "cannot tell", by a 95% interval and a margin: a difference below the margin
-does not matter in practice. Losses are nats per token of held-out examples, at each arm's own best learning rate. An
-arm is tuned if half and twice its best rate were tried; without that there is no verdict.
+does not matter in practice. Losses are nats per token of held-out examples, or minus the mean reward of held-out
+prompts, at each arm's own best learning rate. An arm is tuned if half and twice its best rate were tried; without that
+there is no verdict.
 
     better      X is better than Y. Holds: the interval of X - Y is below 0, and the difference is a margin or more.
                 Does not hold: the whole interval is above -margin.
     equal       X and Y are equally good. Holds: the whole interval is within the margin. Does not hold: the interval
                 excludes 0, and the difference is a margin or more.
+    enough      Y is not better than X, where more is better. Holds: the whole interval of X - Y is above -margin. Does
+                not hold: the interval is below 0, and the difference is a margin or more.
     inside      a number is in a range. Holds: the interval is inside. Does not hold: it is outside.
 
 Of a statement as a whole: it holds if it does with both models and fails nowhere; it does not hold if it fails
@@ -16,7 +19,7 @@ somewhere and holds nowhere; it depends if it holds in one place and fails in an
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean, stdev
 from typing import Any
@@ -30,6 +33,7 @@ from tailora.evaluation.statistics import difference_over_seeds
 
 HOLDS, FAILS, UNCLEAR, DEPENDS = "holds", "does not hold", "cannot tell", "depends"
 MARGIN = 0.02  # nats per token, as in `tailora compare`
+REWARD_MARGIN = 0.05  # of a reward between 0 and 1
 TEN_TIMES = (5.0, 20.0)  # what "about 10 times" includes
 LESS = 0.9  # of full fine-tuning's KL: what "forgets less" needs
 MORE_INTRUDERS = 0.5  # of the 10 leading directions of a matrix
@@ -67,6 +71,11 @@ def equal(value: float, low: float, high: float, margin: float = MARGIN) -> str:
     if -margin < low and high < margin:
         return HOLDS
     return FAILS if (low > 0 or high < 0) and abs(value) >= margin else UNCLEAR
+
+
+def enough(value: float, low: float, high: float, margin: float = REWARD_MARGIN) -> str:
+    """low, high: of X - Y, where more is better."""
+    return {HOLDS: FAILS, FAILS: HOLDS, UNCLEAR: UNCLEAR}[better(value, low, high, margin)]
 
 
 def inside(low: float, high: float, least: float, most: float) -> str:
@@ -205,22 +214,34 @@ def compared(
     setting: str,
     results: Mapping[str, Result],
     rule: Callable[..., str] = better,
+    quantity: str = "{first} - {second}, nats per token",
 ) -> list[Finding]:
-    """Compares two arms of the first of the studies that is there."""
+    """Compares two arms of the first of the studies that is there: the loss of `first` - the loss of `second`."""
     result = next((results[study] for study in studies if study in results), None)
     if result is None or not {first, second} <= result["sums"].keys():  # an arm failed at every rate
         return []
     remark, numbers = untuned((result, first), (result, second)), difference(result, first, second)
     verdict = UNCLEAR if remark else rule(*numbers)
-    return [Finding(statement, setting, f"{first} - {second}, nats per token", *numbers, verdict, remark)]
+    return [Finding(statement, setting, quantity.format(first=first, second=second), *numbers, verdict, remark)]
 
 
 def alpha(setting: str, results: Mapping[str, Result]) -> list[Finding]:
     """The parts are the comparisons with each other alpha; all have the verdict on both."""
     others = ("alpha-r", "alpha-16r")
-    parts = [found for other in others for found in compared("alpha", ["alpha"], PLAIN, other, setting, results)]
+    return joint([found for other in others for found in compared("alpha", ["alpha"], PLAIN, other, setting, results)])
+
+
+def joint(parts: Sequence[Finding]) -> list[Finding]:
     verdict = all_of(part.verdict for part in parts)
-    return [Finding(**{**vars(part), "verdict": verdict}) for part in parts]
+    return [replace(part, verdict=verdict) for part in parts]
+
+
+def rank_1_for_rewards(setting: str, results: Mapping[str, Result]) -> list[Finding]:
+    """The parts are the comparisons with rank 16 and full fine-tuning. Losses are minus the rewards."""
+    compare = partial(compared, "rewards", ["rewards"], setting=setting, results=results, rule=enough)
+    return joint(
+        [found for other in ("r16", FULL) for found in compare(other, "r1", quantity="{second} - {first}, reward")]
+    )
 
 
 def ten_times(setting: str, results: Mapping[str, Result]) -> list[Finding]:
@@ -326,6 +347,10 @@ STATEMENTS: dict[str, tuple[str, Callable[[str, Mapping[str, Result]], list[Find
     "rslora": (
         "rsLoRA is better than LoRA at a high rank (64)",
         partial(compared, "rslora", ["rslora"], "rslora", "r64"),
+    ),
+    "rewards": (
+        "Rank 1 is enough for reinforcement learning: r = 16 and full fine-tuning are not better",
+        rank_1_for_rewards,
     ),
     "batch": ("A large batch hurts LoRA more than full fine-tuning", batch),
     "forgetting": ("LoRA forgets less than full fine-tuning", forgetting),
