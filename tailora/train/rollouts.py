@@ -129,7 +129,9 @@ class Rollouts:
         self.task.drift.limit, self.task.drift.warn = DRIFT_LIMITS.get(self._base.dtype, math.inf), note
         self.ends = stop_ids(model, tokenizer)
         with evaluating(model), use_attention(self._base, self._base.config._attn_implementation):
-            self._engine = make_engine(adapters, self.ends, max_positions=self.longest, max_requests=MOST_REQUESTS)
+            self._engine = make_engine(
+                adapters, self.ends, max_positions=self.longest, max_requests=MOST_REQUESTS, note=note
+            )
             self._engine.start()
             self._attention = self._base.config._attn_implementation  # that the engine has chosen
         stack.callback(self._stop_engine)

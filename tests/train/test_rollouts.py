@@ -67,6 +67,16 @@ def test_the_reward_rises_and_sampling_agrees_with_training(grpo: Any) -> None:
     assert all(0 < step["drift_mean"] < step["drift_max"] < 1e-4 for step in steps)  # nats
 
 
+def test_a_model_without_continuous_batching_is_sampled_in_padded_batches(
+    grpo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.engine.continuous_batching.obstacle", lambda _: "not this model")
+    config, notes = grpo(max_steps=2), list[str]()
+    run(config, on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    assert "using padded batches: continuous batching is not possible (not this model)" in notes
+    assert all(0 < step["drift_mean"] < step["drift_max"] < 1e-4 for step in metrics(config.output_dir))
+
+
 def test_drift_above_the_limit_is_reported_once(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DRIFT_LIMITS, torch.float32, 1e-9)
     notes: list[str] = []
