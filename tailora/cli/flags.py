@@ -38,6 +38,8 @@ SECTIONS = {  # the first field of each section of --help
     "learning_rate": "Optimization",
     "eval_steps": "Evaluation and files",
 }
+# Flags whose values may contain commas, so that they are repeated instead -> how --help shows their value
+REPEATED = {"data": "DATA[=WEIGHT]", "reward": "REWARD[=WEIGHT]", "eval_reward": "REWARD"}
 NEXT_PAIR = re.compile(r",(?=[\w.-]+=)")  # a comma before the next KEY=; any other comma is part of a value
 MODULE_NAMES = re.compile(r"[\w.,-]+")  # anything else is a regular expression
 
@@ -95,7 +97,7 @@ def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any
         value_type = first
     elif get_origin(first) in (list, dict):
         value_type, metavar = list[str], "A,B" if get_origin(first) is list else "KEY=VALUE,..."
-        metavar = "DATA[=WEIGHT]" if name == "data" else metavar
+        metavar = REPEATED.get(name, metavar)
     else:
         metavar = first.__name__.upper()
     parameter = Parameter(
@@ -216,8 +218,8 @@ def _yaml_value(name: str, value: Any) -> Any:
         return parse_pairs(name, value, split_last=get_args(types[0])[1] is not str)
     if get_origin(types[0]) is not list:
         return value
-    if name == "data":  # file names may contain commas
-        return value[0] if len(value) == 1 else value
+    if name in REPEATED:
+        return value[0] if len(value) == 1 and str in types else value
     if name == "target_modules" and value == ["none"]:
         return []
     if str in types and ((len(value) == 1 and value[0] in ALL_LAYERS) or not all(map(MODULE_NAMES.fullmatch, value))):

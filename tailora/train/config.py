@@ -114,8 +114,8 @@ class TrainConfig(StrictModel):
     beta: float | None = Field(
         None,
         gt=0,
-        description='weight of the reward in the preference loss; default: 0.1, or 2 for simpo; see "Preferences" in '
-        "the docs",
+        description="weight of the reward in the preference loss; default: 0.1, or 2 for simpo. With --task grpo: "
+        "weight of the KL penalty; default: none",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="dpo and simpo: assumed fraction of pairs with chosen and rejected swapped"

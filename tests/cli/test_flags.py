@@ -305,3 +305,9 @@ def test_a_setting_is_no_name_of_another_tool() -> None:
     assert not (OUR_NAMES.keys() | WHY_NOT_NEEDED.keys()) & {*FIELDS, *ALIASES}
     assert not OUR_NAMES.keys() & WHY_NOT_NEEDED.keys()
     assert sum(len(names.split()) for names in NAMES_OF_OTHER_TOOLS.values()) == len(OUR_NAMES)
+
+
+def test_rewards_are_not_split_at_commas() -> None:
+    flags = {"reward": [r"regex:\d{1,2}", "a.py:b=0.5"], "eval_reward": ["regex:a,b"]}
+    settings = merge_settings({"task": "grpo", **flags}, None)
+    assert (settings.reward, settings.eval_reward) == (flags["reward"], flags["eval_reward"])
