@@ -66,14 +66,14 @@ class TimedLine:
 
 
 class StepCounter:
-    """Shows step, steps and loss of each worker's trial on one line of a terminal."""
+    """Shows step, steps and loss or reward of each worker's trial on one line of a terminal."""
 
     def __init__(self, console: Console, workers: int = 1) -> None:
         self._console, self._several = console, workers > 1
         self._states: dict[int, str] = {}  # of each running worker
 
-    def step(self, step: int, steps: int, loss: float, *, worker: int) -> None:
-        self._states[worker] = f"step {step}/{steps}  loss {loss:.3f}"
+    def step(self, step: int, steps: int, result: str, *, worker: int) -> None:
+        self._states[worker] = f"step {step}/{steps}  {result}"
         self._show()
 
     def end(self, *, worker: int) -> None:

@@ -25,8 +25,7 @@ from tailora.core.config import StrictModel
 from tailora.data.readers import source_names
 from tailora.errors import ConfigError, require_packages
 from tailora.formats.run_folder import REPORT, RUN
-from tailora.report.blocks import Page
-from tailora.report.files import write_page, write_page_if_possible
+from tailora.report.files import read_page, write_page, write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.study.config import FULL, LORA, CompareConfig, SearchConfig
 from tailora.study.search_space import STEP_CHOICE
@@ -88,10 +87,9 @@ def compare(
     comparison = CompareConfig(**{**in_file, **(study or {})})
     check_sources_of_run(train, comparison.forgetting_data)
     log("loading the model and data")
-    from tailora.report.pages.compare import compare_page
     from tailora.study.compare import compare as run
 
-    return run_study(run, train, comparison, compare_page, json, nproc_per_node)
+    return run_study(run, train, comparison, json, nproc_per_node)
 
 
 # ---- `tailora search`
@@ -128,14 +126,12 @@ def search(
     check_sources_of_run(train)
     if search_config.lr_only:
         log("loading the model and data")
-        from tailora.report.pages.search import lr_range_page
         from tailora.study.lr_range import find_range
 
-        return run_study(find_range, train, search_config, lr_range_page, json, nproc_per_node)
-    from tailora.report.pages.search import search_page
+        return run_study(find_range, train, search_config, json, nproc_per_node)
     from tailora.study.search import search as run  # loads Optuna
 
-    return run_study(run, train, search_config, search_page, json, nproc_per_node)
+    return run_study(run, train, search_config, json, nproc_per_node)
 
 
 # ---- What both share
@@ -151,7 +147,6 @@ def run_study(
     run: Callable[..., Any],
     train: TrainConfig,
     study: CompareConfig | SearchConfig,
-    make_page: Callable[[Any], Page],
     as_json: bool,
     nproc_per_node: str | None,
 ) -> int:
@@ -175,7 +170,7 @@ def run_study(
     if as_json:
         print_json(result.to_dict())
     else:
-        print_page(stdout(), make_page(result))
+        print_page(stdout(), read_page(Path(train.output_dir)))
     log(write_page_if_possible(Path(train.output_dir)))
     return 0
 

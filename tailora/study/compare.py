@@ -37,7 +37,7 @@ from tailora.study.budget import (
 )
 from tailora.study.config import FULL, CompareConfig, arm_settings
 from tailora.study.lr_range import LearningRateSearch
-from tailora.study.results import Comparison
+from tailora.study.results import Comparison, measure_of
 from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import (
     DAMAGED,
@@ -364,7 +364,7 @@ class _Comparison:
             for (arm, rate), trial in zip(rates.items(), self._trials(runs, final=False), strict=True):
                 loss = trial.loss()  # on the selection half, the only one evaluated
                 searches[arm].record(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
-                result = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
+                result = measure_of(trial.loss_unit).text(loss) if trial.done else trial.outcome
                 self.session.log(f"{arm}: learning rate {rate:.2g}, {result}")
         return searches
 

@@ -22,7 +22,7 @@ from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.study_store import TIMING, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import RESULT, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
-from tailora.train.config import NATS_PER_TOKEN, TrainConfig
+from tailora.train.config import GRPO, NATS_PER_TOKEN, TrainConfig
 
 STUDY, RISING, KIND = "search.json", "rising", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -88,6 +88,8 @@ def find_range(
     processes: number of processes of the run.
     Raises ConfigError, also if no rate lowers the loss, and any other error of a run.
     """
+    if train.task == GRPO:
+        raise ConfigError("--lr-only needs a loss that responds to every step; with --task grpo, use search without it")
     if "learning_rate" in train.model_fields_set:
         raise ConfigError("--lr-only searches for the learning rate, so it cannot be set as well; remove learning_rate")
     folder = Path(train.output_dir)

@@ -2,14 +2,81 @@
 
 `study/verdict.py` fills them in from the runs and adds the verdict; `tailora/report` shows both. Losses are measured on
 held-out examples: one half selects settings, the other evaluates the selected ones (`study/trial.py`). `loss_unit` is
-their unit; earlier versions supported only language models. Needs no torch.
+their unit; earlier versions supported only language models. In reinforcement learning, runs minimize minus the reward,
+and report.json and pages have rewards instead of losses (`Measure`). Needs no torch.
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tailora.evaluation.statistics import Difference
-from tailora.train.config import NATS_PER_TOKEN
+from tailora.train.config import NATS_PER_TOKEN, REWARD
+
+# ---- Losses or rewards
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a task's held-out number is called, and its sign where it is shown: runs always minimize."""
+
+    name: str
+    names: str
+    better: str
+    sign: int
+
+    def label(self, unit: str) -> str:
+        return f"{self.name}, {unit}" if unit != self.name else self.name
+
+    def text(self, loss: float) -> str:
+        return f"held-out {self.name} {self.sign * loss + 0.0:.4f}"  # never -0
+
+    def difference(self, difference: Difference) -> Difference:
+        low, high = sorted((self.sign * difference.low, self.sign * difference.high))
+        return replace(difference, value=self.sign * difference.value, low=low, high=high)
+
+
+LOSS, REWARDS = Measure("loss", "losses", "lower loss", 1), Measure("reward", "rewards", "higher reward", -1)
+KEYS = {
+    **{f"{key}_loss": f"{key}_reward" for key in ("eval", "base", "choosing")},
+    **{f"{key}_losses": f"{key}_rewards" for key in ("seed", "train")},
+}
+KEYS_OF_LOSSES = {new: old for old, new in KEYS.items()}
+
+
+def measure_of(loss_unit: str) -> Measure:
+    return REWARDS if loss_unit == REWARD else LOSS
+
+
+def converted(content: Any, keys: Mapping[str, str], sign: int) -> Any:
+    """Returns the content of a report.json with different keys, and its losses or rewards times `sign`."""
+    if isinstance(content, list):
+        return [converted(item, keys, sign) for item in content]
+    if not isinstance(content, dict):
+        return content
+    result = {}
+    for key, value in content.items():
+        if key in keys or key == "rates":
+            value = _times(sign, value)
+        elif key == "curve":
+            value = [(step, sign * loss) for step, loss in value]
+        elif key == "interval" and value is not None:
+            value = sorted(sign * end for end in value)
+        elif key == "difference" and value is not None:
+            value = asdict(REWARDS.difference(Difference(**value))) if sign < 0 else value
+        else:
+            value = converted(value, keys, sign)
+        result[keys.get(key, key)] = value
+    return result
+
+
+def _times(sign: int, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_times(sign, item) for item in value]
+    if isinstance(value, dict):
+        return {key: _times(sign, item) for key, item in value.items()}
+    return None if value is None else sign * value + 0.0  # never -0
+
 
 # ---- compare
 
@@ -72,8 +139,13 @@ class Comparison:
     seconds: float
     loss_unit: str = NATS_PER_TOKEN
 
+    @property
+    def measure(self) -> Measure:
+        return measure_of(self.loss_unit)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        content: dict[str, Any] = asdict(self)
+        return content if self.measure is LOSS else converted(content, KEYS, -1)
 
 
 # ---- search
@@ -145,5 +217,10 @@ class SearchResult:
     config: str
     loss_unit: str = NATS_PER_TOKEN
 
+    @property
+    def measure(self) -> Measure:
+        return measure_of(self.loss_unit)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        content: dict[str, Any] = asdict(self)
+        return content if self.measure is LOSS else converted(content, KEYS, -1)

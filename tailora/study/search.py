@@ -46,7 +46,7 @@ from tailora.study.budget import (
     no_costs,
 )
 from tailora.study.config import SearchConfig, trial_settings
-from tailora.study.results import Candidate, Finalist, SearchResult
+from tailora.study.results import Candidate, Finalist, SearchResult, measure_of
 from tailora.study.search_space import Axis
 from tailora.study.study_store import (
     DAMAGED,
@@ -75,7 +75,7 @@ from tailora.study.trial import (
     selection_half,
 )
 from tailora.study.verdict import choose_finalists, evaluate_finalists
-from tailora.train.config import TrainConfig
+from tailora.train.config import GRPO, NATS_PER_TOKEN, REWARD, TrainConfig
 from tailora.train.config_file import config_text
 
 STUDY, BEST, CHEAPEST = "search.json", "best.yaml", "cheapest.yaml"
@@ -318,7 +318,8 @@ class _Search:
             except BaseException:  # repeat an interrupted trial when the search resumes
                 optuna_study.retry(self.optuna, self.optuna.get_trials(deepcopy=False)[trial.number])
                 raise
-            loss = "no loss" if candidate.eval_loss is None else f"{candidate.eval_loss:.4f}"
+            measure = measure_of(REWARD if self.train.task == GRPO else NATS_PER_TOKEN)
+            loss = "no result" if candidate.eval_loss is None else measure.text(candidate.eval_loss)
             ended = "" if candidate.state == DONE else f", {candidate.state}: {candidate.message}"
             values = search_space.format_values(candidate.settings)
             self.session.log(f"trial {candidate.number}: {loss}{ended}  ({values})")

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, ProcessFailedError, TailoraError
 from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
+from tailora.study.results import measure_of
 from tailora.train import subprocess_worker
 from tailora.train.config import ACCUMULATION, NATS_PER_TOKEN, TrainConfig, batches_per_step
 from tailora.train.failures import Failure, leave_failure
@@ -200,7 +201,8 @@ class Trial:
     @property
     def summary(self) -> str:
         """For the log of a final run: the loss on the evaluation half, or the outcome."""
-        return f"held-out loss {self.loss(evaluation_half(len(self.counts))):.4f}" if self.done else self.outcome
+        loss = self.loss(evaluation_half(len(self.counts)))
+        return measure_of(self.loss_unit).text(loss) if self.done else self.outcome
 
 
 def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosses | None, **results: Any) -> Trial:
@@ -274,7 +276,7 @@ class Worker:
 class Progress(Protocol):
     """Shows the running trials. worker: number of the worker that runs the trial; 1 if there is only one."""
 
-    def step(self, step: int, steps: int, loss: float, *, worker: int) -> None: ...
+    def step(self, step: int, steps: int, result: str, *, worker: int) -> None: ...
 
     def end(self, *, worker: int) -> None:
         """Called when the trial of this worker has ended, also after a failure."""
@@ -371,7 +373,9 @@ def get_trial(
 
     def listen(event: TrialEvent) -> str | None:
         if progress is not None and not event.held_out:
-            progress.step(event.step, event.steps, event.loss, worker=number)
+            measure = measure_of(event.loss_unit)
+            result = f"{measure.name} {measure.sign * event.loss:.3f}"
+            progress.step(event.step, event.steps, result, worker=number)
         return None if stop is None else stop(event)
 
     try:
@@ -468,7 +472,8 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
             header.update({name: event.header[key] for name, key in names.items()})
         if isinstance(event, Stepped | Evaluated):
             is_eval = isinstance(event, Evaluated)
-            events.append(TrialEvent(event.step, loss=event.loss, held_out=is_eval, seconds=event.seconds, **header))
+            loss = event.loss if event.reward is None else -event.reward
+            events.append(TrialEvent(event.step, loss=loss, held_out=is_eval, seconds=event.seconds, **header))
             record(events[-1])
 
     def on_ready(model: Any, *_: Any) -> None:

@@ -21,7 +21,7 @@ from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, Interval, difference_over_seeds, interval_over_seeds, seeds_needed
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_range import LearningRateSearch
-from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult
+from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult, measure_of
 from tailora.study.trial import DONE, Trial, evaluation_half
 
 REACH = 2.0  # margins; cheaper trials this close to the best are repeated: one seed on half of the examples is inexact
@@ -288,7 +288,7 @@ def _difference_verdict(arm: ArmResult, difference: Difference, reference: ArmRe
         finding, could_change = f"{arm.name} is better than {reference.name}", [reference]
     elif low > margin:
         finding, could_change = f"{reference.name} is better than {arm.name}", [arm]
-        advice = f"Use {reference.name} if the lower loss is worth its cost."
+        advice = f"Use {reference.name} if the {measure_of(unit).better} is worth its cost."
     elif high < margin and low > -margin:
         finding = f"{arm.name} and {reference.name} are equally good: they differ by less than {margin:g} {unit}"
         could_change = [arm, reference]
@@ -315,8 +315,10 @@ def search_verdict(
 ) -> str:
     """Returns the text. finalists: the best first.    trials: all."""
     best = finalists[0]
-    low, high = best.interval
-    use_best = f"Use trial {best.number}: held-out loss {best.eval_loss:.3f} (95% interval {low:.3f} to {high:.3f})."
+    measure = measure_of(unit)
+    low, high = sorted(measure.sign * end for end in best.interval)
+    value = f"held-out {measure.name} {measure.sign * best.eval_loss:.3f}"
+    use_best = f"Use trial {best.number}: {value} (95% interval {low:.3f} to {high:.3f})."
     if len(finalists) == 1:
         return f"{use_best} {_no_smaller_finalist(best, trials)}"
     compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
@@ -388,6 +390,7 @@ def sample_size_advice(difference: Difference, margin: float) -> str:
 
 
 def format_difference(difference: Difference, unit: str) -> str:
+    difference = measure_of(unit).difference(difference)
     p = "p below .001" if difference.p_value < 0.001 else f"p = {difference.p_value:.3f}"
     if difference.comparisons > 1:
         p += f", both adjusted for {difference.comparisons} comparisons"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tailora.data.dataset import Example
 from tailora.kernels.loss import FORMS, Batch
-from tailora.train.config import PER_COMPLETION
+from tailora.train.config import REWARD
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Outputs, Task
 
 Rewards = npt.NDArray[np.float64]  # (groups, completions of each); NaN: not scored
@@ -146,7 +146,7 @@ class GRPO(Task):
     drift: Drift = field(default_factory=Drift)
     score_names: tuple[str, ...] = ()
 
-    loss_unit = PER_COMPLETION
+    loss_unit = REWARD
     has_one_loss = True
 
     @property

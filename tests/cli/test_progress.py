@@ -251,8 +251,8 @@ def test_a_trial_that_has_failed_leaves_the_line() -> None:
     file = Terminal()
     progress = step_counter(Console(file=file, width=120, no_color=True, highlight=False), workers=2)
     assert progress is not None
-    progress.step(3, 9, 2.5, worker=1)
-    progress.step(1, 9, 3.5, worker=2)
+    progress.step(3, 9, "loss 2.500", worker=1)
+    progress.step(1, 9, "loss 3.500", worker=2)
     assert "1: step 3/9  loss 2.500   2: step 1/9  loss 3.500" in file.getvalue().split("\r")[-2]
     progress.end(worker=1)
     assert "  2: step 1/9  loss 3.500" in file.getvalue().split("\r")[-2]

@@ -79,7 +79,7 @@ class Steps:
         self.workers: set[int] = set()
         self.ended: list[int] = []  # workers
 
-    def step(self, step: int, steps: int, _loss: float, *, worker: int) -> None:
+    def step(self, step: int, steps: int, _result: str, *, worker: int) -> None:
         self.steps.append((step, steps))
         self.workers.add(worker)
 

@@ -21,7 +21,8 @@ COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm,
 
 def compare_page(comparison: Comparison) -> Page:
     arms = [arm for arm in comparison.arms if arm.eval_loss is not None]
-    seeds, steps, unit = plural(len(comparison.seeds), "seed"), plural(comparison.steps, "step"), comparison.loss_unit
+    seeds, steps, measure = plural(len(comparison.seeds), "seed"), plural(comparison.steps, "step"), comparison.measure
+    axis = measure.label(comparison.loss_unit)
     changes = [(f"{arm.name}:", arm.changes) for arm in comparison.arms]
     parts = comparison.settings.items()
     shared = [(part, {key: value for key, value in settings.items() if key != "arms"}) for part, settings in parts]
@@ -32,22 +33,24 @@ def compare_page(comparison: Comparison) -> Page:
             f"{comparison.judged_examples:,} held-out examples that were not used to choose a learning rate.",
             _losses(comparison, arms),
         ),
-        Section("Training", "All variants saw the same examples in the same order.", [_training(arms, unit)]),
+        Section("Training", "All variants saw the same examples in the same order.", [_training(arms, axis)]),
         Section("What it costs", "Means over the seeds; memory is the maximum.", [_costs(arms)]),
         Section(
             "Learning rates tried",
-            "A comparison is only fair if every variant has its own best learning rate. These are the losses on the "
-            "half of the held-out examples that is used to choose the rate.",
-            _rates(comparison.arms, unit),
+            f"A comparison is only fair if every variant has its own best learning rate. These are the {measure.names} "
+            "on the half of the held-out examples that is used to choose the rate.",
+            _rates(comparison.arms, axis, measure.name),
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
     ]
     numbers = [
-        Number(f"held-out loss, {one_line(arm.name, 20)}", f"{arm.eval_loss:.3f}", interval(arm.interval), "page")
+        Number(
+            f"held-out {measure.name}, {one_line(arm.name, 20)}", f"{arm.eval_loss:.3f}", interval(arm.interval), "page"
+        )
         for arm in arms[:3]
     ]
     numbers += [
-        Number("held-out loss, base", f"{comparison.base_loss:.3f}", "before training"),
+        Number(f"held-out {measure.name}, base", f"{comparison.base_loss:.3f}", "before training"),
         Number("seeds", str(len(comparison.seeds)), f"{steps} each", detail="page"),
         Number("total time", duration(comparison.seconds)),
     ]
@@ -67,7 +70,7 @@ def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | N
         rate = rate if arm.bracketed else f"{rate} (edge)"
         cells = difference_cells(arm.difference, comparison.p_values.get(arm.name))
         rows.append([arm.name, rate, f"{arm.eval_loss:.3f}", interval(arm.interval), *cells])
-    first = [Column("name"), *numeric("learning rate", "held-out loss"), INTERVAL]
+    first = [Column("name"), *numeric("learning rate", f"held-out {comparison.measure.name}"), INTERVAL]
     reference = comparison.reference
     columns = [*first, *numeric(f"- {reference}"), INTERVAL, Column("p", numeric=True, priority=1)]
     figures = loss_figures(losses, comparison.base_loss, differences, reference, margin, comparison.loss_unit)
@@ -85,22 +88,19 @@ def _accuracies(comparison: Comparison, arms: Sequence[ArmResult]) -> Table | No
     return Table(columns, rows, "Accuracy") if rows else None
 
 
-def _training(arms: Sequence[ArmResult], unit: str) -> Figure | None:
+def _training(arms: Sequence[ArmResult], axis: str) -> Figure | None:
     runs = {arm.name: [losses for losses in arm.train_losses if losses] for arm in arms}
     ends = [f"{name} from {losses[0][0]:.3f} to {losses[0][-1]:.3f}" for name, losses in runs.items() if losses]
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(310, "step", f"loss, {unit}", whole_numbers="x")
+        axes = canvas.new_axes(310, "step", axis, whole_numbers="x")
         for number, (name, losses) in enumerate(runs.items()):
             if losses:
                 canvas.losses(losses, series_colour(number), one_line(name, 28))
         axes.margins(x=0.02)
 
-    alt = f"Line chart of training losses. {'; '.join(ends)}."
-    caption = (
-        f"Loss of each step's examples before its update, {unit}. Thin lines: each seed. Thick lines: running "
-        "mean of all seeds."
-    )
+    alt = f"Line chart of training, {axis}: {'; '.join(ends)}."
+    caption = "Each step's examples before its update. Thin lines: each seed. Thick lines: running mean of all seeds."
     return Figure("training", draw, alt, caption, wide=True) if ends else None
 
 
@@ -119,7 +119,7 @@ def _costs(arms: Sequence[ArmResult]) -> Table:
     return Table([*columns, *numeric("KL from base", "rise of loss")], rows, note=note)
 
 
-def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:
+def _rates(arms: Sequence[ArmResult], axis: str, name: str) -> list[Block | None]:
     losses = {  # without failed runs
         arm.name: {rate: loss for rate, loss in sorted(arm.rates.items()) if loss is not None and math.isfinite(loss)}
         for arm in arms
@@ -127,7 +127,7 @@ def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:
     tried = [arm for arm in arms if losses[arm.name]]
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(310, "learning rate", f"loss, {unit}")
+        axes = canvas.new_axes(310, "learning rate", axis)
         for number, arm in enumerate(tried):
             arm_losses, colour, label = losses[arm.name], series_colour(number), one_line(arm.name, 28)
             hollow: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7}
@@ -137,16 +137,16 @@ def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:
         canvas.log_axis("x")
 
     best = "; ".join(f"{arm.name} best at {learning_rate(arm.learning_rate)}" for arm in tried if arm.learning_rate)
-    caption = "Held-out loss at each learning rate tried; filled: the one chosen."
+    caption = f"Held-out {name} at each learning rate tried; filled: the one chosen."
     at_edge = [arm.name for arm in tried if not arm.bracketed]
     if at_edge:
         caption += f" The best rate of {', '.join(at_edge)} is at the edge of the range."
-    figure = Figure("rates", draw, f"Loss against learning rate. {best}.", caption, wide=True)
+    figure = Figure("rates", draw, f"{name.capitalize()} against learning rate. {best}.", caption, wide=True)
     rows = [
         [arm.name, learning_rate(rate), f"{losses[arm.name][rate]:.4f}" if rate in losses[arm.name] else "failed"]
         for arm in arms
         for rate in sorted(arm.rates)
     ]
-    columns = [Column("name"), *numeric("learning rate", "loss")]
+    columns = [Column("name"), *numeric("learning rate", name)]
     table = Table(columns, rows, "Learning rates tried", folded=True, detail="page")
     return [figure if tried else None, table if rows else None]

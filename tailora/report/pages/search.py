@@ -12,7 +12,7 @@ from tailora.report.charts import DASHED, PAPER, SERIES, SOFT, Canvas, Estimate
 from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, setting
 from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table, train_command
 from tailora.study.lr_range import RateRange
-from tailora.study.results import Candidate, SearchResult
+from tailora.study.results import Candidate, Measure, SearchResult
 from tailora.study.trial import DONE
 from tailora.study.verdict import loss_of
 from tailora.train.memory import format_bytes
@@ -24,11 +24,11 @@ WIDE_RANGE = 8  # the axis is logarithmic from this ratio of the largest to the 
 
 
 def search_page(search: SearchResult) -> Page:
-    best, cheapest = search.best, search.cheapest
+    best, cheapest, measure = search.best, search.cheapest, search.measure
     done = [trial for trial in search.trials if trial.state == DONE and trial.eval_loss is not None]
     ended = len(search.trials) - len(done)
     settings = [(part, values) for part, values in search.settings.items() if isinstance(values, dict)]
-    all_trials = _table_of_trials(search.trials, "All trials", folded=True, detail="page")
+    all_trials = _table_of_trials(search.trials, measure.name, "All trials", folded=True, detail="page")
     ranked = sorted(search.importances.items(), key=lambda item: -item[1])
     importances = Paragraph(", ".join(f"{name} {value:.0%}" for name, value in ranked) + ".")
     sections = [
@@ -41,19 +41,21 @@ def search_page(search: SearchResult) -> Page:
         Section(
             "The trials",
             f"{plural(len(done), 'trial')} of {plural(search.steps, 'step')} finished, {ended:,} stopped early. "
-            "Losses are measured on the held-out examples used to choose trials.",
+            f"{measure.names.capitalize()} are measured on the held-out examples used to choose trials.",
             _trials(search, done),
         ),
         Section(
             "Which settings matter",
             "Importance: how well a setting predicts whether a trial is among the best quarter (PED-ANOVA).",
-            [importances if ranked else None, *_slices(done)],
+            [importances if ranked else None, *_slices(done, measure)],
         ),
         Section("All trials and settings", "", [all_trials, settings_table("Settings", *settings)]),
     ]
     numbers = [
-        Number(f"held-out loss, trial {best.number} (best)", f"{best.eval_loss:.3f}", interval(best.interval)),
-        Number("held-out loss, base", f"{search.base_loss:.3f}", "before training"),
+        Number(
+            f"held-out {measure.name}, trial {best.number} (best)", f"{best.eval_loss:.3f}", interval(best.interval)
+        ),
+        Number(f"held-out {measure.name}, base", f"{search.base_loss:.3f}", "before training"),
         Number("trained, cheapest trial", count(cheapest.trainable_parameters), "parameters"),
         Number("trials", str(len(search.trials)), f"{plural(search.steps, 'step')} each", "page"),
         Number("total time", duration(search.seconds)),
@@ -61,7 +63,7 @@ def search_page(search: SearchResult) -> Page:
     train = train_command(search.settings)
     commands = [f"{train} --config {search.config}  # the best"]
     if cheapest.number != best.number:
-        label = f"held-out loss, trial {cheapest.number} (cheapest)"
+        label = f"held-out {measure.name}, trial {cheapest.number} (cheapest)"
         numbers.insert(1, Number(label, f"{cheapest.eval_loss:.3f}", interval(cheapest.interval)))
         path = Path(search.config).with_name("cheapest.yaml")
         commands.append(f"{train} --config {path}  # the cheapest")
@@ -77,7 +79,7 @@ def _finalists(search: SearchResult) -> list[Block | None]:
     margin = search.settings.get("search", {}).get("margin")
     best = names[search.best.number]
     figures = loss_figures(losses, search.base_loss, differences, best, margin, search.loss_unit)
-    columns = [*numeric("trial", "held-out loss"), INTERVAL, *numeric("- best"), INTERVAL]
+    columns = [*numeric("trial", f"held-out {search.measure.name}"), INTERVAL, *numeric("- best"), INTERVAL]
     columns += numeric("p", "trained", "time", "peak memory")
     rows = []
     for trial in search.finalists:
@@ -97,9 +99,9 @@ def _finalists(search: SearchResult) -> list[Block | None]:
 # ---- Trials
 
 
-def _table_of_trials(trials: Sequence[Candidate], title: str, **options: Any) -> Table:
+def _table_of_trials(trials: Sequence[Candidate], name: str, title: str, **options: Any) -> Table:
     names = list(dict.fromkeys(name for trial in trials for name in trial.settings))
-    columns = numeric("trial", "loss", "trained", "time")
+    columns = numeric("trial", name, "trained", "time")
     columns += [Column(name, priority=1) for name in ("state", *names)]
     rows = [
         [
@@ -117,29 +119,31 @@ def _table_of_trials(trials: Sequence[Candidate], title: str, **options: Any) ->
 
 def _trials(search: SearchResult, done: Sequence[Candidate]) -> list[Block | None]:
     # Diverged runs are drawn at this loss; their own would squash all others
-    start = max([search.base_loss, *(trial.curve[0][1] for trial in search.trials if trial.curve)])
-    highest = start + max(0.3 * (start - min(map(loss_of, done), default=start)), 0.05)
-    best = sorted(done, key=loss_of)[:SHOWN_TRIALS]
+    sign = search.measure.sign
+    start = max([sign * search.base_loss, *(sign * trial.curve[0][1] for trial in search.trials if trial.curve)])
+    highest = start + max(0.3 * (start - min((sign * loss_of(trial) for trial in done), default=start)), 0.05)
+    best = sorted(done, key=lambda trial: sign * loss_of(trial))[:SHOWN_TRIALS]
     more = f" {len(best)} of {len(done)}" if len(best) < len(done) else ""
-    table = _table_of_trials(best, f"The best trials{more}") if best else None
+    table = _table_of_trials(best, search.measure.name, f"The best trials{more}") if best else None
     return [_history(search, done, highest), _curves(search, highest), _cost(search, done), table]
 
 
 def _history(search: SearchResult, done: Sequence[Candidate], highest: float) -> Figure | None:
     if not done:
         return None
+    measure, sign = search.measure, search.measure.sign
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(300, "trial", f"loss, {search.loss_unit}", whole_numbers="x")
+        axes = canvas.new_axes(300, "trial", measure.label(search.loss_unit), whole_numbers="x")
         canvas.legend_columns = 5 if canvas.wide else 3
         early = [trial for trial in search.trials if trial not in done and trial.eval_loss is not None]
-        best_so_far = np.minimum.accumulate([loss_of(trial) for trial in done])
+        best_so_far = sign * np.minimum.accumulate([sign * loss_of(trial) for trial in done])
         numbers = [trial.number for trial in done]
         axes.step(numbers, best_so_far, where="post", color=SOFT, linewidth=1.3, label="best so far")
         marks: dict[str, Any] = {"s": 46, "edgecolors": SERIES[0], "linewidths": 1.4, "zorder": 3}
         for name, trials, face in (("stopped early", early, PAPER), ("finished", done, SERIES[0])):
             if trials:
-                shown = [min(loss_of(trial), highest) for trial in trials]
+                shown = [sign * min(sign * loss_of(trial), highest) for trial in trials]
                 axes.scatter([trial.number for trial in trials], shown, c=face, label=name, **marks)
         rings: dict[str, Any] = {"facecolors": "none", "linewidths": 2, "zorder": 4}
         for number, (finalist, name) in enumerate(((search.best, "best"), (search.cheapest, "cheapest"))):
@@ -147,59 +151,61 @@ def _history(search: SearchResult, done: Sequence[Candidate], highest: float) ->
             x, colour = [finalist.number] * len(losses), SERIES[1 + number]
             axes.scatter(x, losses, s=170 + 90 * number, edgecolors=colour, label=name, **rings)
 
-    best = min(done, key=loss_of)
+    best = min(done, key=lambda trial: sign * loss_of(trial))
     alt = (
-        f"Loss of {len(search.trials)} trials in the order in which they started; the best, {loss_of(best):.3f}, is "
-        f"trial {best.number}."
+        f"{measure.name.capitalize()} of {len(search.trials)} trials in the order in which they started; the best, "
+        f"{loss_of(best):.3f}, is trial {best.number}."
     )
     caption = (
-        "Loss of each trial. Filled: finished. Hollow: stopped early, at its last evaluation. Line: the best so far. "
-        "Diverged trials are drawn at the top."
+        f"{measure.name.capitalize()} of each trial. Filled: finished. Hollow: stopped early, at its last evaluation. "
+        f"Line: the best so far. Diverged trials are drawn at the {'top' if sign > 0 else 'bottom'}."
     )
     return Figure("history", draw, alt, caption, wide=True)
 
 
 def _curves(search: SearchResult, highest: float) -> Figure | None:
-    trials = [trial for trial in search.trials if len(trial.curve) > 1]
+    trials, sign = [trial for trial in search.trials if len(trial.curve) > 1], search.measure.sign
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(300, "step", f"loss, {search.loss_unit}", whole_numbers="x")
+        axes = canvas.new_axes(300, "step", search.measure.label(search.loss_unit), whole_numbers="x")
         for trial in trials:
             best = trial.number == search.best.number
             width, alpha = (2.6, 1.0) if best else (1.2, 0.5)
             steps, losses = zip(*trial.curve, strict=True)
-            shown = np.minimum(losses, highest)
+            shown = sign * np.minimum(sign * np.array(losses), highest)
             axes.plot(steps, shown, color=SERIES[best], linewidth=width, alpha=alpha, zorder=2 + best)
 
-    alt = f"Held-out loss of {len(search.trials)} trials over their steps; trial {search.best.number} is highlighted."
-    caption = "Held-out loss over the steps; trials in the worse half are stopped early. Highlighted: the best."
+    name = f"Held-out {search.measure.name}"
+    alt = f"{name} of {len(search.trials)} trials over their steps; trial {search.best.number} is highlighted."
+    caption = f"{name} over the steps; trials in the worse half are stopped early. Highlighted: the best."
     return Figure("trial-curves", draw, alt, caption) if trials else None
 
 
 def _cost(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
-    trials = [trial for trial in done if trial.trainable_parameters]
+    trials, sign = [trial for trial in done if trial.trainable_parameters], search.measure.sign
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(300, "trained parameters", f"loss, {search.loss_unit}")
+        axes = canvas.new_axes(300, "trained parameters", search.measure.label(search.loss_unit))
         points = [(float(trial.trainable_parameters or 1), loss_of(trial)) for trial in trials]
         front: list[tuple[float, float]] = []
         for cost, loss in sorted(points):
-            if not front or loss < front[-1][1]:
+            if not front or sign * loss < sign * front[-1][1]:
                 front.append((cost, loss))
         axes.plot(*zip(*front, strict=True), color=SERIES[1], linewidth=1.6)
         axes.plot(*zip(*points, strict=True), "o", color=SERIES[0], markersize=7, markeredgecolor=PAPER)
         canvas.log_axis("x", count)
 
-    alt = f"Loss of {len(trials)} trials against the number of parameters that they train."
-    caption = "Loss against trained parameters. The line joins the trials that no cheaper trial beats."
+    name = search.measure.name.capitalize()
+    alt = f"{name} of {len(trials)} trials against the number of parameters that they train."
+    caption = f"{name} against trained parameters. The line joins the trials that no cheaper trial beats."
     return Figure("cost", draw, alt, caption) if len(trials) > 1 else None
 
 
 # ---- Settings
 
 
-def _slices(done: Sequence[Candidate]) -> list[Figure]:
-    """Returns a figure of the loss against each setting that differs among the trials."""
+def _slices(done: Sequence[Candidate], measure: Measure) -> list[Figure]:
+    """Returns a figure of the loss or reward against each setting that differs among the trials."""
     if len(done) < FEWEST_FOR_SLICES:
         return []
     names = dict.fromkeys(name for trial in done for name in trial.settings)
@@ -207,14 +213,14 @@ def _slices(done: Sequence[Candidate]) -> list[Figure]:
     for number, name in enumerate(names):
         points = [(trial.settings[name], loss_of(trial)) for trial in done if name in trial.settings]
         if len({setting(value) for value, _ in points}) > 1:
-            alt = f"Loss of {len(points)} trials against {name}."
-            draw = partial(_draw_slice, points)
-            figures.append(Figure(f"slice-{number}", draw, alt, f"Loss of each trial by {name}."))
+            what, draw = measure.name.capitalize(), partial(_draw_slice, points, measure.name)
+            alt = f"{what} of {len(points)} trials against {name}."
+            figures.append(Figure(f"slice-{number}", draw, alt, f"{what} of each trial by {name}."))
     return figures
 
 
-def _draw_slice(points: Sequence[tuple[Any, float]], canvas: Canvas) -> None:
-    axes = canvas.new_axes(220, "", "loss")
+def _draw_slice(points: Sequence[tuple[Any, float]], label: str, canvas: Canvas) -> None:
+    axes = canvas.new_axes(220, "", label)
     values, losses = [value for value, _ in points], [loss for _, loss in points]
     are_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     names = list(dict.fromkeys(map(setting, sorted(values) if are_numbers else values)))

@@ -9,6 +9,7 @@ from tailora.report.blocks import Column, Figure, Section, Table
 from tailora.report.charts import DASHED, GRID, SERIES, SOFT, Canvas, Estimate
 from tailora.report.format import NONE, decimals, interval, one_line, p_value, setting, share, signed
 from tailora.study.model_layout import DEPTHS, depth_of, layer_range
+from tailora.study.results import measure_of
 from tailora.study.study_store import LAUNCH, PROCESSES
 
 INTERVAL = Column("95% interval", numeric=True, interval=True)
@@ -49,21 +50,25 @@ def loss_figures(
     """differences: name of a loss -> its difference from the reference's loss.
     margin: differences below this, in the loss's unit, do not matter to the user.
     """
+    measure = measure_of(unit)
     measured = {name: difference for name, difference in differences.items() if difference}
     listed = "; ".join(f"{loss.name} {loss.value:.3f} ({interval(loss.ends)})" for loss in losses)
     seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
-    alt = f"Held-out loss of each with its 95% interval: {listed}."
+    alt = f"Held-out {measure.name} of each with its 95% interval: {listed}."
     caption = (
-        f"Held-out loss with 95% intervals over examples and seeds{seeds}. The loss of the base model is "
+        f"Held-out {measure.name} with 95% intervals over examples and seeds{seeds}. The base model's is "
         f"{base_loss:.3f}. All are evaluated on the same examples, so compare the differences: overlapping intervals "
         "say little."
     )
-    losses_figure = Figure("losses", lambda canvas: canvas.estimates(losses, f"held-out loss, {unit}"), alt, caption)
+    losses_figure = Figure(
+        "losses", lambda canvas: canvas.estimates(losses, f"held-out {measure.label(unit)}"), alt, caption
+    )
 
     def draw_differences(canvas: Canvas) -> None:
         rows = [Estimate(name, value.value, (value.low, value.high)) for name, value in measured.items()]
         colours = [number for number, loss in enumerate(losses) if loss.name in measured]  # as in the figure of losses
-        label = f"loss − loss of {one_line(reference, 18)}, {unit}"
+        label = f"{measure.name} − {measure.name} of {one_line(reference, 18)}"
+        label = f"{label}, {unit}" if unit != measure.name else label
         canvas.estimates(rows, label, reference=0.0, form="+.3f", colours=colours)
         if margin is not None:
             canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
@@ -71,8 +76,9 @@ def loss_figures(
     listed = "; ".join(f"{name} {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for name, d in measured.items())
     are_several = any(difference.comparisons > 1 for difference in measured.values())
     ends = f"its 95% interval{' (all intervals hold at the same time)' if are_several else ''}"
+    side = "left" if measure.sign > 0 else "right"
     alt = f"Difference of each from {reference} with its 95% interval: {listed}."
-    caption = f"Difference from {reference} on the same examples and seeds, with {ends}; left is better."
+    caption = f"Difference from {reference} on the same examples and seeds, with {ends}; {side} is better."
     if margin is not None:
         caption += f" Shaded: differences within the margin of {margin:g}, which do not matter."
     differences_figure = Figure("differences", draw_differences, alt, caption)

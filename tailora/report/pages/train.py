@@ -40,7 +40,7 @@ from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.study.config import FIRST_RATES, LORA
-from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN, PER_COMPLETION
+from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
 
@@ -366,7 +366,7 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
     numbers = []
     losses = result.eval_loss_before, result.eval_loss_after
     for when, loss, ends in zip(WHEN, losses, (result.eval_loss_before_95, result.eval_loss_after_95), strict=True):
-        if loss is not None and unit != PER_COMPLETION:
+        if loss is not None:
             perplexity = f"perplexity {math.exp(min(loss, 700)):,.1f}" if unit == NATS_PER_TOKEN else unit
             note = f"{interval(ends)}; {perplexity}" if ends else perplexity
             numbers.append(Number(f"held-out loss {when}", f"{loss:.3f}", note))
