@@ -104,7 +104,7 @@ def run_study(setting: str, name: str, runs: Runs, *, quick: bool) -> dict[str, 
     train = {**settings, "output_dir": str(folder)}
     of_study = {key: train.pop(key) for key in tuple(train) if key in CompareConfig.model_fields}
     run_trial = run_in_subprocess if "workers" in of_study else runs
-    report = compare(TrainConfig(**train), CompareConfig(**of_study), measure.log, run_trial=run_trial).to_dict()
+    report = asdict(compare(TrainConfig(**train), CompareConfig(**of_study), measure.log, run_trial=run_trial))
     arms = [arm for arm in report["arms"] if arm["outcome"] == "done"]
     trials = {
         arm["name"]: [
