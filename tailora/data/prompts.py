@@ -24,7 +24,7 @@ from tailora.data.messages import Messages, as_messages, listed, parsed_list, re
 from tailora.data.prepare import PreparedData
 from tailora.data.readers import Row, RowProblem, Source, data_error, read_rows
 from tailora.data.report import sample_hash
-from tailora.data.schemas import Conversation
+from tailora.data.schemas import Conversation, Pair
 from tailora.errors import DataError
 
 KEYS = ("messages", "prompt")  # the first that a row has
@@ -51,6 +51,14 @@ class Prompt:
     def hash(self) -> bytes:
         columns = json.dumps(dict(self.columns), sort_keys=True, default=str).encode()
         return sample_hash(Conversation(self.messages)) + columns
+
+    def sample(self, has_template: bool) -> Conversation | Pair:
+        """Returns the prompt with an empty reply, which is what answers before and after training replace."""
+        if not has_template:
+            return Pair(str(self.value), "")
+        return Conversation(
+            [*self.messages, {"role": "assistant", "content": ""}], tools=read_tools(dict(self.columns))
+        )
 
     def example(self, number: int) -> Example:
         """Returns the prompt as an example without a reply. number: its index."""
@@ -151,7 +159,7 @@ def prepare_prompts(sources: Sequence[Source], tokenizer: ChatTokenizer, eval_so
         labels={},
         eval_labels={},
     )
-    samples = [Conversation(prompt.messages) for prompt in held_out]
+    samples = [prompt.sample(tokenizer.template is not None) for prompt in held_out]
     hashes_of_rows = {prompt.hash[:8] for prompt in prompts}
-    prepared = PreparedData(sides[0], sides[1], report, list(samples), hashes_of_rows, [])
+    prepared = PreparedData(sides[0], sides[1], report, samples, hashes_of_rows, [])
     return PreparedPrompts(prompts, held_out, prepared)
