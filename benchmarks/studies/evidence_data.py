@@ -50,7 +50,7 @@ REWARDS = {"task": "grpo", "reward": ["rewards.py:score"], "data": "prompts.json
 REWARDS |= {"per_device_train_batch_size": 8, "passport": "none"}
 REWARDS_OF = {
     "markov": {"num_generations": 8, "max_completion_length": 8, "max_steps": 60, "seeds": 5},
-    "sums": {"num_generations": 4, "max_completion_length": 4, "max_steps": 24, "seeds": 3, "workers": 2},
+    "sums": {"num_generations": 4, "max_completion_length": 4, "max_steps": 20, "seeds": 3, "workers": 3},
 }
 LARGE_BATCH = 4  # times the batch, and a quarter of the steps
 ATTENTION_RANKS = {"tiny model": 23, "SmolLM2-135M-Instruct": 21}
