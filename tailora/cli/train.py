@@ -283,10 +283,7 @@ def is_worse(result: "TrainResult") -> bool:
 def write_results(
     folder: Path, answers: Sequence["Answer"], measured: Mapping[str, Any], started: float, peak: int
 ) -> tuple[dict[str, Any] | None, str]:
-    """Writes the reports; returns report.json, and where report.html is or how to get it.
-
-    measured: further numbers of the result.    peak: bytes of memory.
-    """
+    """Writes the reports; returns report.json, and where report.html is or how to get it. peak: bytes of memory."""
     from tailora.report.pages.train import write_train_report
 
     report, page = None, ""
@@ -321,10 +318,7 @@ def answer_samples(result: "TrainResult", count: int) -> list["Answer"]:
 
 
 def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, Any]:
-    """Returns the KL from the base for preferences, and forgetting for rewards, in nats per token.
-
-    {} for other tasks, and for an adapter trained further.
-    """
+    """Returns further numbers for the result of preferences and of rewards; {} for an adapter trained further."""
     from tailora.evaluation.forgetting import forgetting, sample_texts
 
     data = result.data

@@ -79,9 +79,9 @@ def _change(before: Floats, after: Floats) -> RewardChange | None:
     """Compares the means of the same prompts; None if no prompt has both.    before, after: (prompts, completions)."""
     first, second = group_means(before), group_means(after)
     known = ~(np.isnan(first) | np.isnan(second))
-    if not known.any():
-        return None
     first, second, counts = first[known], second[known], np.ones(int(known.sum()))
+    if not len(first):
+        return None
     if len(first) > 1 and _is_pass_or_fail(first, second):
         intervals = wilson_interval(first), wilson_interval(second), share_difference(first, second)
     else:
@@ -149,13 +149,9 @@ def describe_rewards(
     if not any(shown.values()):
         return f"{rose} No reward only judges, so a gamed reward would not show; add one with --eval-reward."
     gamed = [name for name in trained if name in changes and changes[name].change.low > 0] or trained
-    texts = {
-        finding: FINDINGS[finding].format(gamed=" and ".join(gamed), judges=", ".join(named))
-        for finding, named in shown.items()
-        if named
-    }
-    lead = [texts.pop("did not rise")] if "did not rise" in texts else []  # comes before the good news
-    return " ".join([*lead, rose, *texts.values()])
+    texts = [text.format(gamed=" and ".join(gamed), judges=", ".join(shown[key])) for key, text in FINDINGS.items()]
+    said = [text for text, named in zip(texts, shown.values(), strict=True) if named]
+    return " ".join([*said[:1], rose, *said[1:]] if shown["did not rise"] else [rose, *said])
 
 
 def scores_of(rows: Sequence[Mapping[str, Any]], when: str) -> Scores:

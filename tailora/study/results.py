@@ -37,10 +37,8 @@ class Measure:
 
 
 LOSS, REWARDS = Measure("loss", "losses", "lower loss", 1), Measure("reward", "rewards", "higher reward", -1)
-KEYS = {
-    **{f"{key}_loss": f"{key}_reward" for key in ("eval", "base", "choosing")},
-    **{f"{key}_losses": f"{key}_rewards" for key in ("seed", "train")},
-}
+KEYS = {key: key.replace("losses", "rewards") for key in ("seed_losses", "train_losses")}
+KEYS |= {key: key.replace("loss", "reward") for key in ("eval_loss", "base_loss", "choosing_loss")}
 KEYS_OF_LOSSES = {new: old for old, new in KEYS.items()}
 
 
@@ -62,8 +60,8 @@ def converted(content: Any, keys: Mapping[str, str], sign: int) -> Any:
             value = [(step, sign * loss) for step, loss in value]
         elif key == "interval" and value is not None:
             value = sorted(sign * end for end in value)
-        elif key == "difference" and value is not None:
-            value = asdict(REWARDS.difference(Difference(**value))) if sign < 0 else value
+        elif key == "difference" and value is not None and sign < 0:
+            value = asdict(REWARDS.difference(Difference(**value)))
         else:
             value = converted(value, keys, sign)
         result[keys.get(key, key)] = value

@@ -65,8 +65,7 @@ def group_means(values: Rewards) -> npt.NDArray[np.float64]:
 
 def mean_and_error(name: str, values: Rewards) -> dict[str, float]:
     """Returns the mean over the groups and its standard error, under these names, unless they are not known."""
-    means = group_means(values)
-    means = means[~np.isnan(means)]
+    means = group_means(values)[~np.isnan(values).all(1)]
     numbers = {name: float(means.mean())} if means.size else {}
     if means.size > 1:
         numbers[f"{name}_std_error"] = float(means.std(ddof=1) / np.sqrt(means.size))
@@ -103,10 +102,8 @@ class Drift:
         self.sums, self.largest, self.tokens = [], [], 0
         if self.warn is not None and mean > self.limit:
             self.limit = math.inf
-            self.warn(
-                f"log-probabilities of sampling and training differ by {mean:.1e} nats per token (maximum {most:.1e}), "
-                "so the trained model is not quite the one that is sampled"
-            )
+            size = f"{mean:.1e} nats per token (maximum {most:.1e})"
+            self.warn(f"sampling and training differ by {size}: the trained model is not quite the one that is sampled")
         return {"drift_mean": mean, "drift_max": most}
 
 

@@ -68,10 +68,7 @@ class Sample:
     def shown(self) -> dict[str, str]:
         """The beginnings of the prompt's last message and of the completion."""
         texts = {"prompt": str(self.prompt.messages[-1]["content"]), "completion": self.text}
-        return {
-            name: text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
-            for name, text in texts.items()
-        }
+        return {name: text[:SHOWN_CHARACTERS] for name, text in texts.items()}
 
     def example(self, number: int) -> Example:
         """Returns prompt and completion, which alone is trained. number: index of the prompt."""

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.study.config import FIRST_RATES, LORA
+from tailora.study.results import REWARDS, Measure, measure_of
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
@@ -91,17 +92,14 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the held-out examples, before and after training, with 95% intervals.
-
-    change: paired by example, for rewards.
-    """
+    """A metric of the held-out examples, before and after training, with 95% intervals."""
 
     name: str
     before: float | None  # None if there is no such number
     before_95: tuple[float, float] | None
     after: float | None
     after_95: tuple[float, float] | None
-    change: float | None = None
+    change: float | None = None  # paired by example, for rewards
     change_95: tuple[float, float] | None = None
 
 
@@ -191,8 +189,9 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
             change_of_metrics = describe_preferences(before, after)
     shared = [name for name in after if name in before]
-    sides = [before, after, *([changes] if changes else [])]
-    task_metrics = [asdict(Metric(name, *_numbers_of([side[name] for side in sides]))) for name in shared]
+    sides, keys = [before, after, *([changes] if changes else [])], [item.name for item in fields(Metric)]
+    metrics = [[name, *_numbers_of([side[name] for side in sides])] for name in shared]
+    task_metrics = [dict(zip(keys, values, strict=False)) for values in metrics]  # without changes, if there are none
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif losses and header.get("rewards"):
@@ -219,12 +218,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         elif losses:
             result |= {"eval_loss_change": losses["change"].value}
             result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
-        result |= {
-            f"eval_{m['name']}_{key}": value
-            for m in task_metrics
-            for key, value in m.items()
-            if key != "name" and (changes or not key.startswith("change"))
-        }
+        result |= {f"eval_{m['name']}_{key}": value for m in task_metrics for key, value in m.items() if key != "name"}
     content = {
         "verdict": verdict,
         "remedy": remedy,
@@ -287,16 +281,21 @@ def train_page(report: TrainReport) -> Page:
     model = str(report.settings["model"]).rstrip("/").rpartition("/")[2]
     numbers: list[Number] = []
     unit = str(run.get("loss_unit", NATS_PER_TOKEN))
-    by_reward = bool(run.get("rewards"))
+    measure = measure_of(unit)
+    by_reward = measure is REWARDS
     measured = "Nats per trained token" if unit == NATS_PER_TOKEN else f"Loss, {unit}"
-    loss_text = f"{measured}: for each step's examples before its update, and for the held-out examples."
+    curve_text = f"{measured}: for each step's examples before its update, and for the held-out examples."
+    if by_reward:
+        curve_text = (
+            "Mean reward of each step's completions, and of the held-out ones, with 95% intervals over prompts."
+        )
     answers: Block | None = None
     if result is not None:
         first = report.metrics[: 1 if by_reward else 2]  # those that say most
         numbers = [Number(f"{m.name} after", decimals(m.after), f"before {decimals(m.before)}") for m in first]
         numbers += _numbers(result, unit, is_resumed=report.settings.get("resume_from_checkpoint") is not None)
         if report.evaluations:
-            loss_text += f" The weights of step {result.best_step} were kept."
+            curve_text += f" The weights of step {result.best_step} were kept."
         if not run.get("labels") and report.settings.get("samples") != 0:
             answers = Paragraph("No answers were compared, because the data has no held-out prompt.")
     answers_text = "Greedy answers to the prompts of the first held-out examples."
@@ -321,14 +320,10 @@ def train_page(report: TrainReport) -> Page:
         "Machine": run.get("machine") or {},
     }
     meanings = MEANINGS if by_reward else LABEL_METRICS if run.get("labels") else PREFERENCE_METRICS
-    curve = Section("Loss", loss_text, [_loss(report, unit)])
-    if by_reward:
-        text = "Mean reward of each step's completions, and of the held-out ones, with 95% intervals."
-        curve = Section("Reward", text, [_reward(report)])
     sections = [
         *([_metrics(report.metrics, meanings)] if report.metrics else []),
         *([section] if (section := labels_section(report.labels)) else []),
-        curve,
+        Section(measure.name.capitalize(), curve_text, [_curve(report, measure, unit)]),
         *([_examples(report.held_out, unit)] if report.held_out and not by_reward else []),
         *(_sampled(report.completions) if by_reward else []),
         Section("Answers before and after", answers_text, [answers]),
@@ -414,52 +409,31 @@ def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
     return Section("Metrics", "On the held-out examples.", [Table(columns, rows, note=f"{note}.")])
 
 
-def _loss(report: TrainReport, unit: str) -> Figure | None:
-    steps, evaluations = report.steps, report.evaluations
+def _curve(report: TrainReport, measure: Measure, unit: str) -> Figure | None:
+    steps = [
+        (step.step, step.loss if step.reward is None else step.reward, step.reward_std_error) for step in report.steps
+    ]
+    held_out = [(point.step, measure.sign * point.loss, point.reward_std_error) for point in report.evaluations]
     if not steps:
         return None
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(320 if canvas.wide else 280, "step", f"loss, {unit}", whole_numbers="x")
-        canvas.losses([[step.loss for step in steps]], SERIES[0], "training, running mean")
-        if evaluations:
-            x, y = [point.step for point in evaluations], [point.loss for point in evaluations]
-            axes.plot(x, y, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
-        axes.margins(x=0.02)
-
-    alt = f"Line chart. Training loss of {len(steps)} steps, from {steps[0].loss:.3f} to {steps[-1].loss:.3f}."
-    if evaluations:
-        alt += f" Held-out loss from {evaluations[0].loss:.3f} to {evaluations[-1].loss:.3f}."
-    caption = "Thin line: each step. Thick line: running mean. Dots: all held-out examples."
-    return Figure("loss", draw, alt, caption, wide=True)
-
-
-def _reward(report: TrainReport) -> Figure | None:
-    steps = [(step.step, step.reward, step.reward_std_error) for step in report.steps if step.reward is not None]
-    held_out = [(point.step, -point.loss, point.reward_std_error) for point in report.evaluations]
-    if not steps:
-        return None
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(320 if canvas.wide else 280, "step", "reward", whole_numbers="x")
-        canvas.losses([[reward for _, reward, _ in steps]], SERIES[0], "training, running mean")
-        known = np.array([step for step in steps if step[2] is not None], dtype=float).reshape(-1, 3)
-        x, y, half = known[:, 0], known[:, 1], Z * known[:, 2]
-        axes.fill_between(x, y - half, y + half, color=SERIES[0], alpha=0.15, linewidth=0)
+        axes = canvas.new_axes(320 if canvas.wide else 280, "step", measure.label(unit), whole_numbers="x")
+        canvas.losses([[value for _, value, _ in steps]], SERIES[0], "training, running mean")
+        x, y, error = np.array(steps, dtype=float).T
+        if np.isfinite(error).any():
+            axes.fill_between(x, y - Z * error, y + Z * error, color=SERIES[0], alpha=0.15, linewidth=0)
         if held_out:
-            x, y, half = np.array(held_out, dtype=float).T
-            style: dict[str, Any] = {"markersize": 7, "linewidth": 1.5, "capsize": 3}
-            axes.errorbar(x, y, Z * np.nan_to_num(half), fmt="o-", color=SERIES[1], label="held out", **style)
+            x, y, error = np.array(held_out, dtype=float).T
+            ends: dict[str, Any] = {"yerr": Z * error, "capsize": 3} if np.isfinite(error).all() else {}
+            axes.errorbar(x, y, fmt="o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out", **ends)
         axes.margins(x=0.02)
 
-    alt = f"Line chart. Mean reward of {len(steps)} steps, from {steps[0][1]:.3f} to {steps[-1][1]:.3f}."
+    alt = f"Line chart. Training {measure.name} of {len(steps)} steps, from {steps[0][1]:.3f} to {steps[-1][1]:.3f}."
     if held_out:
-        alt += f" Held-out reward from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}."
-    caption = (
-        "Thin line: each step, with the 95% interval over its prompts. Thick line: running mean. Dots: all held-out "
-        "prompts, with 95% intervals."
-    )
-    return Figure("reward", draw, alt, caption, wide=True)
+        alt += f" Held-out {measure.name} from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}."
+    caption = "Thin line: each step. Thick line: running mean. Dots: all held-out examples."
+    return Figure(measure.name, draw, alt, caption, wide=True)
 
 
 def _sampled(lines: Sequence[Mapping[str, Any]]) -> list[Section]:
