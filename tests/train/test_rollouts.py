@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tailora.errors import ConfigError, DataError
-from tailora.train.events import Note
+from tailora.train.events import Evaluated, Note
 from tailora.train.grpo import DRIFT_LIMITS, advantages_of
 from tailora.train.rewards import RewardError
 from tailora.train.rollouts import PARTS, SHOWN_PROMPTS, Rollouts
@@ -95,6 +96,30 @@ def test_a_resumed_run_gives_the_same_bytes(grpo: Any, tmp_path: Path) -> None:
     run(parts.replaced(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
     adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_the_adapter_with_the_best_held_out_reward_is_kept(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = Rollouts.evaluate
+
+    def planned(self: Rollouts, examples: Any, step: int, progress: Any) -> Any:
+        evaluation = evaluate(self, examples, step, progress)
+        return replace(evaluation, sums=evaluation.sums - (5.0 if step == 4 else 0.0))  # a higher reward
+
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(event: Any) -> None:
+        if isinstance(event, Evaluated):
+            state = trainer.run.model.lora_layers.state_dict()
+            weights[event.step] = {name: value.clone() for name, value in state.items()}
+
+    monkeypatch.setattr(Rollouts, "evaluate", planned)
+    trainer = Trainer(grpo(eval_steps=2, max_steps=8, learning_rate=2e-2), keep)
+    result = trainer.train()
+    assert result.best_step == 4
+    assert -result.eval_loss_after > 5
+    for name, value in result.model.lora_layers.state_dict().items():
+        assert value.equal(weights[4][name])
+    assert any(not value.equal(weights[8][name]) for name, value in weights[4].items())
 
 
 def test_samples_are_logged_and_logged_again_after_a_resume(grpo: Any) -> None:
