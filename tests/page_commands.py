@@ -27,6 +27,7 @@ import json, os, signal, socket, sys
 
 program, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
 is_other = arguments and arguments[0].startswith("-") and arguments[0] not in ("-m", "-c", "-")
+is_other = is_other or "tailora.train.rewards" in arguments  # inherits a connection
 if program == "python" and (is_other or "LOCAL_RANK" in os.environ):  # ranks watch the process that started them
     os.execv("{python}", ["{python}", *arguments])
 with socket.socket(socket.AF_UNIX) as server:
