@@ -14,7 +14,7 @@ SETTINGS = {
     "markov": "tiny model, changed language",
     "reviews": "SmolLM2-135M, film reviews",
     "chats": "SmolLM2-135M, chats",
-    "sums": "SmolLM2-135M, sums",
+    "letters": "SmolLM2-135M, first letters",
     "tiny_lm": "tiny model, [experiment 6](#experiment-6-a-tiny-language-model)",
 }
 NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "batch": ["batch"], "rank": ["rank", "few"]}

@@ -3,7 +3,7 @@
     markov    the tiny model of markov.py; a quarter of its language's contexts are new
     reviews   the demo's model; film reviews as plain texts (snippets.py)
     chats     the demo's model; the demo's chats
-    sums      the demo's model without its chat template; chain_sum of reasoning-gym, with 2 or 3 one-digit numbers
+    letters   the demo's model; answers with the first letter of a word, by rewards
 
 A study is what `tailora compare --config STUDY.yaml` gets. All studies of a setting share their plain arm, LoRA with
 r = 8 and alpha = 16 on every linear layer, and "attention" and "mlp" train about as many parameters as that arm.
@@ -11,6 +11,9 @@ Learning rates are where an arm's search begins.
 """
 
 import json
+import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 
 from benchmarks.studies import markov
 from benchmarks.studies.snippets import labelled_folder
-from tailora.data.demo import eval_file, model_folder
+from tailora.data.demo import eval_file
 
 Study = dict[str, Any]  # settings of TrainConfig and CompareConfig, as in a YAML file
 PLAIN, FULL = "lora", "full"
@@ -27,8 +30,8 @@ TEXTS, FEW_TEXTS, HELD_OUT_TEXTS = 1280, 64, 240  # of the tiny model
 REVIEWS, HELD_OUT_REVIEWS = 96, 120
 CHAT_STEPS, HELD_OUT_CHATS = 16, 60
 OTHER_CHATS = 4  # on which it is measured what learning from the reviews has changed
-PROMPTS, HELD_OUT_PROMPTS = 600, 160  # for rewards
-TINY, DEMO = ("markov",), ("reviews", "chats", "sums")
+PROMPTS = {"markov": (600, 160), "letters": (200, 64)}  # for rewards, and held out
+TINY, DEMO = ("markov",), ("reviews", "chats", "letters")
 MODEL_OF = {
     **dict.fromkeys(TINY, "tiny model"),
     **dict.fromkeys(DEMO, "SmolLM2-135M-Instruct"),
@@ -38,19 +41,25 @@ STUDIES = {  # setting -> its studies, the most important first
     "markov": ("full", "few", "loraplus", "alpha", "batch", "rslora", "layers", "dora", "pissa", "rewards"),
     "reviews": ("rank", "dora", "layers", "loraplus", "pissa", "alpha", "rslora", "full", "batch"),
     "chats": ("rank", "layers", "dora", "pissa", "loraplus", "full"),
-    "sums": ("rewards",),
+    "letters": ("rewards",),
 }
 COMMON: dict[str, Study] = {
     "reviews": {"model": "demo", "per_device_train_batch_size": 4, "num_train_epochs": 1, "max_length": 128},
     "chats": {"model": "demo", "per_device_train_batch_size": 4, "max_steps": CHAT_STEPS, "max_length": 128},
-    "sums": {"model": "model"},
+    "letters": {"model": "demo"},
 }
 TINY_COMMON = {"model": "model", "per_device_train_batch_size": markov.BATCH, "num_train_epochs": 1, "dtype": "float32"}
 REWARDS = {"task": "grpo", "reward": ["rewards.py:score"], "data": "prompts.jsonl", "eval_data": "held_out.jsonl"}
-REWARDS |= {"per_device_train_batch_size": 8, "passport": "none"}
+REWARDS |= {"num_generations": 8, "passport": "none"}
 REWARDS_OF = {
-    "markov": {"num_generations": 8, "max_completion_length": 8, "max_steps": 60, "seeds": 5},
-    "sums": {"num_generations": 4, "max_completion_length": 4, "max_steps": 20, "seeds": 3, "workers": 3},
+    "markov": {"per_device_train_batch_size": 8, "max_completion_length": 8, "max_steps": 60, "seeds": 5},
+    "letters": {
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 4,
+        "max_steps": 10,
+        "seeds": 3,
+        "workers": 3,
+    },
 }
 LARGE_BATCH = 4  # times the batch, and a quarter of the steps
 ATTENTION_RANKS = {"tiny model": 23, "SmolLM2-135M-Instruct": 21}
@@ -127,15 +136,14 @@ def write_setting(setting: str, folder: Path, *, base_steps: int) -> None:
     folder.mkdir(parents=True)
     if setting in TINY:
         write_tiny(folder, base_steps)
-    elif setting == "sums":
-        write_sums(folder)
-        return
+    elif setting == "letters":
+        write_letters(folder)
     elif setting == "reviews":
         for name, count in (("train", REVIEWS), ("eval", HELD_OUT_REVIEWS)):
             lines = (labelled_folder() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
             write_texts(folder / f"{name}.jsonl", [json.loads(line)["text"] for line in lines])
     if setting in DEMO:
-        file, count = ("old", OTHER_CHATS) if setting == "reviews" else ("eval", HELD_OUT_CHATS)
+        file, count = ("eval", HELD_OUT_CHATS) if setting == "chats" else ("old", OTHER_CHATS)
         chats = eval_file().read_text(encoding="utf-8").splitlines()[:count]
         (folder / f"{file}.jsonl").write_text("\n".join(chats) + "\n", encoding="utf-8")
 
@@ -150,10 +158,27 @@ def write_tiny(folder: Path, base_steps: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         ids = markov.texts(markov.table() if name == "old" else markov.new_table(), count, generator)
         write_texts(folder / f"{name}.jsonl", [" ".join(f"w{word}" for word in row[:-1]) for row in ids.tolist()])
-    likely = markov.new_table().argmax(-1).tolist()
-    prompts = markov.texts(markov.new_table(), PROMPTS + HELD_OUT_PROMPTS, torch.Generator().manual_seed(30))
+    prompts = markov.texts(markov.new_table(), sum(PROMPTS["markov"]), torch.Generator().manual_seed(30))
     rows = [{"prompt": " ".join(f"w{word}" for word in row[:8])} for row in prompts.tolist()]
-    write_prompts(folder, rows, f"LIKELY = {likely}{REWARD_OF_WORDS}")
+    write_prompts("markov", folder, rows, f"LIKELY = {markov.new_table().argmax(-1).tolist()}{REWARD_OF_WORDS}")
+
+
+def write_letters(folder: Path) -> None:
+    words = sorted({*re.findall(r"\b[a-z]{4,8}\b", eval_file().read_text(encoding="utf-8"))})
+    first = [{"role": "system", "content": "First letter"}, {"role": "user", "content": "cat"}]
+    first.append({"role": "assistant", "content": "c"})
+    rows = [
+        {"messages": [*first, {"role": "user", "content": word}], "answer": word[0]}
+        for word in random.Random(0).sample(words, sum(PROMPTS["letters"]))
+    ]
+    write_prompts("letters", folder, rows, REWARD_OF_LETTERS)
+
+
+def write_prompts(setting: str, folder: Path, rows: Sequence[Study], reward: str) -> None:
+    (folder / "rewards.py").write_text(reward)
+    _, count = PROMPTS[setting]
+    for name, part in {"held_out": rows[:count], "prompts": rows[count:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 REWARD_OF_WORDS = """  # word, word -> the most likely next one
@@ -168,39 +193,11 @@ def score(prompts, completions, **columns):
         rewards.append(sum(LIKELY[words[i - 2]][words[i - 1]] == words[i] for i in new) / 8)
     return rewards
 """
-REWARD_OF_SUMS = """import re
-
-
-def score(completions, answer, **columns):
-    \"\"\"1 if the first number is the answer.\"\"\"
-    found = [re.search(r"-?\\d+", completion) for completion in completions]
-    return [float(match is not None and match[0] == right) for match, right in zip(found, answer)]
+REWARD_OF_LETTERS = """def score(completions, answer, **columns):
+    \"\"\"1 for the letter alone, 0.2 for other texts that begin with it.\"\"\"
+    texts = [completion[0]["content"].strip() for completion in completions]
+    return [1.0 if text == right else 0.2 * text.startswith(right) for text, right in zip(texts, answer)]
 """
-
-
-def write_sums(folder: Path) -> None:
-    """Writes sums like "... arithmetic problem: 4 - 1 =", and the demo's model without its chat template."""
-    from reasoning_gym import create_dataset  # pip install reasoning-gym
-
-    (folder / "model").mkdir()
-    for file in model_folder().iterdir():
-        (folder / "model" / file.name).symlink_to(file)
-    (folder / "model" / "chat_template.jinja").unlink()
-    numbers = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
-    sums = create_dataset("chain_sum", size=4 * (PROMPTS + HELD_OUT_PROMPTS), seed=0, **numbers)
-    answers = {entry["question"]: entry["answer"] for entry in sums}  # each question once
-    rows = [{"prompt": question, "answer": answer} for question, answer in answers.items()]
-    write_prompts(folder, rows[: PROMPTS + HELD_OUT_PROMPTS], REWARD_OF_SUMS)
-    chats = [
-        json.loads(line)["messages"] for line in eval_file().read_text(encoding="utf-8").splitlines()[:OTHER_CHATS]
-    ]
-    write_texts(folder / "old.jsonl", [" ".join(message["content"] for message in chat) for chat in chats])
-
-
-def write_prompts(folder: Path, rows: list[dict[str, str]], reward: str) -> None:
-    (folder / "rewards.py").write_text(reward)
-    for name, part in {"held_out": rows[:HELD_OUT_PROMPTS], "prompts": rows[HELD_OUT_PROMPTS:]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def write_texts(path: Path, texts: list[str]) -> None:
