@@ -95,12 +95,7 @@ def run_cell(cell: dict[str, Any], folder: Path, device: str, limit: float) -> d
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command,
-            stdout=printed,
-            stderr=errors,
-            cwd=ROOT,
-            start_new_session=True,
-            env=environment(device),
+            command, stdout=printed, stderr=errors, cwd=ROOT, start_new_session=True, env=environment(device)
         )
         try:
             code: int | str = process.wait(limit)

@@ -79,9 +79,7 @@ def run_one_by_one(model: LoRAModel, requests: Workload) -> Result:
         for prompt, name, tokens in requests:
             model.set_adapter(name)
             model.generate(
-                input_ids=torch.tensor([prompt]),
-                stopping_criteria=[NotesFirst(first, began)],
-                **of_length(tokens),
+                input_ids=torch.tensor([prompt]), stopping_criteria=[NotesFirst(first, began)], **of_length(tokens)
             )
     return figures(requests, time.perf_counter() - began, first)
 

@@ -92,11 +92,4 @@ def tests(_: dict[str, Any], result: dict[str, Any]) -> list[str]:
     return [f"`pytest -m gpu`: {result['said'][-1].strip()}."] if result.get("said") else []
 
 
-PARTS = {
-    "ceilings": ceilings,
-    "train": train,
-    "nf4": train,
-    "decode": decode,
-    "rows": rows,
-    "tests": tests,
-}
+PARTS = {"ceilings": ceilings, "train": train, "nf4": train, "decode": decode, "rows": rows, "tests": tests}

@@ -113,11 +113,7 @@ def trainer(
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        **{
-            **common_settings(config),
-            "train_sampling_strategy": "group_by_length",
-            **settings,
-        }
+        **{**common_settings(config), "train_sampling_strategy": "group_by_length", **settings}
     )
     Trainer(
         model=get_peft_model(base, lora_config(config)),

@@ -24,23 +24,8 @@ WORDS = 12  # of a row, at most
 START, END = "<s>", "</s>"  # the decoder begins with the first, which is also the padding; texts end with the second
 SIZES = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 WIDTHS = {"vocab_size": 1500, "d_model": 128, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
-IDS = {
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "forced_eos_token_id": None,
-}
-TRAINING = [
-    "--dtype",
-    "float32",
-    "--learning-rate",
-    "2e-3",
-    "--per-device-train-batch-size",
-    "32",
-    "--num-train-epochs",
-    "6",
-]
+IDS = {"pad_token_id": 0, "decoder_start_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+TRAINING = ["--dtype=float32", "--learning-rate=2e-3", "--per-device-train-batch-size=32", "--num-train-epochs=6"]
 
 
 def capitals_folder() -> Path:
@@ -94,5 +79,7 @@ def begin(folder: Path, texts: list[str]) -> None:
         tokenizer_object=backend, pad_token=START, bos_token=START, eos_token=END, model_max_length=128
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BartConfig(**SIZES, **WIDTHS, **IDS, max_position_embeddings=128, dropout=0.0, init_std=0.05)
+    config = BartConfig(
+        **SIZES, **WIDTHS, **IDS, forced_eos_token_id=None, max_position_embeddings=128, dropout=0.0, init_std=0.05
+    )
     BartForConditionalGeneration(config).save_pretrained(folder)

@@ -43,30 +43,20 @@ def monotone(losses: Losses) -> Claim:
     return Claim("loss falls with every doubling of r", found, values == sorted(values, reverse=True))
 
 
-def as_good_as_full(losses: Losses) -> Claim:
-    difference = best_loss(losses, "r64") - best_loss(losses, "full")
-    return Claim("r = 64 within .02 of full fine-tuning", f"{difference:+.4f}", abs(difference) < 0.02)
+def difference(statement: str, first: str, second: str, holds: Callable[[float], bool]) -> Callable[[Losses], Claim]:
+    """Returns the claim on the best loss of one arm minus that of another."""
 
+    def claim(losses: Losses) -> Claim:
+        value = best_loss(losses, first) - best_loss(losses, second)
+        return Claim(statement, f"{value:+.4f}", holds(value))
 
-def attention_alone_is_worse(losses: Losses) -> Claim:
-    difference = best_loss(losses, "attention") - best_loss(losses, "mlp")
-    return Claim("attention-only worse than MLP-only by > .15", f"{difference:+.4f}", difference > 0.15)
-
-
-def dora_is_equal(losses: Losses) -> Claim:
-    difference = best_loss(losses, "dora") - best_loss(losses, PLAIN)
-    return Claim("|DoRA - LoRA| < .01", f"{difference:+.4f}", abs(difference) < 0.01)
+    return claim
 
 
 def pissa_is_ahead_at_a_low_rate(losses: Losses) -> Claim:
     low = min(losses["pissa"].keys() & losses[PLAIN].keys())
     difference = losses["pissa"][low] - losses[PLAIN][low]
     return Claim("PiSSA ahead of LoRA at a low learning rate", f"{difference:+.4f} at 2^{low}", difference < 0)
-
-
-def pissa_is_not_ahead_when_tuned(losses: Losses) -> Claim:
-    difference = best_loss(losses, "pissa") - best_loss(losses, PLAIN)
-    return Claim("PiSSA not ahead after tuning", f"{difference:+.4f}", difference >= 0)
 
 
 def rate_of_lora_over_full(losses: Losses) -> Claim:
@@ -78,11 +68,11 @@ def rate_of_lora_over_full(losses: Losses) -> Claim:
 CLAIMS: list[Callable[[Losses], Claim]] = [
     one_rate_for_all_ranks,
     monotone,
-    as_good_as_full,
-    attention_alone_is_worse,
-    dora_is_equal,
+    difference("r = 64 within .02 of full fine-tuning", "r64", "full", lambda value: abs(value) < 0.02),
+    difference("attention-only worse than MLP-only by > .15", "attention", "mlp", lambda value: value > 0.15),
+    difference("|DoRA - LoRA| < .01", "dora", PLAIN, lambda value: abs(value) < 0.01),
     pissa_is_ahead_at_a_low_rate,
-    pissa_is_not_ahead_when_tuned,
+    difference("PiSSA not ahead after tuning", "pissa", PLAIN, lambda value: value >= 0),
     rate_of_lora_over_full,
 ]
 

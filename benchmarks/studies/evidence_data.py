@@ -104,11 +104,7 @@ def arms(name: str, model: str) -> dict[str, dict[str, Any]]:
         },
         "layers": {
             PLAIN: plain,
-            "attention": {
-                "target_modules": markov.ATTENTION,
-                "r": ATTENTION_RANKS[model],
-                "learning_rate": first(-8),
-            },
+            "attention": {"target_modules": markov.ATTENTION, "r": ATTENTION_RANKS[model], "learning_rate": first(-8)},
             "mlp": {"target_modules": markov.MLP, "r": MLP_RANKS[model], "learning_rate": first(-9)},
         },
         "alpha": {
