@@ -62,7 +62,7 @@ def converted(content: Any, keys: Mapping[str, str], sign: int) -> Any:
             value = sorted(sign * end for end in value)
         elif key == "difference" and value is not None and sign < 0:
             value = asdict(REWARDS.difference(Difference(**value)))
-        else:
+        elif key not in ("settings", "changes"):  # which may have an eval_reward
             value = converted(value, keys, sign)
         result[keys.get(key, key)] = value
     return result

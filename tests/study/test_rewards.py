@@ -56,6 +56,7 @@ def test_a_comparison_reports_rewards(small_run: TrainConfig, tmp_path: Path) ->
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Count to {i}."} for i in range(30)])
     changes: dict[str, Any] = {"reward": [f"{tmp_path}/rewards.py:digits"], "max_completion_length": 6}
+    changes |= {"eval_reward": ["max_length:20"]}
     train = small_run.replaced(
         task="grpo", data=str(data), num_generations=4, max_steps=6, output_dir=str(tmp_path / "study"), **changes
     )
@@ -74,3 +75,5 @@ def test_a_comparison_reports_rewards(small_run: TrainConfig, tmp_path: Path) ->
     assert all("held-out reward 0." in line for line in lines if "learning rate" in line)
     assert report == json.loads(json.dumps({"kind": "compare", **result.to_dict()}))
     assert trained["forgetting"]["kl"] > 0
+    numbers = {number.label: number.value for number in page_of(report, "report.json").numbers}
+    assert numbers["held-out reward, r1"] == f"{trained['eval_reward']:.3f}"
