@@ -459,6 +459,8 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("questions/merge", "export"): ("With the exported files", "To use it"),
     ("tutorials/preferences", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/preferences", "better"): ("demo, fine-tuned", "Written to"),
+    ("tutorials/rewards", "letter"): ("demo, fine-tuned", "Written to"),
+    ("tutorials/rewards", "begins"): ("demo, fine-tuned", "Written to"),
     ("tutorials/pretraining", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/pretraining", "eval"): ("What was measured", "outputs/"),
     ("tutorials/pretraining", "mixed"): ("What was measured", "outputs/"),
@@ -493,6 +495,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     },
     "docs/experiments.md": {
         **{name: partial(evidence, name) for name in evidence_tables.PARTS},
+        "evidence-arms": lambda: evidence_tables.rewards(read("evidence_rewards")),
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
     },

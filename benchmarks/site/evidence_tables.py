@@ -96,9 +96,10 @@ def source(content: Content) -> str:
     for cell in content["cells"]:
         if cell["cell"]["study"] != "intruders":
             report = cell["result"]["report"]
+            is_reward, base = cell["cell"]["study"] == "rewards", abs(report["base_loss"])  # minus the reward
             judged[cell["cell"]["setting"]] = (
-                f"{cell['cell']['setting']} has {report['judged_examples']} held-out examples (loss of the base model "
-                f"{report['base_loss']:.3f})"
+                f"{cell['cell']['setting']} has {report['judged_examples']} held-out examples "
+                f"({'reward' if is_reward else 'loss'} of the base model {base:.3f})"
             )
     minutes = sum(cell["seconds"] for cell in content["cells"]) / 60
     return (
@@ -122,6 +123,22 @@ def intruders(content: Content) -> str:
         return "Not measured."
     head = ["where", "matrices", "LoRA, of 10", "full, of 10", "random, of 10", "LoRA, dW/W", "full, dW/W"]
     return table(head, rows)
+
+
+def rewards(content: Content) -> str:
+    """The arms of the study "rewards" at their best learning rates; losses are minus the rewards."""
+    rows = []
+    for cell in content["cells"]:
+        report = cell["result"]["report"]
+        for arm in report["arms"]:
+            low, high = (-end for end in reversed(arm["interval"]))
+            value = f"{-arm['eval_loss']:.3f} ({low:.3f} to {high:.3f})"
+            kl = f"{arm['forgetting']['kl']:.3f}"
+            names = [SETTINGS[cell["cell"]["setting"]], ARMS[arm["name"]]]
+            rates = f"{arm['learning_rate']:.1e} ({len(arm['rates'])})"
+            rows.append([*names, f"{arm['trainable_parameters']:,}", rates, value, kl])
+    head = ["where", "variant", "trained", "best learning rate (tried)", "reward (95% interval)", "forgetting, KL"]
+    return f"{table(head, rows)}\n\n{source(content)}"
 
 
 PARTS: dict[str, Callable[[Content], str]] = {  # name of a part of the page -> what makes it
