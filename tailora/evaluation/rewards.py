@@ -70,8 +70,8 @@ def reward_changes(before: Scores, after: Scores) -> dict[str, RewardChange]:
             pair = before[KL] / before[TOKENS].mean(1, keepdims=True), after[KL] / after[TOKENS].mean(1, keepdims=True)
         changes[name] = _change(*pair)
         if name not in ("reward", *NO_REWARDS) and _is_pass_or_fail(*pair):
-            for k in (1, pair[0].shape[1]):
-                changes[f"pass@{k}/{name}"] = _change(*(pass_at_k(part, k)[:, None] for part in pair))
+            k = pair[0].shape[1]  # pass@1 is the mean
+            changes[f"pass@{k}/{name}"] = _change(*(pass_at_k(part, k)[:, None] for part in pair))
     return {name: change for name, change in changes.items() if change is not None}
 
 

@@ -188,7 +188,7 @@ def _cost(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
         axes = canvas.new_axes(300, "trained parameters", search.measure.label(search.loss_unit))
         points = [(float(trial.trainable_parameters or 1), loss_of(trial)) for trial in trials]
         front: list[tuple[float, float]] = []
-        for cost, loss in sorted(points):
+        for cost, loss in sorted(points, key=lambda point: (point[0], sign * point[1])):
             if not front or sign * loss < sign * front[-1][1]:
                 front.append((cost, loss))
         axes.plot(*zip(*front, strict=True), color=SERIES[1], linewidth=1.6)
