@@ -17,9 +17,8 @@ faster, and an overflow in one request cannot reach another: with "sdpa", a mask
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from threading import Event, Lock
 from typing import Any, Literal, cast
 
@@ -70,10 +69,11 @@ def attention_by_request(
     """
     heads, key_heads = query.shape[1], key.shape[1]
     outputs = []
-    bounds = zip(pairwise(cu_seq_lens_q.tolist()), pairwise(cu_seq_lens_k.tolist()), strict=True)
-    for (first, stop), (first_key, stop_key) in bounds:
-        queries, keys, values = query[:, :, first:stop], key[:, :, first_key:stop_key], value[:, :, first_key:stop_key]
-        tokens, past = stop - first, stop_key - first_key - (stop - first)
+    tokens_of, keys_of = (ends.diff().tolist() for ends in (cu_seq_lens_q, cu_seq_lens_k))
+    pairs = ((query, tokens_of), (key, keys_of), (value, keys_of))
+    by_request = zip(*(torch.split(x, sizes, 2) for x, sizes in pairs), strict=True)
+    for (queries, keys, values), tokens in zip(by_request, tokens_of, strict=True):
+        past = keys.shape[2] - tokens
         if tokens == 1:  # sees all keys; the heads that share keys are its rows
             grouped = queries.reshape(1, key_heads, heads // key_heads, -1)
             output = scaled_dot_product_attention(grouped, keys, values, scale=scaling).reshape(1, 1, heads, -1)
@@ -126,6 +126,7 @@ class ContinuousEngine(Engine):
         self._is_stopped = True
         model: Any = self.adapter_set.base_model
         if self._manager is not None and self._manager.is_running():
+            del self._manager.batch_processor.scheduler.schedule_batch  # a cycle, which would keep the cache in memory
             self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)
         self._manager = None
         # stop() and a failed start leave it on the model, where the next engine would use it
@@ -137,12 +138,27 @@ class ContinuousEngine(Engine):
         self._requests.clear()
 
     def submit(self, request: Request, handle: EventHandler) -> None:
+        self._add([(request, handle)])
+
+    def submit_group(self, group: Sequence[tuple[Request, EventHandler]]) -> None:
+        if len(group[0][0].prompt_ids) == 1:  # a request only shares what precedes its last token
+            super().submit_group(group)
+        else:
+            self._add(group)
+
+    def _add(self, group: Sequence[tuple[Request, EventHandler]]) -> None:
+        """Adds a request to the manager, which forks it for the others once it has computed the prompt."""
+        request, _ = group[0]
         if request.adapter is not None and request.adapter not in self.adapter_set.adapters:
             raise AdapterError(f"unknown adapter {request.adapter!r}")
         with self._lock:
             manager = self._running_manager()
-            self._requests[request.id] = RunningRequest(request, handle)
+            self._restore_cache(manager)
+            names = [request.id, *(fork_name(request.id, number) for number in range(len(group) - 1))]
+            for name, (member, handle) in zip(names, group, strict=True):
+                self._requests[name] = RunningRequest(member, handle, name, is_grouped=len(group) > 1)
             eos = -1 if request.params.ignore_eos else sorted(self.eos_token_ids) or -1
+            manager.num_return_sequences = len(group)  # of the next request
             accepted = manager.add_request(
                 list(request.prompt_ids), request.id, max_new_tokens=request.params.max_tokens, eos_token_id=eos
             )
@@ -150,10 +166,14 @@ class ContinuousEngine(Engine):
             self._end_failed(request.id, "the engine has stopped")
 
     def cancel(self, request_id: str) -> None:
-        running = self._requests.pop(request_id, None)
-        if running is not None:
-            self._manager.cancel_request(request_id)
-            running.finish(Finish("cancelled"))
+        running = next((own for own in [*self._requests.values()] if own.request.id == request_id), None)
+        if running is None:
+            return
+        if running.is_grouped:  # others may be waiting for its prompt, so `_next_tokens` removes it
+            running.ends_early = True
+        elif self._requests.pop(running.name, None) is not None:
+            self._manager.cancel_request(running.name)
+        running.finish(Finish("cancelled"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -167,6 +187,15 @@ class ContinuousEngine(Engine):
 
     def parameters_changed(self) -> None:
         self._batch.parameters_changed()
+
+    def free_cache(self) -> None:
+        if (processor := self._manager.batch_processor) is not None:
+            processor.cache.cache_tensor.untyped_storage().resize_(0)
+
+    def _restore_cache(self, manager: Any) -> None:
+        tensor = manager.batch_processor.cache.cache_tensor
+        if not tensor.untyped_storage().size():
+            tensor.untyped_storage().resize_(tensor.nbytes)
 
     @property
     def is_alive(self) -> bool:
@@ -198,16 +227,17 @@ class ContinuousEngine(Engine):
         requests = self._new_tokens_of
         tokens = next_tokens(logits[: len(requests)], requests, self.eos_token_ids)
         for running in requests:  # a client that got its last token may have submitted the id again
-            if running is not None and running.is_finished and self._requests.get(running.request.id) is running:
-                del self._requests[running.request.id]
+            if running is not None and running.is_finished and self._requests.get(running.name) is running:
+                del self._requests[running.name]
                 if running.ends_early:
-                    self._manager.cancel_request(running.request.id)
+                    self._manager.cancel_request(running.name)
         return tokens + [0] * (len(logits) - len(requests))
 
-    def _end_failed(self, request_id: str, message: str) -> None:
-        running = self._requests.pop(request_id, None)
-        if running is not None:
-            running.finish(Finish("cancelled") if self._is_stopped else Finish("error", message))
+    def _end_failed(self, name: str, message: str) -> None:
+        """Ends a request and those that are to be forked from it."""
+        for forked in [name, *(other for other in [*self._requests] if other.startswith(fork_name(name, "")))]:
+            if (running := self._requests.pop(forked, None)) is not None:
+                running.finish(Finish("cancelled") if self._is_stopped else Finish("error", message))
 
     # ---- transformers' manager
 
@@ -265,6 +295,11 @@ class ContinuousEngine(Engine):
         return manager
 
 
+def fork_name(request_id: str, number: int | str) -> str:
+    """Returns the name that transformers gives to a request that it forks."""
+    return f"{request_id}__child#{number}"
+
+
 def adapter_of(running: RunningRequest | None) -> str | None:
     return None if running is None else running.request.adapter
 
@@ -287,11 +322,11 @@ def make_engine(
     Raises ConfigError if `name` is "continuous" and the model does not support it.
     """
 
-    def new(engine: type[ContinuousEngine | PaddedEngine]) -> Engine:
-        return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)
+    def new(engine: type[ContinuousEngine | PaddedEngine], requests: int = max_requests) -> Engine:
+        return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=requests)
 
     if name == "auto":
-        problem = obstacle(adapter_set.base_model) or trial_obstacle(new(ContinuousEngine), new(PaddedEngine))
+        problem = obstacle(adapter_set.base_model) or trial_obstacle(new(ContinuousEngine, 1), new(PaddedEngine, 1))
         if problem:
             note(f"using padded batches: continuous batching is not possible ({problem})")
         name = "padded" if problem else "continuous"

@@ -5,7 +5,7 @@ turn requests into the rows of a batch. `make_engine` in engine/continuous_batch
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -116,6 +116,11 @@ class Engine(ABC):
         Raises AdapterError for an unknown adapter, RuntimeError if the engine is not running.
         """
 
+    def submit_group(self, group: "Sequence[tuple[Request, EventHandler]]") -> None:
+        """Adds requests that differ only in id and seed, so that their prompt is computed once. See `submit`."""
+        for request, handle in group:
+            self.submit(request, handle)
+
     @abstractmethod
     def cancel(self, request_id: str) -> None:
         """Ends a request with "cancelled". Does nothing if it has already ended."""
@@ -126,6 +131,9 @@ class Engine(ABC):
 
     def parameters_changed(self) -> None:  # noqa: B027  # an engine need not keep anything
         """Forgets what was computed from the adapters' parameters. Call it within `paused` after training them."""
+
+    def free_cache(self) -> None:  # noqa: B027  # an engine need not have one
+        """Frees the memory of the cache until the next request. Call it within `paused`, without requests."""
 
     @property
     @abstractmethod

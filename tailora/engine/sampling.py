@@ -25,10 +25,15 @@ LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks; OpenAI'
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish."""
+    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish.
+
+    name: of the request in transformers' manager.    is_grouped: it shares the computation of its prompt with others.
+    """
 
     request: Request
     handle: EventHandler
+    name: str = ""
+    is_grouped: bool = False
     generator: torch.Generator = field(init=False)
     lock: Lock = field(default_factory=Lock)
     tokens: int = 0

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from threading import Semaphore
 from typing import Any, cast
@@ -31,7 +31,7 @@ from tailora.data.processor import text_tokenizer
 from tailora.data.prompts import Prompt
 from tailora.data.tokenize import stop_ids
 from tailora.engine.continuous_batching import make_engine
-from tailora.engine.interface import Finish, Request, SamplingParams, Token
+from tailora.engine.interface import EventHandler, Finish, Request, SamplingParams, Token
 from tailora.errors import DataError, DivergedError
 from tailora.kernels.attention import use_attention
 from tailora.kernels.loss import FORMS
@@ -40,6 +40,7 @@ from tailora.train import run_log
 from tailora.train.config import TrainConfig
 from tailora.train.grpo import DRIFT_LIMITS, GRPO, Rewards, advantages_of, group_means, mean_and_error, with_target
 from tailora.train.loss import BatchLayout, Evaluation, make_batch
+from tailora.train.memory import return_freed_memory
 from tailora.train.rewards import Completion, Reward, RewardProcess
 from tailora.train.step import Step, StepShape, split_by_tokens
 from tailora.train.trainable import FullModel, Trainable
@@ -137,8 +138,9 @@ class Rollouts:
         self._scorer = stack.enter_context(RewardProcess(self.rewards + self.judges, self.config.reward_seconds))
 
     def _pause_engine(self) -> None:
-        """Lets the model train until `_resumed`."""
+        """Lets the model train until `_resumed`, with the memory of the cache."""
         self._pause.enter_context(self._engine.paused())
+        self._engine.free_cache()
         if isinstance(self.model, LoRAModel):
             self.model.set_adapter("default")
 
@@ -153,6 +155,7 @@ class Rollouts:
 
         requests: submits all requests while the engine waits, so that its batches do not depend on the time.
         """
+        return_freed_memory()
         with evaluating(self.model), use_attention(self._base, self._attention):
             requests()
             self._engine.parameters_changed()
@@ -177,7 +180,7 @@ class Rollouts:
         finishes: list[Finish | None] = [None] * len(prompts)
         ended = Semaphore(0)
 
-        def submit(number: int) -> None:
+        def request(number: int) -> tuple[Request, EventHandler]:
             def handle(event: Token | Finish) -> None:
                 if isinstance(event, Token):
                     tokens[number].append(event)
@@ -195,11 +198,11 @@ class Rollouts:
             )
             adapter = "default" if isinstance(self.model, LoRAModel) else None
             ids = tuple(prompts[number].ids)
-            self._engine.submit(Request(f"{next(self._request_numbers)}", ids, adapter, params), handle)
+            return Request(f"{next(self._request_numbers)}", ids, adapter, params), handle
 
         def submit_all() -> None:
-            for number in range(len(prompts)):
-                submit(number)
+            for _, group in groupby(range(len(prompts)), lambda number: prompts[number].ids):
+                self._engine.submit_group([request(number) for number in group])
 
         with self._resumed(submit_all):
             for done in range(len(prompts)):

@@ -1,7 +1,9 @@
 """Engines: the tokens of a request are those that it gets alone, whatever runs beside it."""
 
+import gc
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from logging.handlers import BufferingHandler
 from threading import Event
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from tailora import LoRAConfig
 from tailora.core import mixed_batch
@@ -64,6 +67,14 @@ class Answers:
         self.first_token = Event()
 
     def submit(self, name: str, prompt: list[int], model: str | None, **params: Any) -> None:
+        self.engine.submit(*self.request(name, prompt, model, **params))
+
+    def submit_group(self, seeds: range, prompt: list[int], model: str | None, **params: Any) -> None:
+        self.engine.submit_group([self.request(f"seed {seed}", prompt, model, seed=seed, **params) for seed in seeds])
+
+    def request(
+        self, name: str, prompt: list[int], model: str | None, **params: Any
+    ) -> tuple[Request, Callable[[Token | Finish], None]]:
         self.tokens[name], self.ended[name] = [], Event()
         settings = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **params})
 
@@ -75,7 +86,7 @@ class Answers:
                 self.finishes[name] = event
                 self.ended[name].set()
 
-        self.engine.submit(Request(name, tuple(prompt), model, settings), handle)
+        return Request(name, tuple(prompt), model, settings), handle
 
     def wait(self) -> dict[str, list[int]]:
         assert all(ended.wait(60) for ended in self.ended.values())
@@ -234,6 +245,78 @@ def test_sampled_tokens_depend_on_the_seed_alone(engine: Engine) -> None:
     assert together["other seed"] != expected
     assert len(expected) == 12
     assert all(len(token.top) == 2 and token.logprob <= token.top[0][1] for token in answers.tokens["x"])
+
+
+@pytest.mark.parametrize("prompt", [[9], [9, 10, 11, 3, 5, 12], [*range(8, 158)]])
+def test_a_group_gets_the_tokens_of_its_seeds_and_its_prompt_is_computed_once(prompt: list[int]) -> None:
+    base, computed = base_model(), 0
+    settings = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 6, "logprobs": 0}
+    adapter_set = AdapterSet(base, {"large": adapter(base, "large")})
+    with started(ContinuousEngine(adapter_set, [EOS], max_positions=200, max_requests=5)) as engine:
+        one_by_one, together = Answers(engine), Answers(engine)
+        for seed in range(4):
+            one_by_one.submit(f"seed {seed}", prompt, "large", seed=seed, **settings)
+            one_by_one.wait()
+
+        def count(_: Any, inputs: tuple[torch.Tensor]) -> None:
+            nonlocal computed
+            computed += inputs[0].shape[1]
+
+        with base.get_submodule("model.norm").register_forward_pre_hook(count):
+            with engine.paused():
+                engine.free_cache()
+                together.submit_group(range(4), prompt, "large", **settings)
+            assert together.wait() == one_by_one.wait()
+        assert computed == len(prompt) - 1 + 4 * 6
+        assert len({tuple(tokens) for tokens in together.wait().values()}) == 4
+        for name, tokens in together.tokens.items():
+            logprobs = [token.logprob for token in one_by_one.tokens[name]]
+            assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("cancelled", ["seed 0", "seed 2"])
+@pytest.mark.parametrize("is_early", [True, False])
+def test_one_of_a_group_is_cancelled_and_others_go_on(engine: Engine, cancelled: str, is_early: bool) -> None:
+    answers, prompt = Answers(engine), [9, 10, 11, 3]
+    with engine.paused():
+        answers.submit_group(range(4), prompt, "large", ignore_eos=True, max_tokens=60)
+        if is_early:
+            engine.cancel(cancelled)
+    if not is_early:
+        assert answers.first_token.wait(60)
+        engine.cancel(cancelled)
+    tokens = answers.wait()
+    assert answers.finishes[cancelled].reason == "cancelled"
+    expected = alone("large", prompt)
+    assert all(tokens[name][: len(expected)] == expected for name in tokens if name != cancelled)
+
+
+def test_an_error_ends_a_whole_group(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.adapter_set.base_model.get_submodule("model.norm"), "forward", None)
+        answers.submit_group(range(4), [9, 10, 11], "large")
+        answers.wait()
+    assert {finish.reason for finish in answers.finishes.values()} == {"error"}
+    answers.submit_group(range(4), [9, 10, 11], "large")
+    assert set(map(tuple, answers.wait().values())) == {tuple(alone("large", [9, 10, 11]))}
+
+
+def test_a_trial_leaves_no_cache_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches, base = weakref.WeakSet[Any](), base_model()
+    create_cache = PagedAttentionCache.__init__
+
+    def keep(self: PagedAttentionCache, *args: Any, **kwargs: Any) -> None:
+        create_cache(self, *args, **kwargs)
+        caches.add(self)
+
+    monkeypatch.setattr(PagedAttentionCache, "__init__", keep)
+    gc.disable()
+    try:
+        make_engine(AdapterSet(base, {}), [EOS], max_positions=64)
+        assert not caches
+    finally:
+        gc.enable()
 
 
 def test_logprobs_are_the_models(engine: Engine) -> None:
