@@ -268,8 +268,6 @@ WORDS = (  # what a result has in it -> what the table says
     ("merged: ", "merged"),
     ("yes, ", "yes"),
     ("padded batches instead", "no"),
-    ("not of the Llama family", "no"),
-    ("are quantised", "no"),
     ("continuous: ", "no"),
     ("another answer", "no"),
     ("Error: ", "refused"),
@@ -372,13 +370,8 @@ def verify_faults() -> str:
 
 
 def _verdict(row: Content) -> str:
-    is_finer = row["verdict"] in (
-        "partial",
-        "template",
-        "other-base",
-        "other-adapter",
-    )  # in results of earlier versions
-    verdict = "other" if is_finer else row["verdict"]
+    finer = ("partial", "template", "other-base", "other-adapter")  # in results of earlier versions
+    verdict = "other" if row["verdict"] in finer else row["verdict"]
     scale = f" {row['scale']:.2f}" if verdict == "scaled" else ""
     return f"{verdict}{scale}" if row["is_named"] else f"**{verdict}**{scale}"
 

@@ -17,9 +17,7 @@ SETTINGS = {
     "letters": "SmolLM2-135M, first letters",
     "tiny_lm": "tiny model, [experiment 6](#experiment-6-a-tiny-language-model)",
 }
-NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "batch": ["batch"], "rank": ["rank", "few"]}
-NEEDED |= {"mlp": ["layers"]}
-NEEDED |= {name: [name] for name in ("alpha", "layers", "dora", "pissa", "loraplus", "rslora", "rewards")}
+NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "rank": ["rank", "few"], "mlp": ["layers"]}
 ARMS = {
     PLAIN: "LoRA, r = 8",
     FULL: "full fine-tuning",
@@ -66,7 +64,7 @@ def statement(content: Content, name: str) -> str:
     rows = [
         [SETTINGS[each.setting], named(each.quantity), number(each), f"{each.verdict}{remark(each)}"] for each in found
     ]
-    planned = [setting for setting, studies in STUDIES.items() if set(NEEDED[name]) & set(studies)]
+    planned = [setting for setting, studies in STUDIES.items() if set(NEEDED.get(name, [name])) & set(studies)]
     missing = [setting for setting in planned if setting not in {each.setting for each in found}]
     rows += [[SETTINGS[setting], "", "", MISSING] for setting in missing]
     return table(["where", "what", "value (95% interval)", "verdict"], rows)
