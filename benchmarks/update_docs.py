@@ -503,6 +503,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/how_it_works.md": {"attachment": attachment},
     "docs/from_scratch.md": {name: partial(page_output, name) for name in read("from_scratch")["outputs"]},
     "docs/preferences.md": {"preferences": preferences, "dpo": partial(trained, "dpo")},
+    "docs/rewards.md": {"grpo": lambda: tables.grpo(read("grpo"))},
     "docs/devices.md": {"devices": devices},
     "docs/serving.md": {"serving": serving, "soak": soak},
     **{

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.measure import spread
+from benchmarks.speed.grpo import GENERATIONS, TASKS
 
 Cells = list[dict[str, Any]]  # what measure.py wrote: {"cell": settings, "result": numbers, ...} each
 Spread = dict[str, float]  # median, low and high
@@ -316,6 +317,26 @@ SPEED: dict[str, Callable[[Cells], str]] = {  # name of a result -> its table in
     "adapters": adapter_rows,
     "startup": startup,
 }
+
+
+def grpo(content: dict[str, Any]) -> str:
+    """Whole steps of reinforcement learning, and what they consist of."""
+    rows = []
+    for arm, runs in content["runs"].items():
+        task, dtype, name = arm.split("/")
+        steps, sampling = ([seconds for run in runs for seconds in run[key]] for key in ("steps", "sampling"))
+        training = [whole - part for whole, part in zip(steps, sampling, strict=True)]
+        spreads = [
+            spread([TASKS[task][2] * GENERATIONS / seconds for seconds in steps]),
+            spread(sampling),
+            spread(training),
+        ]
+        peak = max(run["peak_bytes"] for run in runs) / 1e9
+        of_arm = [ranged(value, form) for value, form in zip(spreads, ("{:.2f}", "{:.1f}", "{:.1f}"), strict=True)]
+        rows.append([f"{task}, {dtype}", name, *of_arm, f"{peak:.2f}", f"{len(runs)} x {len(runs[0]['steps'])}"])
+    head = ["completions", "trainer", "completions/s", "sampling s", "training s", "peak GB", "runs x steps"]
+    rows.sort(key=lambda row: row[0], reverse=True)
+    return f"{table(head, rows)}\n\n{machine(content)}, one thread, CPU time. {packages(content)}."
 
 
 def machine(content: dict[str, Any]) -> str:
