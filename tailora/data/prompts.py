@@ -11,6 +11,7 @@ import numpy as np
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import (
     IGNORED,
+    MOST_NAMED,
     WARNINGS,
     DataReport,
     Example,
@@ -122,7 +123,12 @@ class PreparedPrompts:
 
 def prepare_prompts(sources: Sequence[Source], tokenizer: ChatTokenizer, eval_source: str | None) -> PreparedPrompts:
     """Reads all prompts, and holds out a part unless there is an `eval_source`. Raises DataError."""
-    settings, prompts = tokenizer.settings, read_prompts(sources, tokenizer)
+    settings = tokenizer.settings
+    if weighted := [str(source) for source in sources if source.weight != 1]:
+        raise DataError(f"data {', '.join(weighted)}: prompts do not support weights; remove the weight")
+    if unknown := sorted({*(settings.field or {})} - {*KEYS}):
+        raise DataError(f"--field {', '.join(unknown)}: expected {' or '.join(KEYS)}; rewards get columns as they are")
+    prompts = read_prompts(sources, tokenizer)
     if eval_source is None:
         hashes = [prompt.hash for prompt in prompts]
         train, other = split_examples(hashes, settings.validation_split, settings.seed)
@@ -132,15 +138,15 @@ def prepare_prompts(sources: Sequence[Source], tokenizer: ChatTokenizer, eval_so
     sides = [Examples.of(prompt.example(number) for number, prompt in enumerate(side)) for side in (prompts, held_out)]
     lengths = np.concatenate([side.lengths for side in sides])
     columns = Counter(column for prompt in [*prompts, *held_out] for column in prompt.columns)
+    name, known = ", ".join(map(str, sources)), {prompt.hash for prompt in prompts}
+    copies = [prompt.location for prompt in held_out if prompt.hash in known]
     report = DataReport(
-        source=", ".join(map(str, sources)),
-        sources=[
-            SourceReport(str(sources[0]), 1.0, "prompts", len(lengths), len(prompts), len(held_out), len(prompts))
-        ],
+        source=name,
+        sources=[SourceReport(name, 1.0, "prompts", len(lengths), len(prompts), len(held_out), len(prompts))],
         eval_source=eval_source,
         shape="prompts",
         task="grpo",
-        mapping={key: key for key in KEYS[:1]} if prompts[0].is_chat else {"prompt": "prompt"},
+        mapping=dict(settings.field or {}),
         ignored=[],
         chat_template=tokenizer.template is not None,
         system=settings.system,
@@ -152,14 +158,13 @@ def prepare_prompts(sources: Sequence[Source], tokenizer: ChatTokenizer, eval_so
         supervised_tokens=0,
         longest=int(lengths.max()),
         split_examples=0,
-        flagged=dict.fromkeys(WARNINGS, 0),
-        rows_of={},
+        flagged=dict.fromkeys(WARNINGS, 0) | {"duplicates": len(copies)},
+        rows_of={"duplicates": copies[:MOST_NAMED]},
         lengths=length_histogram(lengths),
         sha256=dataset_hash(*sides),
         labels={},
         eval_labels={},
     )
     samples = [prompt.sample(tokenizer.template is not None) for prompt in held_out]
-    hashes_of_rows = {prompt.hash[:8] for prompt in prompts}
-    prepared = PreparedData(sides[0], sides[1], report, samples, hashes_of_rows, [])
+    prepared = PreparedData(sides[0], sides[1], report, samples, {key[:8] for key in known}, [])
     return PreparedPrompts(prompts, held_out, prepared)

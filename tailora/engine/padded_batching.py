@@ -96,9 +96,10 @@ class PaddedEngine(Engine):
                 self._changed.wait_for(lambda: self._waiting or self._is_stopped)
                 if not self._waiting:
                     return
-                self._running = self._take_batch()
             try:
                 with self._model_lock, torch.inference_mode():  # an adapter may be removed once its requests have ended
+                    with self._changed:  # all that have come while the engine was paused
+                        self._running = self._take_batch()
                     self._generate([running for running in self._running if not running.is_finished])
                 for running in self._running:  # such as Janus, which has its own `generate`
                     running.finish(

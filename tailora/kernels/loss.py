@@ -246,20 +246,28 @@ Form = Callable[[Model, Batch], Tensor]  # losses, (supervised,), float32 at lea
 
 
 def _frozen(model: Model, batch: Batch) -> Tensor:
-    head = model.get_output_embeddings()
-    return frozen_head(_states(model, batch), batch.targets, head.weight, head.bias, batch.expected_gradient)
+    head, states = model.get_output_embeddings(), _tempered(_states(model, batch), batch)
+    bias = None if head.bias is None else _tempered(head.bias, batch)
+    return frozen_head(states, batch.targets, head.weight, bias, batch.expected_gradient)
 
 
 def _recomputed(model: Model, batch: Batch) -> Tensor:
-    vocabulary = model.config.get_text_config().vocab_size
-    return recomputed_head(_states(model, batch), batch.targets, model.get_output_embeddings(), vocabulary)
+    vocabulary, head = model.config.get_text_config().vocab_size, model.get_output_embeddings()
+
+    def logits_of(rows: Tensor) -> Tensor:
+        return _tempered(head(rows), batch)
+
+    return recomputed_head(_states(model, batch), batch.targets, logits_of, vocabulary)
 
 
 def _states(model: Model, batch: Batch) -> Tensor:
     """Returns the decoder's states at supervised positions, (supervised, hidden)."""
     states: Tensor = model.get_decoder()(**batch.inputs, use_cache=False)[0]  # (batch, length, hidden)
-    states = states.flatten(0, 1).index_select(0, batch.supervised)
-    return states if batch.temperature == 1 else states / batch.temperature
+    return states.flatten(0, 1).index_select(0, batch.supervised)
+
+
+def _tempered(logits: Tensor, batch: Batch) -> Tensor:
+    return logits if batch.temperature == 1 else logits / batch.temperature
 
 
 def _own_logits(model: Model, batch: Batch) -> Tensor:
@@ -267,13 +275,13 @@ def _own_logits(model: Model, batch: Batch) -> Tensor:
     rows = logits.flatten(0, 1)
     if batch.within_columns is not None:
         rows = rows.index_select(0, batch.within_columns)
-    return cross_entropy(rows if batch.temperature == 1 else rows / batch.temperature, batch.targets)
+    return cross_entropy(_tempered(rows, batch), batch.targets)
 
 
 def _own_logits_everywhere(model: Model, batch: Batch) -> Tensor:
     logits = model(**batch.inputs, use_cache=False).logits  # (batch, length, vocabulary)
     rows = logits.flatten(0, 1).index_select(0, batch.supervised)
-    return cross_entropy(rows if batch.temperature == 1 else rows / batch.temperature, batch.targets)
+    return cross_entropy(_tempered(rows, batch), batch.targets)
 
 
 FROZEN = "in chunks of tokens through the frozen output head"

@@ -113,7 +113,7 @@ class TrainConfig(StrictModel):
     )
     beta: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         description="weight of the reward in the preference loss; default: 0.1, or 2 for simpo. With --task grpo: "
         "weight of the KL penalty; default: none",
     )
@@ -375,6 +375,16 @@ class TrainConfig(StrictModel):
                 f"--loss {self.loss} needs --task grpo and a --reward",
             ),
             (is_grpo and self.loss == "rloo" and self.beta, "--loss rloo does not support --beta; remove it"),
+            (not is_grpo and self.beta == 0, "--beta 0: expected more than 0; only --task grpo has no penalty at 0"),
+            (
+                is_grpo and self.beta and (self.method == "full" or self.adapter),
+                "--beta compares with the base model, so it needs a new adapter; remove --beta, --adapter and --method",
+            ),
+            (
+                is_grpo and self.init_lora_weights == "eva",
+                "--init-lora-weights eva needs examples with replies, but --task grpo has prompts; use a different one",
+            ),
+            (is_grpo and self.skip_bad_rows, "--task grpo does not support --skip-bad-rows; remove it"),
             (
                 steps % self.num_iterations,
                 f"--save-steps {steps} must be a multiple of --num-iterations {self.num_iterations}",

@@ -126,14 +126,15 @@ class Trainer:
                 if run.data.rollouts is None:  # which need the weights of the step before
                     steps = stack.enter_context(one_ahead(steps, run.accelerator.device))
                 while self.submitted_steps < run.data.max_steps and not self.is_out_of_patience():
-                    step = next(steps)
-                    if state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set():
+                    is_stopped = state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set()
+                    if is_stopped and self.can_be_resumed:
                         raise Interrupted(self.save_checkpoint())
-                    self.step(step, signals.stop.is_set())
+                    self.step(next(steps), signals.stop.is_set())
                     done = self.submitted_steps
                     if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
                         self.evaluate_and_keep_best()
-                    if state.checkpoint_is_due or (config.save_steps and done % config.save_steps == 0):
+                    is_due = state.checkpoint_is_due and self.can_be_resumed
+                    if is_due or (config.save_steps and done % config.save_steps == 0):
                         self.save_checkpoint()
                 after = self.restore_best()
                 self.accept_checkpoint()
@@ -390,6 +391,11 @@ class Trainer:
         return 0 < self.config.early_stopping_patience <= self.state.since_best
 
     # ---- Saving
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """False between steps that use the same completions, which no checkpoint contains."""
+        return self.submitted_steps % self.config.num_iterations == 0
 
     def is_time_to_save(self) -> bool:
         """True if this rank asks for a checkpoint by its clock; all save it after the same step.

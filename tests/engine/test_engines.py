@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from logging.handlers import BufferingHandler
@@ -458,3 +459,22 @@ def test_a_generate_that_does_not_answer_ends_its_requests(monkeypatch: pytest.M
         answers.submit("x", [9, 10, 11], None)
         assert answers.wait()["x"] == []
     assert "ended without the answer" in answers.finishes["x"].message
+
+
+def test_padded_batches_wait_for_all_requests_that_come_while_the_engine_is_paused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run with rewards would otherwise depend on the time, and could not be resumed with the same bits."""
+    sizes: list[int] = []
+    generate = PaddedEngine._generate
+    monkeypatch.setattr(
+        PaddedEngine, "_generate", lambda self, requests: sizes.append(len(requests)) or generate(self, requests)
+    )
+    with started(PaddedEngine(AdapterSet(base_model(), {}), [EOS], max_positions=64)) as engine:
+        answers = Answers(engine)
+        with engine.paused():
+            for number in range(6):
+                answers.submit(f"{number}", [9, 10, 11], None)
+                time.sleep(0.02)  # the engine's thread sees the first ones
+        answers.wait()
+    assert sizes == [6]

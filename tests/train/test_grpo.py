@@ -10,7 +10,9 @@ from datasets import Dataset
 from tiny import chat_model, chat_tokenizer
 
 from tailora.data.dataset import Example
+from tailora.errors import ConfigError
 from tailora.kernels.loss import OWN
+from tailora.train.config import TrainConfig
 from tailora.train.grpo import GRPO, with_target
 from tailora.train.loss import BatchLayout, make_batch
 
@@ -112,3 +114,22 @@ def test_ten_steps_are_those_of_trl(loss: str, beta: float, masked: int | None, 
             assert (q.grad - p.grad).norm() <= 1e-5 * p.grad.norm(), name
         for optimizer in optimizers:
             optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 0.1, "adapter": "old"}, "--beta compares with the base model, so it needs a new adapter"),
+        ({"beta": 0.1, "method": "full", "learning_rate": 1e-5}, "--beta compares with the base model"),
+        ({"init_lora_weights": "eva"}, "--init-lora-weights eva needs examples with replies"),
+        ({"skip_bad_rows": True}, "--task grpo does not support --skip-bad-rows"),
+        ({"task": "preference", "reward": [], "beta": 0.0}, "--beta 0: expected more than 0"),
+    ],
+)
+def test_settings_that_would_be_ignored_or_fail_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{"task": "grpo", "reward": ["exact_match"], **settings})
+
+
+def test_no_penalty_may_be_named() -> None:
+    assert TrainConfig(task="grpo", reward=["exact_match"], beta=0.0).beta == 0

@@ -1,5 +1,6 @@
 """Which form of the loss a model takes, and that each gives the gradients of full logits."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
     PreTrainedConfig,
 )
 
@@ -32,6 +34,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**GROUPED),
     "gemma2, soft cap": Gemma2Config(**GROUPED, head_dim=8),
     "cohere, logit scale": CohereConfig(**GROUPED),
+    "phi, head with a bias": PhiConfig(**GROUPED),
     "granite, logit scale": GraniteConfig(**GROUPED, logits_scaling=8.0),
 }
 ADAPTERS = {
@@ -72,11 +75,11 @@ def form_of(model: nn.Module) -> tuple[str, str | None]:
     return choose_form(base, batch_of())
 
 
-def assert_right(model: LoRAModel, form: str, tolerance: float) -> None:
+def assert_right(model: LoRAModel, form: str, tolerance: float, temperature: float = 1.0) -> None:
     """Losses and gradients by all that is trained are those of torch on full logits; the losses weigh differently."""
-    batch, trained = batch_of(), list(model.lora_layers.parameters())
+    batch, trained = replace(batch_of(), temperature=temperature), list(model.lora_layers.parameters())
     weights = torch.linspace(-1, 2, len(batch.targets), dtype=torch.float64)
-    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.supervised]
+    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.supervised] / temperature
     results = [
         [losses.detach(), *torch.autograd.grad(losses @ weights, trained)]
         for losses in (FORMS[form](model, batch), F.cross_entropy(logits, batch.targets, reduction="none"))
@@ -97,6 +100,13 @@ def test_the_head_decides_between_the_chunked_forms(name: str, adapter: str) -> 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_gradients_of_full_logits(form: str) -> None:
     assert_right(model_of("gpt2"), form, 1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_temperature_divides_the_logits_also_their_bias(form: str) -> None:
+    model = model_of("phi, head with a bias")
+    nn.init.normal_(model.base_model.get_output_embeddings().bias)
+    assert_right(model, form, 1e-6, temperature=0.5)
 
 
 @pytest.mark.parametrize("name", ["gemma2, soft cap", "cohere, logit scale", "granite, logit scale"])

@@ -394,3 +394,17 @@ def test_the_first_rank_alone_looks_at_the_clock(settings: Any) -> None:
     for is_main in (True, False):
         trainer.run = cast(Any, SimpleNamespace(is_main=is_main))
         assert trainer.is_time_to_save() == is_main
+
+
+def test_a_run_with_rewards_stops_where_its_completions_have_been_used(settings: Any, tmp_path: Path) -> None:
+    """A checkpoint has no completions, so a second iteration on them could not follow."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "say {number}"}}\n' for number in range(12)))
+    rewards = {"task": "grpo", "data": str(tmp_path / "prompts.jsonl"), "reward": ["max_length:5"], "samples": 0}
+    rewards |= {"num_generations": 4, "max_completion_length": 6, "num_iterations": 2, "max_steps": 4}
+    whole, stopped = (settings(output_dir=str(tmp_path / name), **rewards) for name in ("whole", "stopped"))
+    run(whole)
+    with pytest.raises(failures.Interrupted) as caught:
+        run(stopped, on_event=stopping_at(1, signal.SIGINT))
+    assert caught.value.folder.name == "checkpoint-2"
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
