@@ -96,7 +96,7 @@ def prepare(folder: Path, task: str) -> Path:
     (folder / "model" / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(folder / "model")
     ids, (length, _, prompts) = tokenizer(data_file().read_text()[:200_000])["input_ids"], TASKS[task]
-    rows = [tokenizer.decode(ids[i * length : (i + 1) * length]) for i in range(prompts * (STEPS + 1))]
+    rows = ["Text: " + tokenizer.decode(ids[i * length : (i + 1) * length]) for i in range(prompts * (STEPS + 1))]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
     (folder / "rewards.py").write_text(REWARD)
     return folder
