@@ -40,7 +40,7 @@ MEANINGS = {
 FINDINGS = {  # the sentence for the judges with each finding
     "did not rise": "The reward may be gamed ({gamed}): these rewards that only judge did not rise with it: {judges}.",
     "rose": "These rewards that only judge rose with it: {judges}.",
-    "cannot rise": "These had their highest value before training, so they show nothing: {judges}.",
+    "cannot rise": "These were at their highest value before training, so they cannot confirm it: {judges}.",
     "undecided": "Undecided whether these rose with it: {judges}. Hold out more prompts.",
 }
 
@@ -147,7 +147,7 @@ def describe_rewards(
             numbers = f"{change.before.value:.3f} to {change.after.value:.3f} (change {low:+.3f} to {high:+.3f})"
             shown[find(change, changes["reward"])].append(f"{name} {numbers}")
     if not any(shown.values()):
-        return f"{rose} No reward only judges, so a gamed reward would not show; add one with --eval-reward."
+        return f"{rose} Without an --eval-reward, a gamed reward cannot be detected."
     gamed = [name for name in trained if name in changes and changes[name].change.low > 0] or trained
     texts = [text.format(gamed=" and ".join(gamed), judges=", ".join(shown[key])) for key, text in FINDINGS.items()]
     said = [text for text, named in zip(texts, shown.values(), strict=True) if named]

@@ -146,7 +146,9 @@ class TrainConfig(StrictModel):
     num_iterations: PositiveInt = Field(1, description="grpo: optimizer steps for each sample of completions")
     mask_truncated_completions: bool = Field(False, description="grpo: do not train completions without an end")
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="grpo: divide advantages by the standard deviation of this"
+        "group",
+        description="grpo: divide advantages by the standard deviation of the rewards of the group or the batch, or "
+        "not at all",
     )
     # adapter
     r: PositiveInt = Field(16, description="rank of the adapter")

@@ -44,13 +44,13 @@ def test_a_judge_that_rises_even_by_less_does_not(shares: tuple[float, float]) -
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (1.12, 1.12)])
 def test_a_judge_at_its_highest_value_shows_nothing(shares: tuple[float, float]) -> None:
-    assert "had their highest value before training" in verdict(*judged(0.2, 0.8, judge=shares))
+    assert "were at their highest value before training" in verdict(*judged(0.2, 0.8, judge=shares))
 
 
 def test_a_constant_judge_shows_nothing() -> None:
     before, after = judged(0.2, 0.8)
     sides = [{**scores, "answer": np.full((PROMPTS, COMPLETIONS), 0.5)} for scores in (before, after)]
-    assert "had their highest value before training" in verdict(*sides)
+    assert "were at their highest value before training" in verdict(*sides)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_prompts_that_a_judge_leaves_out_are_left_out() -> None:
     assert "gamed" not in describe_rewards(changes, ["score"], ["answer"], "N prompts")
     before["answer"][:] = np.nan
     assert "answer" not in reward_changes(before, after)
-    assert "No reward only judges" in describe_rewards(
+    assert "Without an --eval-reward" in describe_rewards(
         reward_changes(before, after), ["score"], ["answer"], "N prompts"
     )
 

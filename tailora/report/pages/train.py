@@ -379,7 +379,7 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
         numbers.append(Number("forgetting", f"{lost['kl']:.3f}", of_base))
     if result.drift_mean is not None and result.equal_groups is not None:
         of_drift = f"nats per token between sampling and training, at most {result.drift_max:.1e}"
-        of_groups = "of all groups: their rewards are equal, so they train nothing"
+        of_groups = "of the groups had equal rewards, so they trained nothing"
         numbers.append(Number("drift", f"{result.drift_mean:.1e}", of_drift))
         numbers.append(Number("equal groups", share(result.equal_groups, 1), of_groups))
     return [
