@@ -130,7 +130,7 @@ class TrainConfig(StrictModel):
     reward: list[str] = Field(
         [],
         description="grpo: reward for completions, FILE.py:FUNCTION, exact_match, regex:PATTERN, json_schema:FILE, "
-        "max_length:CHARACTERS or math; repeatable; REWARD=WEIGHT sets its weight",
+        "max_length:CHARACTERS or math; repeatable; a final =NUMBER is its weight, so write x=1 as regex:x[=]1",
     )
     eval_reward: list[str] = Field(
         [], description="grpo: reward that only judges held-out completions, never trained on; repeatable"

@@ -7,12 +7,11 @@
     max_length:CHARACTERS     1 if the completion is not longer
     math                      1 if the completion and the row's answer are the same number or formula (math-verify)
 
-    REWARD=WEIGHT             multiplies its rewards
+    REWARD=WEIGHT             multiplies its rewards; a final =NUMBER is always a weight, so write x=1 as regex:x[=]1
 
 All functions run in one separate process, because a function that hangs can only be ended with its process.
 """
 
-import importlib.util
 import inspect
 import json
 import math
@@ -23,8 +22,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.machinery import SourceFileLoader
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Completion:
 
 def parse_rewards(trained: Sequence[str], judging: Sequence[str]) -> tuple[list[Reward], list[Reward]]:
     """Returns the rewards in texts like `rewards.py:score=0.5`, to train on and that only judge. Raises ConfigError."""
-    rewards = [_parse_reward(value) for value in (*trained, *judging)]
+    rewards = [_parse_reward(value) for value in trained] + [_parse_reward(value, judges=True) for value in judging]
     sources = Counter(reward.source for reward in rewards)
     if repeated := [source for source, times in sources.items() if times > 1]:
         raise ConfigError(f"--reward, --eval-reward: {', '.join(repeated)} appears twice; use each reward once")
@@ -72,12 +73,15 @@ def parse_rewards(trained: Sequence[str], judging: Sequence[str]) -> tuple[list[
     return named[: len(trained)], named[len(trained) :]
 
 
-def _parse_reward(value: str) -> Reward:
+def _parse_reward(value: str, judges: bool = False) -> Reward:
     source, equals, number = value.rpartition("=")
     try:
         weight = float(number) if equals else 1.0
     except ValueError:  # the = belongs to the source
         return Reward(value)
+    if equals and judges:
+        pattern = ", or write [=] if it belongs to the pattern" if source.startswith("regex:") else ""
+        raise ConfigError(f"--eval-reward {value}: rewards that only judge have no weight; remove ={number}{pattern}")
     if not math.isfinite(weight) or weight == 0:
         raise ConfigError(f"--reward {value}: expected a finite weight other than 0, got {number}")
     return Reward(source if equals else value, weight)
@@ -102,22 +106,32 @@ def load_reward(reward: Reward) -> RewardFunction:
         raise ConfigError(
             f"unknown --reward {reward.source!r}; expected one of {', '.join(known)}{nearest(kind, BUILT_IN)}"
         )
-    spec = importlib.util.spec_from_file_location("reward_functions", path)
-    assert spec is not None  # of every file with this suffix
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except FileNotFoundError:
-        raise ConfigError(f"--reward {reward.source}: no such file: {path}") from None
-    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-        raise ConfigError(f"--reward {reward.source}: {path} cannot be imported: {_last_line(error)}") from None
+    module = _module(reward.source, Path(path))
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ConfigError(f"--reward {reward.source}: {path} has no function {name!r}{nearest(name, names)}")
     result: RewardFunction = function
     return result
+
+
+def _module(source: str, path: Path) -> ModuleType:
+    """Returns the module of a file, which runs once and can import files next to it, as a script can."""
+    if not path.is_file():
+        raise ConfigError(f"--reward {source}: no such file: {path}")
+    absolute = path.resolve()
+    name = str(absolute.with_suffix("")).replace(".", "_")  # of no other module
+    if name in sys.modules:
+        return sys.modules[name]
+    sys.path.insert(0, str(absolute.parent))
+    module = sys.modules[name] = ModuleType(name)  # where dataclasses look it up
+    module.__file__ = str(absolute)
+    try:
+        SourceFileLoader(name, module.__file__).exec_module(module)
+    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+        del sys.modules[name]
+        raise ConfigError(f"--reward {source}: {path} cannot be imported: {_last_line(error)}") from None
+    return module
 
 
 def text_of_completion(completion: Any) -> str:
@@ -205,6 +219,14 @@ class RewardError(DataError):
     """A reward function failed: its name, a prompt and a completion are in the message."""
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Why a function has no rewards.    row: of the completion with the problem; None if it may be any."""
+
+    text: str
+    row: int | None = 0
+
+
 class RewardProcess:
     """Runs reward functions with a time limit. Use it as a context manager. seconds: limit for one call."""
 
@@ -214,7 +236,20 @@ class RewardProcess:
         self._process: subprocess.Popen[bytes]
 
     def __enter__(self) -> "RewardProcess":
-        self._start()
+        self._connection, other = Pipe()
+        command = [sys.executable, "-u", "-m", "tailora.train.rewards", str(other.fileno())]
+        # what functions print goes to stderr at once (-u), because stdout has the JSON of --json
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2, "pass_fds": [other.fileno()]}
+        self._process = subprocess.Popen(command, start_new_session=True, **pipes)  # without Ctrl-C, which is for us
+        other.close()
+        try:
+            self._connection.send(self.rewards)
+            problem = self._connection.recv()
+        except (EOFError, ConnectionError):
+            problem = f"the process for reward functions ended with exit code {self._process.wait()}"
+        if problem is not None:
+            self.__exit__()
+            raise ConfigError(problem)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -222,66 +257,45 @@ class RewardProcess:
         self._process.wait()
         self._connection.close()
 
-    def _start(self) -> None:
-        self._connection, other = Pipe()
-        command = [sys.executable, "-m", "tailora.train.rewards", str(other.fileno())]
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "pass_fds": [other.fileno()]}
-        self._process = subprocess.Popen(command, start_new_session=True, **pipes)  # without Ctrl-C, which is for us
-        other.close()
-        self._connection.send(self.rewards)
-        try:
-            problem = self._connection.recv()
-        except EOFError:
-            problem = f"the process for reward functions ended with exit code {self._process.wait()}"
-        if problem is not None:
-            self.__exit__()
-            raise ConfigError(problem)
-
     def score(self, completions: Sequence[Completion]) -> npt.NDArray[np.float64]:
         """Returns (completions, rewards), NaN where a function returns None. Raises RewardError."""
         scores = np.empty((len(completions), len(self.rewards)))
-        for column, reward in enumerate(self.rewards):
-            values = self._call(column, reward, completions)
-            if isinstance(values, str) and len(completions) > 1:  # find the completion that it fails on
-                for completion in completions:
-                    if isinstance(problem := self._call(column, reward, [completion]), str):
-                        raise _failed(reward, completion, problem)
-            if isinstance(values, str):
-                raise _failed(reward, completions[0], values)
-            if len(values) != len(completions):
-                expected = f"expected {len(completions)} rewards, one for each completion, got {len(values)}"
-                raise _failed(reward, completions[0], expected)
-            for row, value in enumerate(values):
-                if value is not None and (type(value) not in (int, float, bool) or not math.isfinite(value)):
-                    raise _failed(reward, completions[row], f"expected a finite number or None, got {value!r}")
-                scores[row, column] = math.nan if value is None else value
+        for column in range(len(self.rewards) if completions else 0):
+            reply = self._call(column, completions)
+            if isinstance(reply, Problem):
+                raise self._failed(column, completions, reply)
+            scores[:, column] = reply
         return scores
 
-    def _call(self, column: int, reward: Reward, completions: Sequence[Completion]) -> Any:
-        """Returns what the function returns, or text with its error."""
-        self._connection.send((column, completions))
+    def _call(self, column: int, completions: Sequence[Completion]) -> list[float] | Problem:
+        """Returns one reward for each completion, or why the function has none. Raises RewardError."""
         try:
+            self._connection.send((column, completions))
             if self._connection.poll(self.seconds):
-                return self._connection.recv()
+                reply: list[float] | Problem = self._connection.recv()
+                return reply
             problem = f"it did not return within {self.seconds:g} seconds; use a higher --reward-seconds"
-        except EOFError:
+        except (EOFError, ConnectionError):
             problem = f"its process ended with exit code {self._process.wait()}"
-        self.__exit__()
-        self._start()
-        raise _failed(reward, completions[0], problem)
+        raise self._failed(column, completions, Problem(problem))
+
+    def _failed(self, column: int, completions: Sequence[Completion], problem: Problem) -> RewardError:
+        """Returns an error that names the completion. Bisection finds it with few calls, which may be slow or paid."""
+        while problem.row is None and len(completions) > 1:
+            first, second = completions[: len(completions) // 2], completions[len(completions) // 2 :]
+            reply = self._call(column, first)
+            completions, problem = (first, reply) if isinstance(reply, Problem) else (second, problem)
+        completion = completions[problem.row or 0]
+        return RewardError(
+            f"reward {self.rewards[column].source}: {problem.text}\n  prompt: {short_repr(completion.prompt)}\n  "
+            f"completion: {short_repr(completion.text)}"
+        )
 
 
 def check_rewards(rewards: Sequence[Reward]) -> None:
     """Raises ConfigError unless all functions can be loaded."""
     with RewardProcess(rewards, math.inf):
         pass
-
-
-def _failed(reward: Reward, completion: Completion, problem: str) -> RewardError:
-    return RewardError(
-        f"reward {reward.source}: {problem}\n  prompt: {short_repr(completion.prompt)}\n  completion: "
-        f"{short_repr(completion.text)}"
-    )
 
 
 def _serve(connection: "Connection[Any, Any]") -> None:
@@ -295,12 +309,13 @@ def _serve(connection: "Connection[Any, Any]") -> None:
     while True:
         try:
             column, completions = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
-            connection.send(_values(functions[column], completions))
+            reply = _values(functions[column], completions)
         except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-            connection.send(_last_line(error))
+            reply = Problem(_last_line(error), row=None)
+        connection.send(reply)
 
 
 def _loaded(rewards: Sequence[Reward]) -> list[RewardFunction]:
@@ -316,27 +331,33 @@ def _loaded(rewards: Sequence[Reward]) -> list[RewardFunction]:
     return functions
 
 
-def _values(function: RewardFunction, completions: Sequence[Completion]) -> list[Any] | str:
-    """Returns what a function returns, or text with the problem. It gets the columns of the rows that it accepts."""
+def _values(function: RewardFunction, completions: Sequence[Completion]) -> list[float] | Problem:
+    """Returns a number for each completion, NaN for None. Functions get the columns that they accept."""
     names = dict.fromkeys(name for completion in completions for name in completion.columns)
     arguments: dict[str, Any] = {
-        "prompts": [completion.prompt for completion in completions],
+        **{name: [completion.columns.get(name) for completion in completions] for name in names},
+        "prompts": [completion.prompt for completion in completions],  # instead of columns with these names
         "completions": [completion.text for completion in completions],
         "completion_ids": [completion.ids for completion in completions],
-        **{name: [completion.columns.get(name) for completion in completions] for name in names},
     }
     parameters = inspect.signature(function).parameters
     if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
-    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    if missing := [name for name in needed if name not in arguments and parameters[name].kind not in variable]:
-        return f"it needs {' and '.join(missing)}, but the rows have no such column (they have {listed(names)})"
+    needed = [key for key, value in parameters.items() if value.default is value.empty and value.kind not in variable]
+    if missing := " and ".join(name for name in needed if name not in arguments):
+        return Problem(f"it needs {missing}, but the rows have no such column (they have {listed(names)})")
     values: Any = function(**arguments)
     values = values.tolist() if hasattr(values, "tolist") else values  # of numpy and torch
     if not isinstance(values, list | tuple):
-        return f"expected a list with a number or None for each completion, got {short_repr(values)}"
-    return [value.item() if hasattr(value, "item") else value for value in values]
+        return Problem(f"expected a list with a number or None for each completion, got {short_repr(values)}")
+    if len(values) != len(completions):
+        return Problem(f"expected {len(completions)} rewards, one for each completion, got {len(values)}")
+    numbers = [value.item() if hasattr(value, "item") else value for value in values]
+    for row, value in enumerate(numbers):
+        if value is not None and (type(value) not in (int, float, bool) or not math.isfinite(value)):
+            return Problem(f"expected a finite number or None, got {short_repr(value)}", row)
+    return [math.nan if value is None else value for value in numbers]
 
 
 def _last_line(error: Exception) -> str:

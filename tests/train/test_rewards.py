@@ -53,11 +53,45 @@ def dies(completions, **kwargs):
     os._exit(3)
 """
 
+SCRIPT = """
+from __future__ import annotations
+from dataclasses import dataclass
+import helper
+
+print("the file runs")
+
+@dataclass
+class Score:
+    value: float
+
+def first(completions, **kwargs):
+    return [Score(helper.ONE).value for _ in completions]
+
+def second(completions, **kwargs):
+    return [2] * len(completions)
+
+def own_class(completions, **kwargs):
+    return [Score(1.0) for _ in completions]
+
+def prints_calls(completions, **kwargs):
+    print(f"{len(completions)} completions")
+    return [1 / (text != "bad") for text in completions]
+"""
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rewards") / "rewards.py"
     path.write_text(FILE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that needs what Python does for a script."""
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text(SCRIPT)
+    path.with_name("helper.py").write_text("ONE = 1.0")
     return path
 
 
@@ -99,13 +133,52 @@ def test_a_failure_names_the_function_and_the_completion(file: Path, name: str, 
     assert f"completion: '{completion}'" in str(raised.value)
 
 
-def test_after_a_failure_the_process_goes_on(file: Path) -> None:
-    rewards = [Reward(f"{file}:without_kwargs"), Reward(f"{file}:hangs")]
-    with RewardProcess(rewards, seconds=1) as process:
-        with pytest.raises(RewardError, match="did not return"):
+def test_a_file_is_run_once_and_as_a_script(
+    script: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is printed must not depend on it
+    with RewardProcess([Reward(f"{script}:first"), Reward(f"{script}:second")], seconds=30) as process:
+        np.testing.assert_array_equal(process.score(completions("a", "b")), [[1, 2], [1, 2]])
+    printed = capfd.readouterr()
+    assert printed.err.count("the file runs") == 1
+    assert not printed.out  # where --json prints its result
+
+
+def test_few_calls_find_the_completion_that_a_function_fails_on(
+    script: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"good {i}" for i in range(8)]
+    texts[5] = "bad"
+    rewards, message = [Reward(f"{script}:prints_calls")], r"ZeroDivisionError(.|\n)*completion: 'bad'"
+    with RewardProcess(rewards, seconds=30) as process, pytest.raises(RewardError, match=message):
+        process.score(completions(*texts))
+    calls = [int(line.split()[0]) for line in capfd.readouterr().err.splitlines() if line.endswith(" completions")]
+    assert calls == [8, 4, 2, 1]
+
+
+def test_objects_of_the_file_are_refused_as_rewards(script: Path) -> None:
+    rewards, message = [Reward(f"{script}:own_class")], "expected a finite number or None, got <?Score"
+    with RewardProcess(rewards, seconds=30) as process, pytest.raises(RewardError, match=message):
+        process.score(completions("a"))
+
+
+def test_a_column_does_not_replace_an_argument(file: Path) -> None:
+    columns = dict.fromkeys(("prompts", "completions", "completion_ids"), "of the row")
+    with RewardProcess([Reward(f"{file}:score")], seconds=30) as process:
+        assert process.score([Completion("How many?", "It is 7.", [1], {"answer": "7", **columns})]) == 1
+
+
+def test_a_process_that_died_between_calls_is_reported(file: Path) -> None:
+    with RewardProcess([Reward(f"{file}:score")], seconds=30) as process:
+        process._process.kill()
+        process._process.wait()
+        with pytest.raises(RewardError, match="its process ended with exit code -9"):
             process.score(completions("a"))
-        process.rewards = rewards[:1]
-        assert process.score(completions("a")) == 1
+
+
+def test_no_completions_need_no_call(file: Path) -> None:
+    with RewardProcess([Reward(f"{file}:dies"), Reward(f"{file}:score")], seconds=30) as process:
+        assert process.score([]).shape == (0, 2)
 
 
 def test_built_in_rewards(tmp_path: Path) -> None:
@@ -121,6 +194,11 @@ def test_built_in_rewards(tmp_path: Path) -> None:
         assert function(completions=[right, wrong], answer=["7", "7"]) == [1.0, 0.0], source
 
 
+def test_math_compares_values() -> None:
+    completions, answer = ["\\boxed{7}", "0.5", "It is 7.", "\\boxed{8}", "0.25"], ["7", "1/2", 7, "7", "1/2"]
+    assert load_reward(Reward("math"))(completions=completions, answer=answer) == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
 def test_weights_and_names() -> None:
     trained, judging = parse_rewards(
         ["rewards.py:score=0.5", "exact_match", "regex:a=b", "a.py:same"], ["b.py:same", "rewards.py:reward"]
@@ -133,7 +211,26 @@ def test_weights_and_names() -> None:
     ]
     assert [reward.name for reward in judging] == ["b.py:same", "rewards.py:reward"]  # "reward" is the sum
     with pytest.raises(ConfigError, match="exact_match appears twice"):
-        parse_rewards(["exact_match"], ["exact_match=2"])
+        parse_rewards(["exact_match=2"], ["exact_match"])
+
+
+def test_a_final_number_is_a_weight() -> None:
+    trained, _ = parse_rewards(["regex:x=2", "regex:x[=]2", "json_schema:a.json=0.5"], [])
+    assert [(reward.source, reward.weight) for reward in trained] == [
+        ("regex:x", 2),
+        ("regex:x[=]2", 1),
+        ("json_schema:a.json", 0.5),
+    ]
+    assert load_reward(trained[1])(completions=["x=2", "x"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [("math=2", "remove =2"), ("regex:x=1", r"remove =1, or write \[=\] if it belongs to the pattern")],
+)
+def test_rewards_that_only_judge_have_no_weight(value: str, advice: str) -> None:
+    with pytest.raises(ConfigError, match=f"--eval-reward {value}: rewards that only judge have no weight; {advice}$"):
+        parse_rewards(["exact_match"], [value])
 
 
 @pytest.mark.parametrize(
@@ -158,3 +255,11 @@ def test_an_unknown_function_is_named_when_the_process_starts(file: Path) -> Non
     rewards = [Reward(f"{file}:scores"), Reward("missing.py:score")]
     with pytest.raises(ConfigError, match=r"has no function 'scores'(.|\n)*no such file: missing.py"):
         check_rewards(rewards)
+
+
+def test_an_import_that_does_not_find_a_file_is_not_a_missing_reward_file(tmp_path: Path) -> None:
+    path = tmp_path / "rewards.py"
+    path.write_text("open('words.txt')")
+    message = r"cannot be imported: FileNotFoundError: .*'words.txt' \(rewards.py, line 1\)"
+    with pytest.raises(ConfigError, match=message):
+        load_reward(Reward(f"{path}:score"))
