@@ -25,7 +25,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, GenerationConfig
+from transformers import AttentionInterface, GenerationConfig, PretrainedConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -103,7 +103,7 @@ class ContinuousEngine(Engine):
         if reason := obstacle(adapter_set.base_model):
             raise ConfigError(f"continuous batching is not possible: {reason}; use --engine padded")
         self.adapter_set, self.eos_token_ids = adapter_set, frozenset(eos_token_ids)
-        self.cache_tokens = min(CACHE_TOKENS, -(-max_positions // PAGE_SIZE) * PAGE_SIZE * max_requests)
+        self.cache_tokens = cache_tokens(max_positions, max_requests)
         self.max_positions = min(max_positions, self.cache_tokens)
         self.max_requests = max_requests
         self._requests: dict[str, RunningRequest] = {}
@@ -302,6 +302,22 @@ def fork_name(request_id: str, number: int | str) -> str:
 
 def adapter_of(running: RunningRequest | None) -> str | None:
     return None if running is None else running.request.adapter
+
+
+def cache_tokens(max_positions: int, max_requests: int) -> int:
+    return min(CACHE_TOKENS, -(-max_positions // PAGE_SIZE) * PAGE_SIZE * max_requests)
+
+
+def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, max_positions: int, max_requests: int) -> int:
+    """Returns the size of the cache of an engine for such a model."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    tokens = (
+        cache_tokens(max_positions, max_requests) + 2 * PAGE_SIZE
+    )  # transformers has a block for unused rows, twice
+    numbers: int = 2 * text.num_hidden_layers * heads * width
+    return numbers * dtype.itemsize * tokens
 
 
 # ---- The engine for a model

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LIKELIEST = 1024  # tokens to try for top_p, which seldom needs more; sorting the vocabulary takes 20 times as long
 WHITESPACE = r"(\n {0,20}| )?"  # in JSON; without a limit, some models write endless whitespace
 LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks; OpenAI's number
+OVERFLOW = "the logits overflowed; use a smaller scale"
 
 
 @dataclass(eq=False)
@@ -99,7 +100,7 @@ def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_t
         if running is None or running.is_finished:
             continue
         if not is_finite:
-            running.fail("the logits overflowed; use a smaller scale")
+            running.fail(OVERFLOW)
             continue
         params, grammar, allowed = running.request.params, running.request.grammar, logits[row]
         if grammar is not None:

@@ -44,6 +44,7 @@ from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_byte
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images, set_labels
 from tailora.train.preference import preference_task
 from tailora.train.quantize import dequantization_note, stays_quantized, stored_quantization
+from tailora.train.rollouts import Rollouts
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
 from tailora.train.step import split_by_tokens, step_shape, token_limit
 from tailora.train.subprocess_worker import measure_steps
@@ -89,6 +90,9 @@ def plan(
         step = largest_step(config, fake, batches)
         dequantized = dequantization_note(shape, config.model)
         notes = [*([dequantized] if dequantized else []), *place.notes, *batches.notes, *fake.notes]
+        if batches.rollouts is not None:
+            cache = format_bytes(batches.rollouts.cache_bytes(shape, dtype))
+            notes.append(f"sampling needs a cache of {cache} between the steps, and its time is not included")
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
             notes.append("the memory of compiled layers is estimated from one measurement, not simulated")
@@ -279,6 +283,7 @@ class Batches:
     steps: int | None
     tokens_per_step: float
     notes: list[str]
+    rollouts: Rollouts | None = None
 
     @property
     def most(self) -> int:
@@ -303,7 +308,7 @@ def read_batches(
     """
     step = replace(step_shape(config, accelerator), token_limit=limit)
     vocabulary = shape.get_text_config().vocab_size
-    examples, steps, tokens_of_step = None, config.max_steps, 0.0
+    examples, rollouts, steps, tokens_of_step = None, None, config.max_steps, 0.0
     if "data" not in config.model_fields_set:
         example, what = Example.of_text(np.arange(config.max_length, dtype=np.int32) % vocabulary), "example"
         task: Task = language_model_task(load_tokenizer(config.model)) if reads_images(shape) else CAUSAL_LM
@@ -320,13 +325,9 @@ def read_batches(
         data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
         data = replace(data, shape=replace(data.shape, token_limit=limit))
         task, largest = data.task, data.largest
-        if data.rollouts is not None:
-            steps, tokens_of_step = data.max_steps, float(data.rollouts.most_tokens(step))
-            cache = format_bytes(data.rollouts.cache_bytes(shape, step))
-            notes = [
-                "every completion is assumed to have --max-completion-length tokens",
-                f"sampling adds a cache of {cache} to the memory, and its time is not included",
-            ]
+        if (rollouts := data.rollouts) is not None:
+            steps, tokens_of_step = data.max_steps, float(rollouts.most_tokens)
+            notes = ["every completion is assumed to have --max-completion-length tokens"]
         elif data.prepared is None or config.streaming:
             steps, tokens_of_step = data.max_steps, float(data.largest_size.tokens * config.gradient_accumulation_steps)
             notes = ["the data is streamed, so lengths are estimated from the first batch"]
@@ -343,6 +344,8 @@ def read_batches(
         )
 
     def at(count: int) -> list[Example]:
+        if rollouts is not None:  # a group of completions at most
+            return largest
         if examples is None:
             return _largest_part(largest, count, limit)
         return largest_forward(examples, replace(step, batch_size=count))
@@ -356,6 +359,7 @@ def read_batches(
         steps=steps,
         tokens_per_step=tokens_of_step,
         notes=notes,
+        rollouts=rollouts,
     )
 
 

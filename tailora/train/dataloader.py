@@ -221,17 +221,18 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
     data = read_prompts_of(config, tokenizer)
     rewards, judges = parse_rewards(config.reward, config.eval_reward)
     check_rewards([*rewards, *judges])
-    rollouts = Rollouts(config, data.train, data.held_out, rewards, judges)
-    shape = replace(shape, task=rollouts.task)
-    longest = max(data.train, key=lambda prompt: len(prompt.ids))
-    ids = np.resize(longest.ids, len(longest.ids) + config.max_completion_length).astype(np.int32)
-    full = Example.of_text(ids, np.arange(len(ids)) >= len(longest.ids))
-    known = [with_target(full, 0.0, [0.0] * full.supervised)] * config.num_generations
-    held_out = data.prepared.eval if data.held_out else None
     per_epoch = steps_per_epoch(len(data.train), shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
-    rollouts.max_steps, steps = max_steps, partial(rollouts.steps, shape)
-    return TrainingData(data.prepared, held_out, steps, max_steps, Examples.of(known), shape, rollouts=rollouts)
+    rollouts = Rollouts(config, data, rewards, judges, shape, max_steps)
+    longest = max([*data.train, *data.held_out], key=lambda prompt: len(prompt.ids))
+    ids = np.resize(longest.ids, len(longest.ids) + config.max_completion_length).astype(np.int32)
+    full = Example.of_text(ids, np.arange(len(ids)) >= len(longest.ids))
+    # The largest batch of completions is a group, which is the most that goes through the model at once
+    known = Examples.of([with_target(full, 0.0, [0.0] * full.supervised)] * config.num_generations)
+    groups = shape.batch_size * shape.accumulation
+    shape = replace(shape, task=rollouts.task, batch_size=config.num_generations, accumulation=groups)
+    held_out = data.prepared.eval if data.held_out else None
+    return TrainingData(data.prepared, held_out, rollouts.steps, max_steps, known, shape, rollouts=rollouts)
 
 
 def stream_notes(data: TrainingData, max_length: int) -> list[str]:

@@ -33,19 +33,22 @@ DRIFT_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def advantages_of(rewards: Rewards, loss: str, scale: ScaleRewards = "group") -> Rewards:
-    """Returns how much better each completion is than the others of its group, (groups, completions); 0 if unscored.
+    """Returns how much better each completion is than the others of its group, (groups, completions).
+
+    0 if it is not scored, or if the group has equal rewards: their mean may be rounded.
 
     scale: divide by the standard deviation of the group's rewards, of the rewards of the batch, or not at all.
     """
     scored = ~np.isnan(rewards)
+    compared = scored & ~has_equal_rewards(rewards)[:, None]
     counts = scored.sum(1, keepdims=True)
     values = np.where(scored, rewards, 0.0)
     if loss == "rloo":
         others = (values.sum(1, keepdims=True) - values) / np.maximum(counts - 1, 1)
-        of_others: Rewards = np.where(scored & (counts > 1), values - others, 0.0)
+        of_others: Rewards = np.where(compared, values - others, 0.0)
         return of_others
     means = values.sum(1, keepdims=True) / np.maximum(counts, 1)
-    advantages: Rewards = np.where(scored, values - means, 0.0)
+    advantages: Rewards = np.where(compared, values - means, 0.0)
     if scale == "none":
         return advantages
     if scale == "batch":
@@ -54,6 +57,13 @@ def advantages_of(rewards: Rewards, loss: str, scale: ScaleRewards = "group") ->
         std = np.sqrt((advantages**2).sum(1, keepdims=True) / np.maximum(counts - 1, 1))
     scaled: Rewards = advantages / (std + SMALLEST_STD)
     return scaled
+
+
+def has_equal_rewards(rewards: Rewards) -> npt.NDArray[np.bool_]:
+    """Returns whether all known rewards of a group are equal, or none is known, (groups,)."""
+    highest, lowest = (sign * np.nan_to_num(sign * rewards, nan=-np.inf).max(1) for sign in (1, -1))
+    equal: npt.NDArray[np.bool_] = highest <= lowest
+    return equal
 
 
 def group_means(values: Rewards) -> npt.NDArray[np.float64]:

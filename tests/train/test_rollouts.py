@@ -2,20 +2,24 @@
 
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tailora.errors import ConfigError, DataError
+from tailora.errors import ConfigError, DataError, DivergedError, MemoryLimitError
 from tailora.train.events import Evaluated, Note
 from tailora.train.grpo import DRIFT_LIMITS, advantages_of
 from tailora.train.rewards import RewardError
-from tailora.train.rollouts import PARTS, SHOWN_PROMPTS, Rollouts
+from tailora.train.rollouts import SHOWN_PROMPTS, Rollouts
+from tailora.train.sampler import Sampler
+from tailora.train.step import Step
 from tailora.train.trainer import Trainer, run
 
 REWARDS = """
@@ -24,6 +28,12 @@ def ones(completions, answer, **kwargs):
 
 def constant(completions, **kwargs):
     return [1.0] * len(completions)
+
+def of_even(completions, answer, **kwargs):
+    return [None if int(number) % 2 else float(len(text)) for text, number in zip(completions, answer)]
+
+def never(completions, **kwargs):
+    return [None] * len(completions)
 
 def fails(completions, **kwargs):
     raise ValueError("no")
@@ -50,6 +60,23 @@ def grpo(settings: Any, tmp_path: Path) -> Any:
         return settings(**{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """The optimizer steps that a run takes."""
+    taken, take = list[Step](), Trainer.step
+
+    def keep(self: Trainer, step: Step, *arguments: Any) -> None:
+        taken.append(step)
+        take(self, step, *arguments)
+
+    monkeypatch.setattr(Trainer, "step", keep)
+    return taken
+
+
+def with_reward(config: Any, name: str) -> Any:
+    return config.replaced(reward=[config.reward[0].replace("ones", name)])
 
 
 def metrics(folder: str) -> list[dict[str, float]]:
@@ -122,7 +149,8 @@ def test_the_adapter_with_the_best_held_out_reward_is_kept(grpo: Any, monkeypatc
     assert any(not value.equal(weights[8][name]) for name, value in weights[4].items())
 
 
-def test_samples_are_logged_and_logged_again_after_a_resume(grpo: Any) -> None:
+def test_samples_are_logged_and_logged_again_after_a_resume(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailora.train.rollouts.PARTS", 2)
     config = grpo(eval_steps=2, save_steps=2, save_total_limit=4, max_steps=8, learning_rate=2e-2)
     run(config)
     file = Path(config.output_dir) / "completions.jsonl"
@@ -136,19 +164,28 @@ def test_samples_are_logged_and_logged_again_after_a_resume(grpo: Any) -> None:
     assert prompts == [prompts[0]] * len(prompts)
     assert len(prompts[0]) == SHOWN_PROMPTS
     groups = [line for line in lines if "part" in line]
-    assert {line["part"] for line in groups} <= {*range(PARTS)}
-    for earlier, later in pairwise(groups):  # only what is larger than before
-        assert later["part"] > earlier["part"] or later["advantage"] > earlier["advantage"]
+    assert [(line["step"], line["part"]) for line in groups] == [(step, (step - 1) // 4) for step in range(1, 9)]
     for line in groups:
         best, worst = (text.count("1") / max(len(text), 1) for text in (line["best"], line["worst"]))
         assert (best, worst) == (max(line["rewards"]), min(line["rewards"]))
+
+
+@pytest.mark.parametrize(("iterations", "steps"), [(1, [1, 4]), (2, [1, 5])])
+def test_a_long_run_shows_the_groups_of_some_steps(
+    grpo: Any, monkeypatch: pytest.MonkeyPatch, iterations: int, steps: list[int]
+) -> None:
+    monkeypatch.setattr("tailora.train.rollouts.SHOWN_STEPS", 2)
+    config = grpo(max_steps=6, num_iterations=iterations)
+    run(config)
+    lines = map(json.loads, (Path(config.output_dir) / "completions.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "part" in line] == steps
 
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_kl_is_that_of_the_completions_from_the_base(
     grpo: Any, adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples, sample = [], Rollouts.sample
+    samples, sample = [], Sampler.sample
 
     def keep(*arguments: Any) -> Any:
         samples.append(sample(*arguments))
@@ -158,7 +195,7 @@ def test_kl_is_that_of_the_completions_from_the_base(
     if adapter:  # train it further: the base is still the model without it
         run(grpo(max_steps=2, learning_rate=2e-2, output_dir=str(tmp_path / "first")))
         changes = {"adapter": str(tmp_path / "first"), "r": 16}
-    monkeypatch.setattr(Rollouts, "sample", keep)
+    monkeypatch.setattr(Sampler, "sample", keep)
     config = grpo(max_steps=2, learning_rate=2e-2, temperature=0.8, **changes)
     trainer = Trainer(config)
     result = trainer.train()
@@ -182,8 +219,8 @@ def plain_log_probability(model: Any, completion: Any, temperature: float) -> fl
     return float(log_p.sum())
 
 
-def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any) -> None:
-    config = grpo(reward=[grpo().reward[0].replace("ones", "constant")], max_steps=1, eval_reward=grpo().reward)
+def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any, steps: list[Step]) -> None:
+    config = with_reward(grpo(max_steps=1, per_device_train_batch_size=2, eval_reward=grpo().reward), "constant")
     trainer = Trainer(config)
     before = {}
 
@@ -194,14 +231,118 @@ def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any) -> N
     result = trainer.train()
     (step,) = metrics(config.output_dir)
     assert step["equal_groups"] == 1
+    assert sum(map(len, steps[0].micro_batches)) == 1  # there is no step without a forward
     assert step["reward/ones"] >= 0
     assert all((p == before[name]).all() for name, p in result.model.named_parameters() if name in before)
 
 
+def test_a_step_whose_completions_are_all_truncated_changes_nothing(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, truncate = Sampler.sample, partial(replace, is_truncated=True)
+    monkeypatch.setattr(Sampler, "sample", lambda *arguments: [*map(truncate, sample(*arguments))])
+    config = grpo(loss="dapo", mask_truncated_completions=True, max_steps=1)
+    run(config)
+    (step,) = metrics(config.output_dir)
+    assert (step["truncated"], step["loss"], step["grad_norm"]) == (1, 0, 0)
+
+
+def test_without_a_token_limit_a_forward_has_at_most_the_tokens_of_a_group(
+    grpo: Any, monkeypatch: pytest.MonkeyPatch, steps: list[Step]
+) -> None:
+    monkeypatch.setattr("tailora.train.step.token_limit", lambda _: None)
+    trainer = Trainer(grpo(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2))
+    trainer.train()
+    data = trainer.run.data
+    assert data.rollouts is not None
+    assert data.largest_size.examples == 4
+    assert data.largest_size.tokens == data.rollouts.tokens_of_group
+    for step in steps:
+        assert len(step.micro_batches) > 1
+        assert all(sum(len(e.input_ids) for e in part) <= data.largest_size.tokens for part in step.micro_batches)
+
+
 def test_a_failing_reward_ends_the_run_with_its_name(grpo: Any) -> None:
-    config = grpo(reward=[grpo().reward[0].replace("ones", "fails")])
-    with pytest.raises(RewardError, match=r"fails: ValueError: no \(rewards.py, line 9\)\n  prompt: 'Count to"):
-        run(config)
+    with pytest.raises(RewardError, match=r"fails: ValueError: no \(rewards.py, line 15\)\n  prompt: 'Count to"):
+        run(with_reward(grpo(), "fails"))
+
+
+def test_held_out_prompts_without_rewards_are_left_out_of_the_mean(grpo: Any) -> None:
+    notes: list[str] = []
+    trainer = Trainer(
+        with_reward(grpo(validation_split=0.5, max_steps=2, eval_steps=1), "of_even"),
+        lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    result = trainer.train()
+    rollouts = trainer.run.data.rollouts
+    assert rollouts is not None
+    missing = sum(int(prompt.columns["answer"]) % 2 for prompt in rollouts.held_out)
+    assert 0 < missing < 10
+    note = f"{missing} of 10 held-out prompts are left out of the mean reward: all of their completions got None"
+    assert notes.count(note) == 1
+    for evaluation in (result.before, result.after):
+        assert evaluation is not None
+        assert evaluation.scores is not None
+        assert np.isnan(evaluation.scores[:, 0]).all(1).sum() == missing
+        assert evaluation.loss == pytest.approx(-np.nanmean(evaluation.scores[:, 0]))
+
+
+def test_held_out_prompts_need_a_reward(grpo: Any) -> None:
+    with pytest.raises(DataError, match=r"None for all completions of all held-out prompts.*--eval-data"):
+        run(with_reward(grpo(), "never"))
+
+
+def test_a_rank_may_have_no_held_out_prompt(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, found = Trainer(with_reward(grpo(max_steps=1), "constant")), []
+
+    def evaluate_on_two_ranks(*_: Any) -> None:
+        rollouts, held_out = trainer.run.data.rollouts, trainer.run.data.held_out
+        assert rollouts is not None
+        assert held_out is not None
+        other = np.full((len(rollouts.score_names), 1, 4), 0.5)
+        state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("tailora.train.rollouts.PartialState", lambda: state)
+            patch.setattr("tailora.train.rollouts.gather_object", lambda own: [other, *own])
+            found.append(rollouts.evaluate(held_out.select(np.array([0])), 0, lambda *_: None))
+
+    trainer.on_ready = evaluate_on_two_ranks
+    trainer.train()
+    assert found[0].loss == -0.5
+    assert (found[0].scores == 0.5).all()
+
+
+def test_running_out_of_memory_is_not_called_divergence(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def next_tokens(*_: Any) -> list[int]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def fail(*_: Any) -> None:
+        monkeypatch.setattr("tailora.engine.continuous_batching.next_tokens", next_tokens)
+
+    expected = r"out of memory while sampling completions: .*Tried to allocate 2 GiB\nwhat helps: a lower --max-compl"
+    with pytest.raises(MemoryLimitError, match=expected):
+        run(grpo(), on_ready=fail)
+
+
+def test_logits_that_are_not_finite_are_divergence(grpo: Any) -> None:
+    def overflow(model: Any, *_: Any) -> None:
+        model.base_model.get_output_embeddings().weight.data.fill_(float("inf"))
+
+    with pytest.raises(DivergedError, match="sampling failed: the logits of a completion are not finite; try a tenth"):
+        run(grpo(), on_ready=overflow)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("split", "sampled"), [(0.1, 8), (0.5, 40), (0.9, 64)])
+def test_the_cache_is_as_large_as_planned(grpo: Any, dtype: str, split: float, sampled: int) -> None:
+    config = grpo(dtype=dtype, validation_split=split, per_device_train_batch_size=2, max_completion_length=40)
+    trainer = Trainer(config)
+    with ExitStack() as stack:
+        trainer.setup(stack)
+        rollouts, base = trainer.run.data.rollouts, trainer.run.base
+        assert rollouts is not None
+        engine: Any = rollouts.sampler._engine
+        assert engine.max_requests == sampled
+        cache = engine._manager.batch_processor.cache.cache_tensor
+        assert cache.nbytes == rollouts.cache_bytes(base.config, base.dtype)
 
 
 def test_advantages() -> None:
@@ -214,6 +355,8 @@ def test_advantages() -> None:
     np.testing.assert_allclose(advantages_of(rewards, "rloo")[2], [1.5, 0, -1.5, 0])
     for loss in ("grpo", "rloo"):
         np.testing.assert_array_equal(advantages_of(rewards, loss)[1], 0)
+        for scale in ("group", "batch", "none"):  # the mean of six times 0.1 is rounded
+            np.testing.assert_array_equal(advantages_of(np.full((1, 6), 0.1), loss, scale), 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""Sampler: completions of prompts, by the engine of `tailora serve`, from the model in training.
+
+The engine runs the model itself, with its adapter unmerged, and waits while the model trains.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count, groupby
+from threading import Semaphore
+from typing import Any, cast
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from tailora.core.adapter_set import AdapterSet
+from tailora.core.attach import evaluating
+from tailora.data.dataset import Example
+from tailora.data.processor import text_tokenizer
+from tailora.data.prompts import Prompt
+from tailora.data.tokenize import stop_ids
+from tailora.engine.continuous_batching import make_engine
+from tailora.engine.interface import Finish, Request, SamplingParams, Token
+from tailora.engine.sampling import OVERFLOW
+from tailora.errors import DivergedError
+from tailora.kernels.attention import use_attention
+from tailora.model import LoRAModel
+from tailora.train.config import TrainConfig
+from tailora.train.divergence import REMEDIES
+from tailora.train.memory import explain_out_of_memory, return_freed_memory
+from tailora.train.rewards import Completion
+from tailora.train.trainable import Trainable
+
+Note = Callable[[str], None]
+SHOWN_CHARACTERS = 400  # of a text in the run log
+ADVICE = "what helps: a lower --max-completion-length, fewer --num-generations, shorter prompts, or a smaller model"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion. ids: with its end token, unless it is truncated.    log_probabilities: of each token."""
+
+    prompt: Prompt
+    ids: list[int]
+    log_probabilities: list[float]
+    is_truncated: bool
+    text: str
+
+    def for_rewards(self) -> Completion:
+        text = [{"role": "assistant", "content": self.text}] if self.prompt.is_chat else self.text
+        return Completion(self.prompt.value, text, self.ids, self.prompt.columns)
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The beginnings of the prompt's last message and of the completion."""
+        texts = {"prompt": str(self.prompt.messages[-1]["content"]), "completion": self.text}
+        return {name: text[:SHOWN_CHARACTERS] for name, text in texts.items()}
+
+    def example(self) -> Example:
+        """Returns prompt and completion, which alone is trained."""
+        ids = np.array([*self.prompt.ids, *self.ids], dtype=np.int32)
+        return Example.of_text(ids, np.arange(len(ids)) >= len(self.prompt.ids))
+
+
+@dataclass(eq=False)
+class _Answer:
+    """What the engine returns for a prompt. ended: released when it is complete."""
+
+    ended: Semaphore
+    tokens: list[Token] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def add(self, event: Token | Finish) -> None:
+        if isinstance(event, Token):
+            self.tokens.append(event)
+        else:
+            self.finish = event
+            self.ended.release()
+
+
+class Sampler:
+    """Starts the engine, which waits except within `sample`, until `stop`.
+
+    longest: tokens of a prompt with its completion.    most: completions that are sampled at once.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: Trainable, tokenizer: Any, longest: int, most: int, note: Note
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model, text_tokenizer(tokenizer)
+        self.base = cast(PreTrainedModel, model.base_model)
+        self._request_numbers = count()
+        with evaluating(model), use_attention(self.base, self.base.config._attn_implementation):
+            self._engine = make_engine(
+                _adapters_of(model), stop_ids(model, tokenizer), max_positions=longest, max_requests=most, note=note
+            )
+            self._engine.start()
+            self._attention = self.base.config._attn_implementation  # that the engine has chosen
+        self._pause = ExitStack()
+        self._pause_engine()
+
+    def stop(self) -> None:
+        self._pause.close()
+        self._engine.stop()
+        self._activate_adapter()
+
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], progress: Callable[[int], None]
+    ) -> list[Sample]:
+        """Returns a completion of each prompt. seeds: numbers that determine its tokens.
+
+        Raises DivergedError if logits are not finite, and MemoryLimitError.
+        """
+        ended = Semaphore(0)
+        answers = [_Answer(ended) for _ in prompts]
+        requests = [self._request(*pair) for pair in zip(prompts, seeds, strict=True)]
+        pairs = zip(requests, [answer.add for answer in answers], strict=True)
+        return_freed_memory()
+        with explain_out_of_memory("sampling completions", ADVICE):
+            for _, group in groupby(pairs, lambda pair: pair[0].prompt_ids):
+                self._engine.submit_group([*group])  # while it waits, so that its batches do not depend on the time
+            with self._resumed():
+                for done in range(len(prompts)):
+                    ended.acquire()
+                    progress(done + 1)
+            return [self._sample_of(*pair) for pair in zip(prompts, answers, strict=True)]
+
+    def _request(self, prompt: Prompt, seed: Sequence[int]) -> Request:
+        params = SamplingParams(
+            self.config.max_completion_length,
+            temperature=self.config.temperature,
+            seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+            logprobs=0,
+            at_temperature=True,
+        )
+        adapter = "default" if isinstance(self.model, LoRAModel) else None
+        return Request(f"{next(self._request_numbers)}", tuple(prompt.ids), adapter, params)
+
+    def _sample_of(self, prompt: Prompt, answer: _Answer) -> Sample:
+        assert answer.finish is not None
+        reason, message = answer.finish.reason, answer.finish.message
+        if message == OVERFLOW:
+            raise DivergedError(f"sampling failed: the logits of a completion are not finite; {REMEDIES}")
+        if reason in ("error", "cancelled"):
+            raise RuntimeError(f"sampling failed: {message or reason}")
+        ids = [token.id for token in answer.tokens]
+        text = str(self.tokenizer.decode(ids if reason == "length" else ids[:-1], skip_special_tokens=True))
+        return Sample(prompt, ids, [token.logprob for token in answer.tokens], reason == "length", text)
+
+    # ---- The engine
+
+    @contextmanager
+    def _resumed(self) -> Iterator[None]:
+        """Within the block the engine runs the model."""
+        with evaluating(self.model), use_attention(self.base, self._attention):
+            self._engine.parameters_changed()
+            self._pause.close()
+            try:
+                yield
+            finally:
+                self._pause_engine()
+
+    def _pause_engine(self) -> None:
+        """Lets the model train until `_resumed`, with the memory of the cache."""
+        self._pause.enter_context(self._engine.paused())
+        self._engine.free_cache()
+        self._activate_adapter()
+
+    def _activate_adapter(self) -> None:
+        if isinstance(self.model, LoRAModel):
+            self.model.set_adapter("default")
+
+
+def _adapters_of(model: Trainable) -> AdapterSet:
+    if isinstance(model, LoRAModel):
+        return model._adapter_set
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapters = AdapterSet(model.base_model, {})  # freezes it
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return adapters
