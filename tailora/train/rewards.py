@@ -107,12 +107,11 @@ def load_reward(reward: Reward) -> RewardFunction:
             f"unknown --reward {reward.source!r}; expected one of {', '.join(known)}{nearest(kind, BUILT_IN)}"
         )
     module = _module(reward.source, Path(path))
-    function = getattr(module, name, None)
+    function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ConfigError(f"--reward {reward.source}: {path} has no function {name!r}{nearest(name, names)}")
-    result: RewardFunction = function
-    return result
+    return function
 
 
 def _module(source: str, path: Path) -> ModuleType:
