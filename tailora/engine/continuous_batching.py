@@ -313,9 +313,7 @@ def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, max_positions: int
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    tokens = (
-        cache_tokens(max_positions, max_requests) + 2 * PAGE_SIZE
-    )  # transformers has a block for unused rows, twice
+    tokens = cache_tokens(max_positions, max_requests) + 2 * PAGE_SIZE  # transformers adds two blocks for unused rows
     numbers: int = 2 * text.num_hidden_layers * heads * width
     return numbers * dtype.itemsize * tokens
 

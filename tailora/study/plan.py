@@ -326,7 +326,7 @@ def read_batches(
         data = replace(data, shape=replace(data.shape, token_limit=limit))
         task, largest = data.task, data.largest
         if (rollouts := data.rollouts) is not None:
-            steps, tokens_of_step = data.max_steps, float(rollouts.most_tokens)
+            steps, tokens_of_step = data.max_steps, float(step.examples_per_step * rollouts.tokens_of_group)
             notes = ["every completion is assumed to have --max-completion-length tokens"]
         elif data.prepared is None or config.streaming:
             steps, tokens_of_step = data.max_steps, float(data.largest_size.tokens * config.gradient_accumulation_steps)

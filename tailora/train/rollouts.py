@@ -238,11 +238,6 @@ class Rollouts:
         return self.longest * self.config.num_generations
 
     @property
-    def most_tokens(self) -> int:
-        """The tokens of a step of all ranks whose prompts and completions are the longest possible."""
-        return self.shape.examples_per_step * self.tokens_of_group
-
-    @property
     def sampled_at_once(self) -> int:
         """The completions of a rank that are sampled at the same time, in a step or an evaluation."""
         held_out = math.ceil(len(self.held_out) / self.shape.world)
@@ -298,16 +293,12 @@ class Rollouts:
         means = group_means(rewards)
         missing = np.isnan(means)
         if missing.all():
-            raise DataError(
-                "the rewards are None for all completions of all held-out prompts, so the run cannot be evaluated; "
-                "check the reward functions, or hold out other prompts with --eval-data"
-            )
+            problem = "the rewards are None for all completions of all held-out prompts"
+            raise DataError(f"{problem}; check the reward functions, or hold out other prompts with --eval-data")
         if missing.any() and not self._has_noted_unscored:
             self._has_noted_unscored = True
-            self.note(
-                f"{missing.sum():,} of {len(means):,} held-out prompts are left out of the mean reward: all of their "
-                "completions got None"
-            )
+            count = f"{missing.sum():,} of {len(means):,} held-out prompts"
+            self.note(f"{count} are left out of the mean reward: all of their completions got None")
         return np.where(missing, means[~missing].mean(), means)
 
     def metrics_of(self, evaluation: Evaluation) -> dict[str, float]:
