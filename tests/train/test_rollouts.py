@@ -315,9 +315,12 @@ def test_running_out_of_memory_is_not_called_divergence(grpo: Any, monkeypatch: 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     def fail(*_: Any) -> None:
-        monkeypatch.setattr("tailora.engine.continuous_batching.next_tokens", next_tokens)
+        for engine in ("continuous_batching", "padded_batching"):
+            monkeypatch.setattr(f"tailora.engine.{engine}.next_tokens", next_tokens)
 
-    expected = r"out of memory while sampling completions: .*Tried to allocate 2 GiB\nwhat helps: a lower --max-compl"
+    expected = (
+        r"out of memory while sampling completions: sampling failed: .*out of memory.*\nwhat helps: a lower --max-"
+    )
     with pytest.raises(MemoryLimitError, match=expected):
         run(grpo(), on_ready=fail)
 
