@@ -14,6 +14,7 @@ from tailora.data.prompts import prepare_prompts
 from tailora.data.readers import Source
 from tailora.errors import DataError
 from tailora.evaluation.generate import prompt_of
+from tailora.report.pages.data import facts_of
 
 CHAT = [
     {"role": "user", "content": "one"},
@@ -51,6 +52,18 @@ def test_held_out_prompts_that_are_also_trained_on_are_counted(
     assert (report.flagged["duplicates"], report.train, report.eval) == (1, 3, 2)
     assert report.rows_of["duplicates"][0].endswith("held_out.jsonl:1")
     assert report.sources[0].name.endswith("more.jsonl")
+
+
+@pytest.mark.parametrize(("field", "read_as"), [({}, "prompts"), ({"prompt": "q"}, "prompts (prompt = q)")])
+def test_columns_for_rewards_are_shown(
+    bytes_tokenizer: Callable[..., PreTrainedTokenizerFast], field: dict[str, str], read_as: str, tmp_path: Path
+) -> None:
+    file, tokenizer = tmp_path / "prompts.jsonl", ChatTokenizer.of(bytes_tokenizer(CHATML), DataSettings(field=field))
+    file.write_text(json.dumps({field.get("prompt", "prompt"): "one", "want": 1}) + "\n")
+    report = prepare_prompts([Source(str(file))], tokenizer, str(file)).prepared.report
+    facts = facts_of(report.to_dict())
+    assert (facts["read as"], facts["for rewards"]) == (read_as, "2 rows with want")
+    assert "messages" not in facts
 
 
 @pytest.mark.parametrize(
