@@ -27,7 +27,7 @@ from tailora.cli.models import (
     load_model,
     refuse_system,
 )
-from tailora.errors import ConfigError, FormatError
+from tailora.errors import ConfigError
 from tailora.evaluation.metrics import (
     CHANGE,
     LABEL_METRICS,
@@ -39,8 +39,7 @@ from tailora.evaluation.metrics import (
     parse_gates,
     parse_metrics,
 )
-from tailora.formats.io import read_json_object
-from tailora.formats.run_folder import REPORT, trained_rows, write_report
+from tailora.formats.run_folder import check_report_kind, trained_rows, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
@@ -159,7 +158,7 @@ def eval(
     named = [gate.metric.removesuffix(CHANGE) for gate in data_gates]
     of_classes = [name for name in named if OF_CLASS.fullmatch(name)]
     check_gates(data_gates, [*METRICS, *LABEL_METRICS, *of_classes], base=base)
-    _check_output_dir(output_dir)
+    check_report_kind(output_dir, KIND)
     config = merge_with_run(flags, target.folder, arguments={"model": target.model})
 
     to_start = 0 if nproc_per_node is None or is_launched_by_tailora() else count_processes(nproc_per_node, device)
@@ -306,18 +305,6 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
         return EvalTarget(str(model_folder), None, None)
     folder = find_adapter(adapter)
     return EvalTarget(base_model_name(model, [folder]), adapter, folder)
-
-
-def _check_output_dir(folder: Path | None) -> None:
-    """Raises ConfigError if this would overwrite the report of another command, or a damaged one."""
-    if folder is None or not (folder / REPORT).exists():
-        return
-    try:
-        kind = read_json_object(folder / REPORT).get("kind")
-    except FormatError:
-        kind = None
-    if kind != KIND:
-        raise ConfigError(f"--output-dir {folder} contains the {REPORT} of another command; use a different folder")
 
 
 def _finish(

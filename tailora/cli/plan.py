@@ -12,6 +12,7 @@ from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
 from tailora.cli.models import DEVICE_NAME, check_sources, fetch_sources
 from tailora.data.readers import source_names
 from tailora.errors import ConfigError
+from tailora.formats.run_folder import check_report_kind
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.study.cards import find_cards
@@ -46,6 +47,7 @@ def plan(
     have --max-length tokens. The exit code is 4 if the run does not fit. --device also accepts a GPU that this
     machine lacks, such as "H100 80GB", and then estimates its memory but not the time.
     """
+    check_report_kind(output_dir, "plan")
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)
     with_data = "data" in settings.model_fields_set

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from tailora.errors import ConfigError, FormatError
-from tailora.formats.io import wrap_os_error, write_file
+from tailora.formats.io import read_json_object, wrap_os_error, write_file
 
 ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as in PEFT
@@ -79,6 +79,18 @@ def _obstacle_to_overwrite(folder: Path, files: Collection[str], sources: Iterab
     if any(target in (path, *path.parents) for path in map(Path.resolve, sources)):
         return "contains the input of this command"
     return None
+
+
+def check_report_kind(folder: Path | None, kind: str) -> None:
+    """Raises ConfigError if a report of this kind would overwrite one of another kind, or a damaged one."""
+    if folder is None or not (folder / REPORT).exists():
+        return
+    try:
+        existing = read_json_object(folder / REPORT).get("kind")
+    except FormatError:
+        existing = None
+    if existing != kind:
+        raise ConfigError(f"--output-dir {folder} contains the {REPORT} of another command; use a different folder")
 
 
 def recorded_settings(adapter: Path, part: str = "settings") -> dict[str, Any]:

@@ -176,6 +176,15 @@ def test_mistakes_exit_with_2(tiny_model: Path, tokens: list[str], said: str) ->
     check_refused(said, "plan", *(str(tiny_model) if token == "MODEL" else token for token in tokens))
 
 
+def test_a_report_is_only_written_over_a_plan(tiny_model: Path, tmp_path: Path) -> None:
+    tokens = ["plan", "--model", tiny_model, "--device", "h100", "--output-dir", tmp_path]
+    output(*tokens)
+    output(*tokens)
+    (tmp_path / "report.json").write_text('{"kind": "train"}')
+    check_refused("contains the report.json of another command; use a different folder", *tokens)
+    assert (tmp_path / "report.json").read_text() == '{"kind": "train"}'
+
+
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("512 MiB", 2**29), ("1e3", 1000), (".5g", 5 * 10**8)])
 def test_sizes_are_read(text: str, size: int) -> None:
     assert bytes_of(text) == size
