@@ -37,6 +37,10 @@ MEANINGS = {
     "truncated": "share of completions that reached --max-completion-length without an end",
     KL: "KL(tuned || base) in nats per token, estimated on these completions",
 }
+NOTHING_TRAINED = (
+    "Nothing was trained: in every step, all completions of each prompt had the same reward. Use a reward that tells "
+    "better completions from worse ones, or other prompts."
+)
 FINDINGS = {  # the sentence for the judges with each finding
     "did not rise": "The reward may be gamed ({gamed}): these rewards that only judge did not rise with it: {judges}.",
     "rose": "These rewards that only judge rose with it: {judges}.",

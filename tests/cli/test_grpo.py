@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from rich.console import Console
 from tailora.cli.main import main
 from tailora.report.blocks import Figure, Table
 from tailora.report.files import read_page
+from tailora.report.pages.train import write_train_report
 from tailora.report.terminal import print_page
 
 REWARDS = """
@@ -103,3 +105,16 @@ def test_full_fine_tuning_has_no_kl_and_says_so(
     assert "eval_kl_after" not in result
     assert result["forgetting"]["kl"] > 0
     assert "without an adapter, KL from the base is not measured on held-out completions" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(("equal", "starts"), [(1.0, True), (0.5, False)])
+def test_a_run_whose_groups_all_had_equal_rewards_says_that_it_trained_nothing(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, equal: float, starts: bool
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, "equal_groups": 1.0} if "loss" in line else line for line in lines]
+    next(line for line in lines if "loss" in line)["equal_groups"] = equal
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    verdict = write_train_report(folder)["verdict"]
+    assert verdict.startswith("Nothing was trained: in every step, all completions of each prompt") == starts

@@ -23,7 +23,7 @@ from tailora.evaluation.classification import (
 )
 from tailora.evaluation.generate import Answer
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
-from tailora.evaluation.rewards import MEANINGS, describe_rewards, reward_changes, scores_of
+from tailora.evaluation.rewards import MEANINGS, NOTHING_TRAINED, describe_rewards, reward_changes, scores_of
 from tailora.evaluation.statistics import (
     FEW_EXAMPLES,
     TOO_FEW,
@@ -49,6 +49,7 @@ LONGEST = 300  # characters of a reply in the data
 MOST_SHOWN = 8  # evaluations whose samples are shown
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
+UNKNOWN = "Whether training worked is unknown without held-out data: use --eval-data FILE."
 COLUMNS = [  # column of metrics.jsonl, unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
     ("grad_norm", "gradient norm", "Norm of the gradient of each step, before clipping."),
@@ -185,6 +186,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             )
             prompts = plural(len(examples), "held-out prompt")
             change_of_metrics = describe_rewards(numbers, rewards["trained"], rewards["judges"], prompts)
+            change_of_metrics += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
         elif all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
             before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
             change_of_metrics = describe_preferences(before, after)
@@ -194,8 +196,9 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     task_metrics = [dict(zip(keys, values, strict=False)) for values in metrics]  # without changes, if there are none
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
-    elif losses and header.get("rewards"):
-        verdict = change_of_metrics + f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
+    elif header.get("rewards"):
+        all_equal = not settings.get("beta") and all(step["equal_groups"] == 1 for step in steps)
+        verdict = NOTHING_TRAINED if all_equal else change_of_metrics or UNKNOWN
     elif losses:
         verdict = describe_change(losses["change"], plural(len(examples), "held-out example"), unit)
         verdict += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
@@ -205,7 +208,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             cause, remedy = _remedy(settings, [step["loss"] for step in steps])
             verdict = f"Worse than before training. {verdict} {cause}"
     elif result["eval_loss_after"] is None:
-        verdict = "Whether training worked is unknown without held-out data: use --eval-data FILE."
+        verdict = UNKNOWN
     else:
         change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
         verdict = f"Held-out loss went from {change} {unit}; its interval was not recorded."
