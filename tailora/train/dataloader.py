@@ -220,6 +220,9 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
     """Returns prompts, whose completions are sampled from the model while it is trained."""
     data = read_prompts_of(config, tokenizer)
     rewards, judges = parse_rewards(config.reward, config.eval_reward)
+    if judges and not data.held_out:
+        problem = "--eval-reward judges held-out prompts, but there are none"
+        raise ConfigError(f"{problem}; use --eval-data, or a --validation-split above 0")
     check_rewards([*rewards, *judges])
     per_epoch = steps_per_epoch(len(data.train), shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)

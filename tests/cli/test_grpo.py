@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from command_line import found
+from command_line import check_refused, found, output
 from rich.console import Console
 
 from tailora.cli.main import main
@@ -118,3 +118,19 @@ def test_a_run_whose_groups_all_had_equal_rewards_says_that_it_trained_nothing(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     verdict = write_train_report(folder)["verdict"]
     assert verdict.startswith("Nothing was trained: in every step, all completions of each prompt") == starts
+
+
+def test_without_held_out_prompts_the_training_reward_is_shown_and_judges_are_refused(
+    line: list[str], tmp_path: Path
+) -> None:
+    line = [*line[: line.index("--samples")], "--passport", "none"]
+    for flag, value in {"--output-dir": tmp_path / "run", "--validation-split": 0, "--max-steps": 2}.items():
+        line[line.index(flag) + 1] = str(value)
+    problem = "--eval-reward judges held-out prompts, but there are none; use --eval-data, or a --validation-split"
+    check_refused(problem, *line)
+    judge = line.index("--eval-reward")
+    text = output(*line[:judge], *line[judge + 2 :])
+    first, last = (json.loads(step)["reward"] for step in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert re.search(rf"training reward +{last:.3f} +in the last step; {first:.3f} in the first", text)
+    assert "unknown without held-out data" in " ".join(text.split())
+    assert "nswers" not in text

@@ -35,7 +35,7 @@ from tailora.evaluation.statistics import (
     preference_metrics,
 )
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
-from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
+from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
@@ -296,11 +296,12 @@ def train_page(report: TrainReport) -> Page:
     if result is not None:
         first = report.metrics[: 1 if by_reward else 2]  # those that say most
         numbers = [Number(f"{m.name} after", decimals(m.after), f"before {decimals(m.before)}") for m in first]
+        if by_reward and not first:
+            start, end = (decimals(step.reward) for step in (report.steps[0], report.steps[-1]))
+            numbers = [Number("training reward", end, f"in the last step; {start} in the first")]
         numbers += _numbers(result, unit, is_resumed=report.settings.get("resume_from_checkpoint") is not None)
         if report.evaluations:
             curve_text += f" The weights of step {result.best_step} were kept."
-        if not run.get("labels") and report.settings.get("samples") != 0:
-            answers = Paragraph("No answers were compared, because the data has no held-out prompt.")
     answers_text = "Greedy answers to the prompts of the first held-out examples."
     if any(sample.reference for sample in report.samples):
         answers_text += " The arrow marks the reply in the data."
