@@ -352,12 +352,13 @@ class TrainConfig(StrictModel):
             flag = f"--{other.replace('_', '-')}"
             if isinstance(allowed, tuple):
                 names = " or ".join(str(name) for name in allowed if name not in ("auto", None))
-                fits, needed = value in allowed, f"requires {flag} {names}, got {value or 'the default'}; change"
+                change = f", got {value}; change {flag}" if self.changed([other]) else "; add it"
+                fits, needed = value in allowed, f"requires {flag} {names}{change}"
             else:
-                needed = f"requires {flag}; set" if allowed else f"not supported with {flag}; remove"
+                needed = f"requires {flag}; set {flag}" if allowed else f"not supported with {flag}; remove {flag}"
                 fits = bool(value) == allowed
             if given and not fits:
-                problems.append(f"{given}: {needed} {flag}, or remove {given}")
+                problems.append(f"{given}: {needed}, or remove {given}")
         if problems:
             raise ConfigError(listing(problems))
         return self

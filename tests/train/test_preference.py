@@ -463,7 +463,8 @@ def test_rows_and_settings_that_do_not_fit_are_refused(
     [
         ({"task": "causal-lm", "beta": 0.3}, "beta: requires --task preference or grpo, got causal-lm"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: requires --loss dpo or simpo, got ipo"),
-        ({"simpo_gamma": 0.5}, "simpo_gamma: requires --loss simpo"),
+        ({"simpo_gamma": 0.5}, "simpo_gamma: requires --loss simpo; add it, or remove simpo_gamma"),
+        ({"reward": ["math"]}, "reward: requires --task grpo; add it, or remove reward"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: Any, message: str, settings: Any) -> None:
