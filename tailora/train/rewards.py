@@ -101,7 +101,9 @@ def load_reward(reward: Reward) -> RewardFunction:
     if kind in BUILT_IN and bool(colon) == (kind in WITH_ARGUMENT):
         return BUILT_IN[kind](argument)
     path, colon, name = reward.source.rpartition(":")
-    if not colon or not path.endswith(".py"):
+    if reward.source.endswith(".py"):
+        raise ConfigError(f"--reward {reward.source}: expected FILE.py:FUNCTION")
+    if not path.endswith(".py"):
         known = [*BUILT_IN, "FILE.py:FUNCTION"]
         raise ConfigError(
             f"unknown --reward {reward.source!r}; expected one of {', '.join(known)}{nearest(kind, BUILT_IN)}"

@@ -240,6 +240,7 @@ def test_rewards_that_only_judge_have_no_weight(value: str, advice: str) -> None
             "exact",
             "unknown --reward 'exact'; expected one of exact_match, regex, json_schema, max_length, math, FILE.py",
         ),
+        ("rewards.py", "--reward rewards.py: expected FILE.py:FUNCTION"),
         ("missing.py:score", "no such file: missing.py"),
         ("regex:(", "missing )"),
         ("max_length:many", "expected a number of characters"),
