@@ -306,7 +306,8 @@ def _conversation(read: list[MarkedMessage], values: dict[str, Any], first: int 
     trained = [messages[index] for index in conversation.trained_replies]
     if not any(message["content"].strip() or message.keys() & {"tool_calls", REASONING} for message in trained):
         kind = "a trained" if untrained else "an"
-        raise DataError(f"expected {kind} assistant message with content, got none")
+        advice = "" if conversation.replies else "; to train on prompts without replies, use --task grpo and a --reward"
+        raise DataError(f"expected {kind} assistant message with content, got none{advice}")
     return conversation
 
 
@@ -540,6 +541,7 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
     for schema in schemas:
         required.setdefault(schema.name, ", ".join(schema.required))
     known = "; ".join(f"{name} ({keys})" for name, keys in required.items())
+    known += "; prompts for rewards (prompt or messages; with --task grpo)" if task == AUTO else ""
     flags = "".join(f" --field {key}={column}" for key, column in field.items())
     lower = {column.lower(): column for column in columns}
 

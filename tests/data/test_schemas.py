@@ -106,6 +106,7 @@ def test_unknown_keys_are_listed_with_the_known_schemas_and_a_hint() -> None:
     assert "messages (messages); sharegpt (conversations); prompt/completion (prompt, completion)" in text
     assert "Maybe use: --field prompt=Question --field completion=Answer" in text
     assert text.count("choices (") == 1
+    assert "; prompts for rewards (prompt or messages; with --task grpo).\n" in text
     with pytest.raises(DataError, match="Maybe use: --field prompt=ctx --field choices=endings --field answer=label"):
         detect_schema([row("ctx", "endings", "label")])
     with pytest.raises(DataError, match="Maybe use: --field prompt=first --field completion=answer"):
@@ -388,7 +389,10 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}, REPLY]},
             "messages[0].content[0]: only text and images are supported, got ",
         ),
-        ({"messages": [USER]}, "expected an assistant message with content, got none"),
+        (
+            {"messages": [USER]},
+            "expected an assistant message with content, got none; to train on prompts without replies, use",
+        ),
         (
             {"chosen": [USER, REPLY], "rejected": [USER, REPLY]},
             "chosen and rejected are the same, so there is nothing to learn",
