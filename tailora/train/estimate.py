@@ -183,6 +183,7 @@ def fake_trainable(
     with place, no_init_weights():  # torch draws some weights again until they are in range, which never ends here
         precision = files if dtype == "auto" else dtype
         base = new_model(shape, config.model, config.task, dtype=precision).eval()
+        base.tie_weights()  # which no_init_weights leaves out
     form, settings = format_of(shape, config.model), stored_quantization(shape)
     storage = form.stored(settings) if form else METHODS[config.quantize].stored if config.quantize else None
     if storage is None and (config.quantize or stays_quantized(shape, config.model)):

@@ -144,17 +144,21 @@ def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.lora_layers.parameters())
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4", "int8", "torchao-int8"])
-def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quantize: str | None) -> None:
-    shape = LlamaConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
-    )
+@pytest.mark.parametrize(
+    ("quantize", "tied"),
+    [(None, False), (None, True), ("nf4", False), ("nf4", True), ("int8", False), ("torchao-int8", False)],
+)
+def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quantize: str | None, tied: bool) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = LlamaConfig(vocab_size=320, **sizes, tie_word_embeddings=tied)
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path)
     chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
     config = TrainConfig(model=str(tmp_path), quantize=quantize, dtype="bfloat16", r=4)
     with fake_tensors():
-        _, weights = fake_trainable(config, read_config(config.model), CPU)
+        model, weights = fake_trainable(config, read_config(config.model), CPU)
+        total = model.summary().total_parameters
     base, _ = load_base(str(tmp_path), "bfloat16", "cpu", quantize)
+    assert total == LoRAModel(base, config.lora()).summary().total_parameters
     assert weights.stored == pytest.approx(stored_bytes(base), rel=0.02)
 
 
