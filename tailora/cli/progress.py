@@ -174,10 +174,8 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None], ver
             case Evaluated():
                 when = f"after step {event.step}" if event.step else "before training"
                 best = " (best so far)" if event.best else ""
-                result = (
-                    f"loss {when}: {event.loss:.4f}" if event.reward is None else f"reward {when}: {event.reward:.4f}"
-                )
-                print_text(console, f"held-out {result}{best}")
+                name, value = ("loss", event.loss) if event.reward is None else ("reward", event.reward)
+                print_text(console, f"held-out {name} {when}: {value:.4f}{best}")
             case Saved():
                 print_text(console, f"saved {event.folder}")
             case Note():
@@ -232,11 +230,14 @@ def _summary(header: Mapping[str, Any]) -> dict[str, str]:
         lines["task"] = header["task"]
     sources = settings["data"] if isinstance(settings["data"], str) else ", ".join(settings["data"])
     held_out = f"{data['eval']:,} held out" if data else "none held out"
+    word, generations = "example", ""
+    if header.get("rewards"):
+        word, generations = "prompt", f" with {settings['num_generations']} completions each"
     if data is None or settings["streaming"]:  # the number of examples is unknown
         lines["data"] = f"{sources}: streamed, {held_out}"
     else:
-        lines["data"] = f"{sources}: {plural(data['train'], 'example')}, {held_out}; format: {data['shape']}"
+        lines["data"] = f"{sources}: {plural(data['train'], word)}, {held_out}; format: {data['shape']}"
         lines |= sources_of(data) | warnings_of(data)
     examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]
-    lines["steps"] = f"{plural(header['max_steps'], 'step')} of {plural(examples, 'example')}"
+    lines["steps"] = f"{plural(header['max_steps'], 'step')} of {plural(examples, word)}{generations}"
     return lines

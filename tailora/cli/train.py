@@ -20,7 +20,7 @@ from tailora.cli.progress import counter, run_progress
 from tailora.cli.verify import create_passport
 from tailora.data.messages import IMAGE_TEXT
 from tailora.data.readers import source_names
-from tailora.data.schemas import PREFERENCE, SEQ2SEQ
+from tailora.data.schemas import PREFERENCE, SEQ2SEQ, Pair
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
 from tailora.formats.io import wrap_os_error, write_file
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from tailora.train.events import TrainResult
 
 Flags: Any = flags_of(TrainConfig)
-Verbose = Annotated[
-    bool,
-    Parameter(negative=(), show_default=False, help="also show execution details: precision, kernels, batches"),
-]
+Verbose = Annotated[bool, Parameter(negative=(), show_default=False, help="also show precision, kernels and batches")]
 
 
 def train(
@@ -138,15 +135,23 @@ FILES = {
     "config.yaml": "the settings; use --config to run them again",
     REPORT: "the numbers of report.html as JSON",
 }
+FILES_OF_GRPO = {
+    "metrics.jsonl": "reward, learning rate and speed of every step",
+    "examples.jsonl": "scores of each held-out prompt, before and after training",
+}
 
 
-def show(console: Console, config: TrainConfig, folder: Path, report: dict[str, Any] | None) -> None:
+def show(
+    console: Console, config: TrainConfig, folder: Path, report: dict[str, Any] | None, *, generate: bool = True
+) -> None:
     """Prints the result of the run if it has a report, the files in its folder, and commands to try next."""
     if report is not None:
         print_page(console, read_page(folder), lead_first=True)
-    rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
+    files = FILES | (FILES_OF_GRPO if config.task == GRPO else {})
+    rows = [(name, content) for name, content in files.items() if (folder / name).exists()]
     print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
     commands = next_commands(config, folder, [] if report is None else report["remedy"])
+    commands = [command for command in commands if generate or command[1] != "generate"]
     print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, commands)))]))
 
 
@@ -172,9 +177,8 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     if config.task in (*TASK_TYPES, "seq2seq"):
         predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", *columns, "--output", "PREDICTIONS.jsonl"]
         return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]
-    commands = [["tailora", "chat", *tuned], generate]
-    if config.task != GRPO:  # whose data has no replies to evaluate
-        commands.append(evaluate)
+    evaluation = [] if config.task == GRPO else [evaluate]  # prompts have no replies to evaluate
+    commands = [["tailora", "chat", *tuned], generate, *evaluation]
     if is_lora:
         target, name = ("merged", "merged") if _reads_images(folder) else ("llama-server", "llama")
         commands.append(["tailora", "export", str(folder), "--to", target, "--output", f"{folder}-{name}"])
@@ -229,9 +233,8 @@ def fit(
             log(f"starting {processes} processes")
             return launch(ARGUMENTS.get(), processes, Path(config.output_dir), [WORSE])
     with ExitStack() as stack:
-        with run_progress(
-            stderr() if is_rank_0() else Console(quiet=True), verbose=verbose
-        ) as listener:  # before torch is loaded
+        console = stderr() if is_rank_0() else Console(quiet=True)
+        with run_progress(console, verbose=verbose) as listener:  # before torch is loaded
             from accelerate import PartialState
 
             from tailora.evaluation.classification import check_packages
@@ -254,7 +257,7 @@ def fit(
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState()))
         if config.fsdp or is_main:
-            answers = answer_samples(result, config.samples)
+            answers = answer_samples(result, config)
             measured = measure_forgetting(result, config)
         if is_main:
             add_passport(result, config)
@@ -266,7 +269,9 @@ def fit(
     if as_json:
         print_json({**report["result"], "verdict": report["verdict"]} if report else result.to_dict())
     else:
-        show(stdout(), config, folder, report)
+        samples = result.data.eval_samples[: config.samples] if result.data and config.task == GRPO else []
+        is_single = all(isinstance(sample, Pair) or len(sample.messages) == 2 for sample in samples)  # with a reply
+        show(stdout(), config, folder, report, generate=is_single)
         if page and not (folder / PAGE).exists():
             log(page)
     return code
@@ -303,18 +308,19 @@ def write_results(
     return report, page
 
 
-def answer_samples(result: "TrainResult", count: int) -> list["Answer"]:
-    """Returns answers of the base and the fine-tuned model to the first `count` held-out prompts."""
-    from tailora.evaluation.generate import compare_answers
+def answer_samples(result: "TrainResult", config: TrainConfig) -> list["Answer"]:
+    """Returns answers of the base and the fine-tuned model to the first held-out prompts."""
+    from tailora.evaluation.generate import ANSWER_TOKENS, compare_answers
     from tailora.train.memory import explain_out_of_memory
 
     if result.data and result.data.report.task in TASK_TYPES:  # the model predicts labels
         return []
-    prompts = result.data.eval_samples[:count] if result.data else []
+    prompts = result.data.eval_samples[: config.samples] if result.data else []
+    limit = config.max_completion_length if config.task == GRPO else ANSWER_TOKENS
     advice = f"the adapter in {result.output_dir} is complete; use --samples 0 to skip the answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", advice), counter(console, "answers") as progress:
-        return compare_answers(result.model, result.tokenizer, prompts, progress=progress)
+        return compare_answers(result.model, result.tokenizer, prompts, max_new_tokens=limit, progress=progress)
 
 
 def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from tailora.train.trainable import Trainable
 
 
 TEXT_PROMPT_WORDS = 12  # the first words of a plain text are its prompt
+ANSWER_TOKENS = 48  # of an answer before and after training
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ def compare_answers(
     tokenizer: Any,
     questions: Sequence[str | Sample],
     *,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = ANSWER_TOKENS,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Answer]:
     """Returns greedy answers of the base and the tuned model. With a sharded model, all ranks must call it.

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from command_line import check_refused, found, output
+from command_line import call, check_refused, found, output
 from rich.console import Console
 
-from tailora.cli.main import main
+from tailora.cli.main import WORSE, main
+from tailora.evaluation import generate
 from tailora.report.blocks import Figure, Table
 from tailora.report.files import read_page
 from tailora.report.pages.train import write_train_report
@@ -130,7 +131,58 @@ def test_without_held_out_prompts_the_training_reward_is_shown_and_judges_are_re
     check_refused(problem, *line)
     judge = line.index("--eval-reward")
     text = output(*line[:judge], *line[judge + 2 :])
-    first, last = (json.loads(step)["reward"] for step in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert re.search(rf"training reward +{last:.3f} +in the last step; {first:.3f} in the first", text)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["reward"]
+    assert re.search(rf"training reward +{last:.3f} +of the last step", text)
     assert "unknown without held-out data" in " ".join(text.split())
     assert "nswers" not in text
+
+
+def test_a_run_on_chats_prints_commands_and_files_that_fit_rewards(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, limits = tmp_path / "chats.jsonl", list[int]()
+    chats = [[{"role": "system", "content": "Count."}, {"role": "user", "content": f"To {i}."}] for i in range(40)]
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    answer = generate._greedy_answer
+
+    def limited(model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int) -> str:
+        limits.append(max_new_tokens)
+        return answer(model, tokenizer, prompt, max_new_tokens)
+
+    monkeypatch.setattr(generate, "_greedy_answer", limited)
+    line = [*line]
+    files = {"--output-dir": tmp_path / "run", "--data": data}
+    rewards = {"--reward": "regex:[a-m]", "--eval-reward": "max_length:9"}
+    for flag, value in {**files, **rewards, "--samples": 2, "--max-steps": 2}.items():
+        line[line.index(flag) + 1] = str(value)
+    code, text, progress = call(*line)
+    assert code in (0, WORSE), progress
+    assert limits == [8] * 4  # --max-completion-length
+    assert [words.split()[1] for words in text.partition("\nNext\n")[2].splitlines() if words] == ["chat", "export"]
+    assert re.search(r"metrics.jsonl +reward, learning rate", text)
+    assert re.search(r"examples.jsonl +scores of each held-out prompt", text)
+    header = " ".join(progress.split())
+    assert ": 20 prompts, 20 held out; format: prompts steps 2 steps of 8 prompts with 4 completions each" in header
+
+
+@pytest.mark.parametrize(("cut", "is_said"), [(0.95, True), (0.9, False)])
+def test_completions_that_are_nearly_all_truncated_need_a_higher_limit(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, cut: float, is_said: bool
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    rows = [json.loads(text) for text in (folder / "examples.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["scores_after"]["truncated"] = [cut] * 4
+    (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verdict = write_train_report(folder)["verdict"]
+    assert "held-out reward" in verdict
+    assert verdict.endswith(" 95% of the completions reached --max-completion-length; raise it.") == is_said
+    assert ("--max-completion-length" in verdict) == is_said
+
+
+def test_drift_has_no_exponent_unless_it_is_tiny(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    report = json.loads((finished[0] / "report.json").read_text())
+    report["result"] |= {"drift_mean": 0.03604, "drift_max": 0.4899}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (drift,) = (number for number in read_page(tmp_path).numbers if number.label == "drift")
+    assert (drift.value, drift.note.rpartition(" ")[2]) == ("0.036", "0.49")

@@ -47,6 +47,7 @@ from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
 
 LONGEST = 300  # characters of a reply in the data
 MOST_SHOWN = 8  # evaluations whose samples are shown
+MOST_CUT = 0.9  # share of truncated completions above which the verdict names their limit
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
 UNKNOWN = "Whether training worked is unknown without held-out data: use --eval-data FILE."
@@ -199,6 +200,8 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     elif header.get("rewards"):
         all_equal = not settings.get("beta") and all(step["equal_groups"] == 1 for step in steps)
         verdict = NOTHING_TRAINED if all_equal else change_of_metrics or UNKNOWN
+        cut = after["truncated"].value if after else 0.0
+        verdict += f" {share(cut, 1)} of the completions reached --max-completion-length; raise it." * (cut > MOST_CUT)
     elif losses:
         verdict = describe_change(losses["change"], plural(len(examples), "held-out example"), unit)
         verdict += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
@@ -289,16 +292,13 @@ def train_page(report: TrainReport) -> Page:
     measured = "Nats per trained token" if unit == NATS_PER_TOKEN else f"Loss, {unit}"
     curve_text = f"{measured}: for each step's examples before its update, and for the held-out examples."
     if by_reward:
-        curve_text = (
-            "Mean reward of each step's completions, and of the held-out ones, with 95% intervals over prompts."
-        )
+        curve_text = "Mean reward of each step's completions and of the held-out ones, with 95% intervals over prompts."
     answers: Block | None = None
     if result is not None:
         first = report.metrics[: 1 if by_reward else 2]  # those that say most
         numbers = [Number(f"{m.name} after", decimals(m.after), f"before {decimals(m.before)}") for m in first]
         if by_reward and not first:
-            start, end = (decimals(step.reward) for step in (report.steps[0], report.steps[-1]))
-            numbers = [Number("training reward", end, f"in the last step; {start} in the first")]
+            numbers = [Number("training reward", decimals(report.steps[-1].reward), "of the last step")]
         numbers += _numbers(result, unit, is_resumed=report.settings.get("resume_from_checkpoint") is not None)
         if report.evaluations:
             curve_text += f" The weights of step {result.best_step} were kept."
@@ -308,10 +308,8 @@ def train_page(report: TrainReport) -> Page:
     if report.settings.get("data") == "demo":
         answers_text = f"The demo's data is small talk between strangers, so expect a casual tone. {answers_text}"
     if report.samples:
-        rows = []
-        for sample, (prompt, base, tuned) in zip(report.samples, report.answers, strict=True):
-            arrow = f"\n→ {one_line(sample.reference, LONGEST)}" if sample.reference else ""
-            rows.append((prompt + arrow, base, tuned))
+        arrows = [f"\n→ {one_line(s.reference, LONGEST)}" if s.reference else "" for s in report.samples]
+        rows = [(text + arrow, base, new) for arrow, (text, base, new) in zip(arrows, report.answers, strict=True)]
         answers = Answers(("base", "tuned"), rows, [sample.images for sample in report.samples])
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
     facts = run.get("data") or {}
@@ -382,9 +380,9 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
         of_base = f"KL from the base in nats per token, on text by the base; loss {rise}"
         numbers.append(Number("forgetting", f"{lost['kl']:.3f}", of_base))
     if result.drift_mean is not None and result.equal_groups is not None:
-        of_drift = f"nats per token between sampling and training, at most {result.drift_max:.1e}"
+        of_drift = f"nats per token between sampling and training, at most {result.drift_max:.2g}"
         of_groups = "of the groups had equal rewards, so they trained nothing"
-        numbers.append(Number("drift", f"{result.drift_mean:.1e}", of_drift))
+        numbers.append(Number("drift", f"{result.drift_mean:.2g}", of_drift))
         numbers.append(Number("equal groups", share(result.equal_groups, 1), of_groups))
     return [
         *numbers,
@@ -414,9 +412,7 @@ def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
 
 
 def _curve(report: TrainReport, measure: Measure, unit: str) -> Figure | None:
-    steps = [
-        (step.step, step.loss if step.reward is None else step.reward, step.reward_std_error) for step in report.steps
-    ]
+    steps = [(s.step, s.loss if s.reward is None else s.reward, s.reward_std_error) for s in report.steps]
     held_out = [(point.step, measure.sign * point.loss, point.reward_std_error) for point in report.evaluations]
     if not steps:
         return None
