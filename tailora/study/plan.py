@@ -92,7 +92,8 @@ def plan(
         notes = [*([dequantized] if dequantized else []), *place.notes, *batches.notes, *fake.notes]
         if batches.rollouts is not None:
             cache = format_bytes(batches.rollouts.cache_bytes(shape, dtype))
-            notes.append(f"sampling needs a cache of {cache} between the steps, and its time is not included")
+            notes.append(f"sampling needs a cache of {cache} between the steps")
+            notes.append("the time excludes sampling and evaluations, which usually take longer than the steps")
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
             notes.append("the memory of compiled layers is estimated from one measurement, not simulated")

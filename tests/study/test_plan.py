@@ -56,6 +56,15 @@ def test_counts_steps_and_forward_are_those_of_the_run(planned: Plan, small_run:
     assert planned.kernels.split(";")[-1] == header["kernels"].split(";")[-1]
 
 
+def test_what_a_plan_of_reinforcement_learning_excludes_is_named(small_run: TrainConfig, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "Count to {number}."}}\n' for number in range(9)))
+    changes = {"data": str(file), "task": "grpo", "reward": ["max_length:9"], "max_completion_length": 8}
+    notes = plan(small_run.replaced(**changes)).notes
+    assert any(note.startswith("sampling needs a cache of ") for note in notes)
+    assert "the time excludes sampling and evaluations, which usually take longer than the steps" in notes
+
+
 def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:
     found = plan(changed(small_run, target_modules=["q_proj"], layers_to_transform=[1]))
     reasons = {each.path: each.reason for each in found.left}
