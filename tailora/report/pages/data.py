@@ -58,7 +58,7 @@ def facts_of(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns the facts in a data report, by name. report: DataReport.to_dict()."""
     mapping = ", ".join(key if key == column else f"{key} = {column}" for key, column in report["mapping"].items())
     learned = f", {report['supervised_tokens']:,} trained ({report['supervised_share']:.0%})"
-    messages = "for rewards" if report["task"] == "grpo" else "messages"
+    messages = "for rewards" if report.get("task") == "grpo" else "messages"
     facts = {
         "source": report["source"],
         "held-out source": report["eval_source"],
