@@ -102,7 +102,7 @@ def _device_module(device: Any) -> types.ModuleType:
         "set_sync_debug_mode": lambda mode: device.sync_debug_mode(mode),
         "current_stream": lambda _device=0: torch.accelerator.current_stream(),
         "stream": lambda stream: stream,  # a torch.Stream is a context manager
-        "Stream": lambda device=f"{NAME}:0": torch.Stream(device),
+        "Stream": lambda device=f"{NAME}:0", **options: torch.Stream(device, **options),
         "Event": functools.partial(torch.Event, f"{NAME}:0"),
     }
     for name, function in functions.items():
