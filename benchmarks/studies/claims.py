@@ -44,7 +44,7 @@ def monotone(losses: Losses) -> Claim:
 
 
 def difference(statement: str, first: str, second: str, holds: Callable[[float], bool]) -> Callable[[Losses], Claim]:
-    """Returns the claim on the best loss of one arm minus that of another."""
+    """Returns the claim on the difference between the best losses of two arms, first minus second."""
 
     def claim(losses: Losses) -> Claim:
         value = best_loss(losses, first) - best_loss(losses, second)
