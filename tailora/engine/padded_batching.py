@@ -134,8 +134,8 @@ class PaddedEngine(Engine):
         """Returns the adapter if all rows must have it, because it changes layers that get images instead of rows."""
         if adapter is None or self.processor is None:
             return None
-        own = self.adapter_set.adapters.get(adapter)  # None: was removed after the request had been cancelled
-        is_text = own is None or (self._decoder and all(inside(path, self._decoder) for path in own.parts))
+        parts = self.adapter_set.adapters[adapter].parts
+        is_text = self._decoder and all(inside(path, self._decoder) for path in parts)
         return None if is_text else adapter
 
     @cached_property
