@@ -25,7 +25,7 @@ from tailora.report.blocks import Code, Sample, Section
 from tailora.report.files import write_page_if_possible
 from tailora.report.format import plural, printable
 from tailora.report.terminal import print_rich_table, print_section
-from tailora.train.config import FEW_STEPS, GRPO, TrainConfig
+from tailora.train.config import FEW_STEPS, TrainConfig
 
 if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
@@ -69,7 +69,7 @@ def data(
     from tailora.data.tokenize import preview
     from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
     from tailora.report.pages.data import DataContent
-    from tailora.train.dataloader import read_prompts_of, read_whole
+    from tailora.train.dataloader import read_whole
     from tailora.train.model_loading import load_tokenizer, new_model, read_config
     from tailora.train.setup import find_labels
 
@@ -79,10 +79,7 @@ def data(
     embedding_rows = empty.get_input_embeddings().weight.shape[0]
     labels, _ = find_labels(settings)
     check_vocabulary(tokenizer, embedding_rows)
-    if settings.task == GRPO:
-        prepared = read_prompts_of(settings, tokenizer).prepared
-    else:
-        prepared = read_whole(settings, tokenizer, labels)
+    prepared = read_whole(settings, tokenizer, labels)
     for problem in prepared.skipped[:MAX_SHOWN]:
         note(f"skipped {problem}")
     report = prepared.report.to_dict()

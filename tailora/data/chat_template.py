@@ -24,7 +24,7 @@ from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools
 from tailora.data.processor import added_start, image_placeholders, media_ids, text_tokenizer
-from tailora.data.schemas import AUTO, AnySample, Choices, Conversation, Feedback, Pair, Preference
+from tailora.data.schemas import AUTO, AnySample, Choices, Conversation, Feedback, Pair, Preference, Prompt
 from tailora.errors import DataError
 
 # ---- A tokenizer, its chat template, and the settings of the data
@@ -312,6 +312,8 @@ def with_system(sample: AnySample, tokenizer: ChatTokenizer) -> AnySample:
             return Preference(_with_system(sample.chosen, tokenizer), _with_system(sample.rejected, tokenizer))
         case Feedback():
             return replace(sample, reply=_with_system(sample.reply, tokenizer))
+        case Prompt():
+            return replace(sample, chat=_with_system(sample.chat, tokenizer))
         case Conversation() | Pair():
             return _with_system(sample, tokenizer)
     return sample

@@ -34,6 +34,7 @@ from tailora.data.schemas import (
     ColumnMapping,
     Conversation,
     Pair,
+    Prompt,
     Text,
     choices_from_preference,
     convert_row,
@@ -186,6 +187,7 @@ class PreparedData:
     """eval: distinct examples, because duplicates are not independent. eval_samples[i] became eval[i].
 
     trained_rows: `sample_hash` of the training rows.    skipped: unusable rows, with `skip_bad_rows`.
+    prompts: those to train on, for reinforcement learning; prompts[i] became train[i].
     """
 
     train: Examples
@@ -194,6 +196,7 @@ class PreparedData:
     eval_samples: list[Any]
     trained_rows: set[bytes]
     skipped: list[RowProblem]
+    prompts: list[Prompt]
 
 
 def prepare(
@@ -242,7 +245,8 @@ def prepare(
         _check_feedback(train, evaluated, report.source)
         train, evaluated = (with_other_replies(part, settings.seed, settings.max_length) for part in (train, evaluated))
     skipped = [problem for part in everything for problem in part.skipped]
-    return PreparedData(train, evaluated, report, samples, trained_rows, skipped)
+    prompts = [sample for part in trained for sample in part.samples if isinstance(sample, Prompt)]
+    return PreparedData(train, evaluated, report, samples, trained_rows, skipped, prompts)
 
 
 def _report(

@@ -15,7 +15,7 @@ from tailora.data.chat_template import to_conversation
 from tailora.data.images import Image, images_of
 from tailora.data.labels import SINGLE, Labels
 from tailora.data.messages import REASONING, text_of
-from tailora.data.schemas import REGRESSION, AnySample, Conversation, Labelled, Text
+from tailora.data.schemas import REGRESSION, AnySample, Conversation, Labelled, Prompt, Text
 from tailora.data.tokenize import EncodedSample, tokenized_parts
 
 MOST_LOCATIONS = 20  # per warning in a report
@@ -102,7 +102,8 @@ class RowCounts:
         self.split_examples += encoded.parts > 1
         self.tokens += len(example.input_ids)
         self.longest = max(self.longest, encoded.length)
-        system = encoded.sample.system if isinstance(encoded.sample, Conversation) else None
+        chat = encoded.sample.chat if isinstance(encoded.sample, Prompt) else encoded.sample
+        system = chat.system if isinstance(chat, Conversation) else None
         self.systems[system if system in self.systems or len(self.systems) < MOST_SYSTEMS else None] += 1
         for name, is_so in (
             ("split_rows", encoded.parts > 1 and encoded.part == 0),
@@ -174,7 +175,7 @@ def sample_hash(sample: AnySample) -> bytes:
         if isinstance(value, Image):
             return value.sha256
         is_set = isinstance(value, frozenset)
-        return sorted(value) if is_set else {f.name: getattr(value, f.name) for f in fields(value)}
+        return sorted(value) if is_set else {f.name: getattr(value, f.name) for f in fields(value) if f.compare}
 
     return hashlib.sha256(json.dumps(sample, sort_keys=True, default=plain).encode()).digest()[:8]
 

@@ -12,9 +12,10 @@
     feedback            prompt, completion, label   tools        Feedback
     text/label          text, label                              Labelled; also text_a and text_b, or messages
     tokens/tags         tokens, tags                             Tagged
+    prompts             messages or prompt      tools            Prompt, with the other columns for reward functions
 
-Every row may have a weight that multiplies its loss in training. Rows of the first four schemas may have images, in
-their messages or in a column images or image.
+Every row except a prompt may have a weight that multiplies its loss in training. Rows of the first four schemas may
+have images, in their messages or in a column images or image.
 
 For choices, prompt can also be called question, and answer can be called label. Rows are read as feedback if at least
 half of their labels are true or false, or with --task preference.
@@ -25,7 +26,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from tailora.data.messages import (
@@ -141,7 +143,21 @@ class Tagged:
     tags: list[str | int] | None = None
 
 
-AnySample: TypeAlias = Sample | Choices | Preference | Feedback | Labelled | Tagged
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt for reinforcement learning. Prompts with the same chat are equal.
+
+    chat: with an empty reply.    value: what reward functions get: a text or messages, as in the row.
+    columns: the others of the row.    ids: the tokens of the chat up to the reply, once it is encoded.
+    """
+
+    chat: Conversation | Pair
+    value: str | Messages = field(compare=False)
+    columns: Mapping[str, Any] = field(compare=False)
+    ids: Sequence[int] = field(default=(), compare=False)
+
+
+AnySample: TypeAlias = Sample | Choices | Preference | Feedback | Labelled | Tagged | Prompt
 
 
 # ---- From a row to a sample: one function per schema. They raise DataError with the cause; callers add file and row.
@@ -265,6 +281,18 @@ def from_tagged(values: dict[str, Any]) -> Tagged:
     return Tagged(words, tags)
 
 
+def from_prompt_alone(key: str, values: dict[str, Any]) -> Prompt:
+    """key: of the prompt. All other values are columns for reward functions."""
+    value, tools = values[key], read_tools(values)
+    messages = [message for message, _ in as_messages(value, key, "user")]
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{key}: expected a prompt, but it ends with a reply; put the reply into a different column")
+    unanswered = [*messages, {"role": "assistant", "content": ""}]
+    is_text = isinstance(value, str) and not tools
+    chat = Pair(value, "") if is_text else Conversation(unanswered, tools=tools)
+    return Prompt(chat, value, {name: other for name, other in values.items() if name != key})
+
+
 def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Returns the shared beginning (messages, or text up to a space between words) and the rest of each.
 
@@ -359,7 +387,7 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
 
 AUTO, CAUSAL_LM, PREFERENCE = "auto", "causal-lm", "preference"  # tasks
 SEQUENCE_CLASSIFICATION, REGRESSION = "sequence-classification", "regression"
-TOKEN_CLASSIFICATION, SEQ2SEQ = "token-classification", "seq2seq"
+TOKEN_CLASSIFICATION, SEQ2SEQ, GRPO = "token-classification", "seq2seq", "grpo"
 LABEL_KEYS = ("label", "tags")  # keys of the prediction targets
 FOUND_FROM_ROWS = (CAUSAL_LM, PREFERENCE)
 FEEDBACK = "feedback"  # a schema whose examples also need the replies of other rows
@@ -386,7 +414,7 @@ class Schema:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (*self.required, *self.optional, WEIGHT)
+        return (*self.required, *self.optional, *([] if self.task == GRPO else [WEIGHT]))
 
 
 def _has_truth_value(row: Mapping[str, Any]) -> bool:
@@ -395,7 +423,7 @@ def _has_truth_value(row: Mapping[str, Any]) -> bool:
 
 
 PAIR = ("prompt", "completion")
-WEIGHT = "weight"  # an optional key of every schema
+WEIGHT = "weight"  # an optional key of every schema except prompts
 IMAGE_COLUMNS = ("images", "image")  # several or one
 TEXT = "text"  # the schema of documents of any length
 # If several fit, the first wins: `messages` has more information than the `prompt` that often accompanies it, and two
@@ -421,6 +449,8 @@ SCHEMAS = (
     Schema("prompt/completion", from_texts, PAIR, task=SEQ2SEQ),
     Schema("alpaca", from_alpaca, ("instruction", "output"), ("input",), task=SEQ2SEQ),
     Schema("tokens/tags", from_tagged, ("tokens", "tags"), task=TOKEN_CLASSIFICATION),
+    Schema("prompts", partial(from_prompt_alone, "messages"), ("messages",), ("tools",), task=GRPO),
+    Schema("prompts", partial(from_prompt_alone, "prompt"), ("prompt",), ("tools",), task=GRPO),
 )
 KNOWN_KEYS = tuple(dict.fromkeys(key for schema in SCHEMAS for key in schema.keys))
 SYNONYMS = {  # for hints in errors only: no column is renamed without --field
@@ -455,12 +485,17 @@ class ColumnMapping:
     ignored: tuple[str, ...]
 
     def values(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns key of the schema -> the row's value. Raises DataError if the row lacks a required one."""
+        """Returns key of the schema -> the row's value; of a prompt also the other columns.
+
+        Raises DataError if the row lacks a required one.
+        """
         required = [column for key, column in self.columns.items() if key in self.schema.required]
         if missing := [column for column in required if column not in fields]:
             present = listed(fields) or "no keys"
             raise DataError(f"missing {' and '.join(missing)} (schema {self.schema.name}); the row has {present}")
-        return {key: parsed_list(fields[column], key) for key, column in self.columns.items() if column in fields}
+        values = {key: parsed_list(fields[column], key) for key, column in self.columns.items() if column in fields}
+        others = {column: fields[column] for column in self.ignored if column in fields}
+        return others | values if self.schema.task == GRPO else values
 
 
 def detect_schema(

@@ -27,6 +27,7 @@ from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
 from tailora.data.processor import image_owners, text_tokenizer
 from tailora.data.schemas import (
+    GRPO,
     SEQ2SEQ,
     AnySample,
     Choices,
@@ -35,6 +36,7 @@ from tailora.data.schemas import (
     Labelled,
     Pair,
     Preference,
+    Prompt,
     Sample,
     Tagged,
     Text,
@@ -64,7 +66,7 @@ class EncodedSample:
     @property
     def is_learned(self) -> bool:
         """False if no trained token is left after truncation."""
-        return isinstance(self.sample, Labelled) or self.example.supervised > 0
+        return isinstance(self.sample, Labelled | Prompt) or self.example.supervised > 0
 
 
 def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:
@@ -100,7 +102,7 @@ def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> li
     A conversation becomes several examples if the template cannot render all its replies in one text as in generation.
     """
     prepared = [_result_of(with_system, sample, tokenizer) for sample in samples]
-    if tokenizer.settings.task == SEQ2SEQ or tokenizer.settings.labels is not None:
+    if tokenizer.settings.task in (SEQ2SEQ, GRPO) or tokenizer.settings.labels is not None:
         return [_result_of(_encode_one, sample, tokenizer) for sample in prepared]
     encoded = iter(_encode_texts([part for sample in prepared for part in tokenized_parts(sample)], tokenizer))
     return [_result_of(_join, sample, [next(encoded) for _ in tokenized_parts(sample)]) for sample in prepared]
@@ -122,6 +124,8 @@ def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> list[EncodedSamp
         return [_encode_tagged(sample, tokenizer)]
     if isinstance(sample, Labelled):
         return [_encode_labelled(sample, tokenizer)]
+    if isinstance(sample, Prompt):
+        return [_encode_prompt(sample, tokenizer)]
     assert isinstance(sample, Pair)
     return [_encode_pair(sample, tokenizer)]
 
@@ -138,6 +142,8 @@ def tokenized_parts(sample: AnySample | DataError) -> list[Sample]:
             return [sample.chosen, sample.rejected]
         case Feedback():
             return [sample.reply]
+        case Prompt():
+            return [sample.chat]
         case Conversation() | Pair() | Text():
             return [sample]
     return []
@@ -228,6 +234,19 @@ def _encode_pair(sample: Pair, tokenizer: ChatTokenizer) -> EncodedSample:
     return EncodedSample(sample, example, max(lengths))
 
 
+# ---- Prompts for reinforcement learning
+
+
+def _encode_prompt(sample: Prompt, tokenizer: ChatTokenizer) -> EncodedSample:
+    if tokenizer.template is None and isinstance(sample.chat, Conversation):
+        raise DataError("messages need a chat template, but the tokenizer has none; use a text instead")
+    ids, most = prompt_ids(sample.chat, tokenizer), tokenizer.settings.max_length
+    if not 0 < len(ids) <= most:
+        raise DataError(f"the prompt has {len(ids):,} tokens; expected 1 to {most:,}. Cut it, or raise --max-length")
+    input_ids = np.array(ids, dtype=np.int32)
+    return EncodedSample(replace(sample, ids=ids), Example(input_ids, np.full_like(input_ids, IGNORED)), len(ids))
+
+
 # ---- Labels: the tokenizer adds its special tokens, such as [CLS] and [SEP]
 
 
@@ -303,7 +322,7 @@ def first_tokens(words: Sequence[str], tokenizer: ChatTokenizer) -> tuple[Int32,
 
 def prompt_ids(sample: Conversation | Pair, tokenizer: Any) -> list[int]:
     """Returns the prompt ids for generating the sample's last reply."""
-    chat_tokenizer = ChatTokenizer.of(tokenizer)
+    chat_tokenizer = tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None and isinstance(sample, Pair):
         return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(sample.prompt)
     chat = fit_to_template(to_conversation(sample), chat_tokenizer)

@@ -387,7 +387,6 @@ class TrainConfig(StrictModel):
                 is_grpo and self.init_lora_weights == "eva",
                 "--init-lora-weights eva needs examples with replies, but --task grpo has prompts; use a different one",
             ),
-            (is_grpo and self.skip_bad_rows, "--task grpo does not support --skip-bad-rows; remove it"),
             (
                 steps % self.num_iterations,
                 f"--save-steps {steps} must be a multiple of --num-iterations {self.num_iterations}",

@@ -23,13 +23,12 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from tailora.core.device import copies_by_itself
-from tailora.data.chat_template import ChatTokenizer, DataSettings
+from tailora.data.chat_template import DataSettings
 from tailora.data.dataset import DataReport, Example, Examples, Int64, named_rows
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, check_vocabulary, prepare, stream_examples
 from tailora.data.processor import Tokenizer
-from tailora.data.prompts import PreparedPrompts, prepare_prompts
 from tailora.data.readers import Source, parse_sources
 from tailora.data.report import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
@@ -209,33 +208,27 @@ def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tr
     return TrainingData(eval_data, held_out, steps, config.max_steps, first, shape, counts)
 
 
-def read_prompts_of(config: TrainConfig, tokenizer: Tokenizer) -> PreparedPrompts:
-    """Reads the prompts that `config` names, with a held-out part. Raises DataError with all problems."""
-    eval_source = None if config.eval_data is None else resolve_demo(config.eval_data, "eval_data")
-    chat_tokenizer = ChatTokenizer.of(tokenizer, data_settings(config))
-    return prepare_prompts(resolved_sources(config, "data"), chat_tokenizer, eval_source)
-
-
 def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> TrainingData:
     """Returns prompts, whose completions are sampled from the model while it is trained."""
-    data = read_prompts_of(config, tokenizer)
+    data = read_whole(config, tokenizer)
     rewards, judges = parse_rewards(config.reward, config.eval_reward)
-    if judges and not data.held_out:
+    if judges and not data.eval:
         problem = "--eval-reward judges held-out prompts, but there are none"
         raise ConfigError(f"{problem}; use --eval-data, or a --validation-split above 0")
     check_rewards([*rewards, *judges])
-    per_epoch = steps_per_epoch(len(data.train), shape) * config.num_iterations
+    per_epoch = steps_per_epoch(data.train.epoch_size, shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
     rollouts = Rollouts(config, data, rewards, judges, shape, max_steps)
-    longest = max([*data.train, *data.held_out], key=lambda prompt: len(prompt.ids))
-    ids = np.resize(longest.ids, len(longest.ids) + config.max_completion_length).astype(np.int32)
-    full = Example.of_text(ids, np.arange(len(ids)) >= len(longest.ids))
+    longest = max([*data.train, *data.eval], key=lambda example: len(example.input_ids)).input_ids
+    ids = np.resize(longest, len(longest) + config.max_completion_length)
+    full = Example.of_text(ids, np.arange(len(ids)) >= len(longest))
     # The largest batch of completions is a group, which is the most that goes through the model at once
     known = Examples.of([with_target(full, 0.0, [0.0] * full.supervised)] * config.num_generations)
     groups = shape.batch_size * shape.accumulation
     shape = replace(shape, task=rollouts.task, batch_size=config.num_generations, accumulation=groups)
-    held_out = data.prepared.eval if data.held_out else None
-    return TrainingData(data.prepared, held_out, rollouts.steps, max_steps, known, shape, rollouts=rollouts)
+    held_out = replace(data.eval, source_indices=np.arange(len(data.eval))) if data.eval else None
+    prepared = replace(data, eval_samples=[prompt.chat for prompt in data.eval_samples])
+    return TrainingData(prepared, held_out, rollouts.steps, max_steps, known, shape, rollouts=rollouts)
 
 
 def stream_notes(data: TrainingData, max_length: int) -> list[str]:

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 
 from tailora.core.attach import evaluating
 from tailora.data.dataset import Example, Examples
-from tailora.data.prompts import PreparedPrompts
+from tailora.data.prepare import PreparedData
 from tailora.engine.continuous_batching import cache_bytes
 from tailora.errors import DataError
 from tailora.kernels.loss import FORMS
@@ -77,13 +77,14 @@ class Rollouts:
     def __init__(
         self,
         config: TrainConfig,
-        data: PreparedPrompts,
+        data: PreparedData,
         rewards: Sequence[Reward],
         judges: Sequence[Reward],
         shape: StepShape,
         max_steps: int,
     ) -> None:
-        self.config, self.prompts, self.held_out = config, data.train, data.held_out
+        self.config, self.prompts, self.held_out = config, data.prompts, data.eval_samples
+        self.train = data.train
         self.rewards, self.judges = list(rewards), list(judges)
         self.shape, self.max_steps = shape, max_steps
         self.weights = np.array([reward.weight for reward in rewards])
@@ -136,12 +137,12 @@ class Rollouts:
 
     def prompts_of(self, number: int) -> list[int]:
         """Returns the indices of the prompts of a generation, of all ranks."""
-        size, total = self.shape.examples_per_step, len(self.prompts)
+        size, total, seed = self.shape.examples_per_step, self.train.epoch_size, self.config.seed
         indices: list[int] = []
         first = number * size
         while len(indices) < size:
             epoch, position = divmod(first + len(indices), total)
-            order = np.random.default_rng([self.config.seed, epoch]).permutation(total)
+            order = np.random.default_rng([seed, epoch]).permutation(self.train.epoch(epoch, seed))
             indices += order[position : position + size - len(indices)].tolist()
         return indices
 

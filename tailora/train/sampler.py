@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.attach import evaluating
+from tailora.data.chat_template import to_conversation
 from tailora.data.dataset import Example
 from tailora.data.processor import text_tokenizer
-from tailora.data.prompts import Prompt
+from tailora.data.schemas import Prompt
 from tailora.data.tokenize import stop_ids
 from tailora.engine.continuous_batching import make_engine
 from tailora.engine.interface import Finish, Request, SamplingParams, Token
@@ -47,13 +48,15 @@ class Sample:
     text: str
 
     def for_rewards(self) -> Completion:
-        text = [{"role": "assistant", "content": self.text}] if self.prompt.is_chat else self.text
+        is_text = isinstance(self.prompt.value, str)
+        text = self.text if is_text else [{"role": "assistant", "content": self.text}]
         return Completion(self.prompt.value, text, self.ids, self.prompt.columns)
 
     @property
     def shown(self) -> dict[str, str]:
         """The beginnings of the prompt's last message and of the completion."""
-        texts = {"prompt": str(self.prompt.messages[-1]["content"]), "completion": self.text}
+        asked = to_conversation(self.prompt.chat).messages[-2]  # the last message has no reply yet
+        texts = {"prompt": str(asked["content"]), "completion": self.text}
         return {name: text[:SHOWN_CHARACTERS] for name, text in texts.items()}
 
     def example(self) -> Example:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tailora.data.dataset import Example, Examples, Mixture
 from tailora.errors import ConfigError, DataError, DivergedError, MemoryLimitError
 from tailora.train.events import Evaluated, Note
 from tailora.train.grpo import DRIFT_LIMITS, advantages_of
@@ -348,6 +349,17 @@ def test_the_cache_is_as_large_as_planned(grpo: Any, dtype: str, split: float, s
         assert cache.nbytes == rollouts.cache_bytes(base.config, base.dtype)
 
 
+def test_prompts_of_a_source_with_a_weight_appear_as_often() -> None:
+    examples = replace(
+        Examples.of([Example.of_text(np.arange(2, dtype=np.int32))] * 3), mixture=Mixture((1, 2), (2, 1))
+    )
+    rollouts: Any = SimpleNamespace(
+        train=examples, config=SimpleNamespace(seed=0), shape=SimpleNamespace(examples_per_step=4)
+    )
+    for number in range(3):
+        assert sorted(Rollouts.prompts_of(rollouts, number)) == [0, 0, 1, 2]
+
+
 def test_advantages() -> None:
     rewards = np.array([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, np.nan, 1.0, 2.0]])
     std = np.std([1, 0, 0, 1], ddof=1)
@@ -381,7 +393,7 @@ def test_settings_that_do_not_fit_are_refused(grpo: Any, changes: dict[str, Any]
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a"}, "expected a prompt or messages, got the keys text"),
+        ({"text": "a"}, "the keys of the rows (text) match no known schema of --task grpo"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "expected a prompt, but it ends with a reply"),
         ({"prompt": "a" * 2000}, "tokens; expected 1 to 1,024"),
     ],
@@ -391,4 +403,4 @@ def test_rows_that_are_no_prompts_are_refused(grpo: Any, row: dict[str, Any], me
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=re.escape(message)) as raised:
         run(grpo(data=str(file), validation_split=0))
-    assert "wrong.jsonl:1" in str(raised.value)
+    assert "wrong.jsonl" in str(raised.value)

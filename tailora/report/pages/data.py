@@ -58,14 +58,14 @@ def facts_of(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns the facts in a data report, by name. report: DataReport.to_dict()."""
     mapping = ", ".join(key if key == column else f"{key} = {column}" for key, column in report["mapping"].items())
     learned = f", {report['supervised_tokens']:,} trained ({report['supervised_share']:.0%})"
-    messages = "for rewards" if report.get("task") == "grpo" else "messages"
+    unused = "for rewards" if report.get("task") == "grpo" else "not used"
     facts = {
         "source": report["source"],
         "held-out source": report["eval_source"],
         "read as": report["shape"] if mapping in ("", report["shape"]) else f"{report['shape']} ({mapping})",
-        "not used": ", ".join(report["ignored"]),
+        unused: ", ".join(report["ignored"]),
         "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
-        messages: ", ".join(f"{count:,} {name}" for name, count in report["messages"].items()),
+        "messages": ", ".join(f"{count:,} {name}" for name, count in report["messages"].items()),
         **sources_of(report),
         "labels": ", ".join(f"{name} {number:,}" for name, number in report["labels"].items()),
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {report['eval']:,} held out",
