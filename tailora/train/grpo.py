@@ -39,43 +39,34 @@ def advantages_of(rewards: Rewards, loss: str, scale: ScaleRewards = "group") ->
 
     scale: divide by the standard deviation of the group's rewards, of the rewards of the batch, or not at all.
     """
-    scored = ~np.isnan(rewards)
-    compared = scored & ~has_equal_rewards(rewards)[:, None]
-    counts = scored.sum(1, keepdims=True)
-    values = np.where(scored, rewards, 0.0)
-    if loss == "rloo":
-        others = (values.sum(1, keepdims=True) - values) / np.maximum(counts - 1, 1)
-        of_others: Rewards = np.where(compared, values - others, 0.0)
-        return of_others
-    means = values.sum(1, keepdims=True) / np.maximum(counts, 1)
-    advantages: Rewards = np.where(compared, values - means, 0.0)
-    if scale == "none":
-        return advantages
-    if scale == "batch":
-        std = np.asarray(np.std(rewards[scored], ddof=1) if scored.sum() > 1 else 0.0)
-    else:
-        std = np.sqrt((advantages**2).sum(1, keepdims=True) / np.maximum(counts - 1, 1))
-    scaled: Rewards = advantages / (std + SMALLEST_STD)
-    return scaled
+    known = np.ma.masked_invalid(rewards)
+    advantages = known - known.mean(1, keepdims=True)
+    if loss == "rloo":  # from the mean of the others
+        counts = known.count(1, keepdims=True)
+        advantages = advantages * counts / (counts - 1)
+    elif scale != "none":
+        std = known.std(None if scale == "batch" else 1, ddof=1, keepdims=True)
+        advantages = advantages / (std + SMALLEST_STD)
+    compared: Rewards = np.where(has_equal_rewards(rewards)[:, None], 0.0, advantages.filled(0.0))
+    return compared
 
 
 def has_equal_rewards(rewards: Rewards) -> npt.NDArray[np.bool_]:
     """Returns whether all known rewards of a group are equal, or none is known, (groups,)."""
-    highest, lowest = (sign * np.nan_to_num(sign * rewards, nan=-np.inf).max(1) for sign in (1, -1))
-    equal: npt.NDArray[np.bool_] = highest <= lowest
+    equal: npt.NDArray[np.bool_] = np.ma.masked_invalid(rewards).ptp(1).filled(0.0) == 0
     return equal
 
 
 def group_means(values: Rewards) -> npt.NDArray[np.float64]:
     """Returns the mean of the known values of each group, (groups,); NaN if there are none."""
-    counts = (~np.isnan(values)).sum(1)
-    means: npt.NDArray[np.float64] = np.where(counts > 0, np.nansum(values, axis=1) / np.maximum(counts, 1), np.nan)
+    means: npt.NDArray[np.float64] = np.ma.masked_invalid(values).mean(1).filled(np.nan)
     return means
 
 
 def mean_and_error(name: str, values: Rewards) -> dict[str, float]:
     """Returns the mean over the groups and its standard error, under these names, unless they are not known."""
-    means = group_means(values)[~np.isnan(values).all(1)]
+    means = group_means(values)
+    means = means[~np.isnan(means)]
     numbers = {name: float(means.mean())} if means.size else {}
     if means.size > 1:
         numbers[f"{name}_std_error"] = float(means.std(ddof=1) / np.sqrt(means.size))
@@ -90,26 +81,18 @@ class Drift:
     limit: of the mean, above which `warn` is called, once.
     """
 
-    sums: list[Tensor] = field(default_factory=list)  # of absolute differences, 0-dimensional
-    largest: list[Tensor] = field(default_factory=list)
-    tokens: int = 0
+    differences: list[Tensor] = field(default_factory=list)  # absolute ones of each forward, (tokens,)
     is_measured: bool = True
     limit: float = math.inf
     warn: Callable[[str], None] | None = None
 
-    def add(self, sampled: Tensor, trained: Tensor) -> None:
-        differences = (sampled - trained).abs()
-        self.sums.append(differences.sum())
-        self.largest.append(differences.max())
-        self.tokens += differences.numel()
-
     def read(self) -> dict[str, float]:
         """Returns the mean and the maximum since the last call."""
-        if not self.tokens:
+        if not self.differences:
             return {}
-        mean = float(torch.stack(self.sums).sum()) / self.tokens
-        most = float(torch.stack(self.largest).max())
-        self.sums, self.largest, self.tokens = [], [], 0
+        differences = torch.cat(self.differences)
+        self.differences.clear()
+        mean, most = float(differences.mean()), float(differences.max())
         if self.warn is not None and mean > self.limit:
             self.limit = math.inf
             size = f"{mean:.1e} nats per token (maximum {most:.1e})"
@@ -188,7 +171,7 @@ class GRPO(Task):
         advantages, sampled, old, reference = batch.extras["columns"].to(log_p)
         current = log_p.detach()
         if torch.is_grad_enabled() and self.drift.is_measured:
-            self.drift.add(sampled, current)
+            self.drift.differences.append((sampled - current).abs())
         log_ratios = log_p - torch.where(old.isnan(), current, old)
 
         def sums(values: Tensor) -> Tensor:
