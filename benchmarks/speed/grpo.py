@@ -105,14 +105,14 @@ def prepare(folder: Path, task: str) -> Path:
 def run_tailora(folder: Path, clock: Clock, settings: dict[str, Any]) -> None:
     from tailora.train.config import TrainConfig
     from tailora.train.events import Event, Stepped
-    from tailora.train.rollouts import Rollouts
+    from tailora.train.sampler import Sampler
     from tailora.train.trainer import run
 
     def on_event(event: Event) -> None:
         if isinstance(event, Stepped):
             clock.step()
 
-    clock.measure_sampling(Rollouts, "sample")
+    clock.measure_sampling(Sampler, "sample")
     settings |= {"model": str(folder / "model"), "data": str(folder / "prompts.jsonl"), "validation_split": 0}
     run(TrainConfig(**settings, task="grpo", reward=[f"{folder}/rewards.py:vowels"]), on_event=on_event)
 

@@ -28,14 +28,13 @@ Scores = Mapping[str, Floats]  # name -> (prompts, completions of each), NaN: no
 SHARE_OF_RISE = 0.25  # a judge that rises by less than this share of the reward's rise did not rise
 NEAR_HIGHEST = 0.05  # share of the range of a judge's values; closer to its highest, it cannot rise
 FEWEST_JUDGED = 8  # prompts; bootstrap intervals of fewer are too narrow to call a reward gamed
-KL, TOKENS = "kl", "completion_tokens"
-NO_REWARDS = (TOKENS, "truncated", KL)
+NO_REWARDS = ("completion_tokens", "truncated", "kl")
 MEANINGS = {
     "reward": "weighted sum of the rewards that were trained on, mean over the completions of each prompt",
     "pass@k": "probability that at least one of k completions scores 1 (unbiased estimate)",
-    TOKENS: "mean length of a completion",
+    "completion_tokens": "mean length of a completion",
     "truncated": "share of completions that reached --max-completion-length without an end",
-    KL: "KL(tuned || base) in nats per token, estimated on these completions",
+    "kl": "KL(tuned || base) in nats per token, estimated on these completions",
 }
 NOTHING_TRAINED = (
     "Nothing was trained: in every step, all completions of each prompt had the same reward. Use a reward that tells "
@@ -70,8 +69,6 @@ def reward_changes(before: Scores, after: Scores) -> dict[str, RewardChange]:
     changes: dict[str, RewardChange | None] = {}
     for name in before:
         pair = before[name], after[name]
-        if name == KL:  # per token
-            pair = before[KL] / before[TOKENS].mean(1, keepdims=True), after[KL] / after[TOKENS].mean(1, keepdims=True)
         changes[name] = _change(*pair)
         if name not in ("reward", *NO_REWARDS) and _is_pass_or_fail(*pair):
             k = pair[0].shape[1]  # pass@1 is the mean

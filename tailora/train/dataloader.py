@@ -218,7 +218,7 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
     check_rewards([*rewards, *judges])
     per_epoch = steps_per_epoch(data.train.epoch_size, shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
-    rollouts = Rollouts(config, data, rewards, judges, shape, max_steps)
+    rollouts = Rollouts(config, data, rewards, judges, shape)
     longest = max([*data.train, *data.eval], key=lambda example: len(example.input_ids)).input_ids
     ids = np.resize(longest, len(longest) + config.max_completion_length)
     full = Example.of_text(ids, np.arange(len(ids)) >= len(longest))

@@ -5,8 +5,9 @@ The engine runs the model itself, with its adapter unmerged, and waits while the
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import count, groupby
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from threading import Semaphore
 from typing import Any, cast
 
@@ -65,22 +66,6 @@ class Sample:
         return Example.of_text(ids, np.arange(len(ids)) >= len(self.prompt.ids))
 
 
-@dataclass(eq=False)
-class _Answer:
-    """What the engine returns for a prompt. ended: released when it is complete."""
-
-    ended: Semaphore
-    tokens: list[Token] = field(default_factory=list)
-    finish: Finish | None = None
-
-    def add(self, event: Token | Finish) -> None:
-        if isinstance(event, Token):
-            self.tokens.append(event)
-        else:
-            self.finish = event
-            self.ended.release()
-
-
 class Sampler:
     """Starts the engine, which waits except within `sample`, until `stop`.
 
@@ -108,25 +93,28 @@ class Sampler:
         self._activate_adapter()
 
     def sample(
-        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], progress: Callable[[int], None]
+        self, prompts: Sequence[Prompt], seeds: Sequence[list[int]], progress: Callable[[int], None] = lambda _: None
     ) -> list[Sample]:
-        """Returns a completion of each prompt. seeds: numbers that determine its tokens.
+        """Returns `num_generations` completions of each prompt. seeds: for each prompt, numbers that determine them.
 
         Raises DivergedError if logits are not finite, and MemoryLimitError.
         """
-        ended = Semaphore(0)
-        answers = [_Answer(ended) for _ in prompts]
-        requests = [self._request(*pair) for pair in zip(prompts, seeds, strict=True)]
-        pairs = zip(requests, [answer.add for answer in answers], strict=True)
+        ended, generations = Semaphore(0), self.config.num_generations
+        answers = list[tuple[Prompt, list[Token | Finish]]]()
         return_freed_memory()
         with explain_out_of_memory("sampling completions", ADVICE):
-            for _, group in groupby(pairs, lambda pair: pair[0].prompt_ids):
-                self._engine.submit_group([*group])  # while it waits, so that its batches do not depend on the time
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                events = [list[Token | Finish]() for _ in range(generations)]
+                requests = [self._request(prompt, [*seed, number]) for number in range(generations)]
+                handlers = [partial(_add, of_request, ended) for of_request in events]
+                # while it waits, so that its batches do not depend on the time
+                self._engine.submit_group([*zip(requests, handlers, strict=True)])
+                answers += [(prompt, of_request) for of_request in events]
             with self._resumed():
-                for done in range(len(prompts)):
+                for done in range(len(answers)):
                     ended.acquire()
-                    progress(done + 1)
-            return [self._sample_of(*pair) for pair in zip(prompts, answers, strict=True)]
+                    progress((done + 1) // generations)
+            return [self._sample_of(*answer) for answer in answers]
 
     def _request(self, prompt: Prompt, seed: Sequence[int]) -> Request:
         params = SamplingParams(
@@ -139,16 +127,16 @@ class Sampler:
         adapter = "default" if isinstance(self.model, LoRAModel) else None
         return Request(f"{next(self._request_numbers)}", tuple(prompt.ids), adapter, params)
 
-    def _sample_of(self, prompt: Prompt, answer: _Answer) -> Sample:
-        assert answer.finish is not None
-        reason, message = answer.finish.reason, answer.finish.message
+    def _sample_of(self, prompt: Prompt, events: Sequence[Token | Finish]) -> Sample:
+        tokens, finish = [event for event in events if isinstance(event, Token)], events[-1]
+        reason, message = cast(Finish, finish).reason, cast(Finish, finish).message
         if message == OVERFLOW:
             raise DivergedError(f"sampling failed: the logits of a completion are not finite; {REMEDIES}")
         if reason in ("error", "cancelled"):
             raise RuntimeError(f"sampling failed: {message or reason}")
-        ids = [token.id for token in answer.tokens]
+        ids = [token.id for token in tokens]
         text = str(self.tokenizer.decode(ids if reason == "length" else ids[:-1], skip_special_tokens=True))
-        return Sample(prompt, ids, [token.logprob for token in answer.tokens], reason == "length", text)
+        return Sample(prompt, ids, [token.logprob for token in tokens], reason == "length", text)
 
     # ---- The engine
 
@@ -172,6 +160,13 @@ class Sampler:
     def _activate_adapter(self) -> None:
         if isinstance(self.model, LoRAModel):
             self.model.set_adapter("default")
+
+
+def _add(events: list[Token | Finish], ended: Semaphore, event: Token | Finish) -> None:
+    """Adds an event of a request. ended: released after the last one."""
+    events.append(event)
+    if isinstance(event, Finish):
+        ended.release()
 
 
 def _adapters_of(model: Trainable) -> AdapterSet:

@@ -25,7 +25,7 @@ class Step:
     """What this rank computes in one optimizer step, and the size of the step over all ranks.
 
     micro_batches: the examples of each forward.
-    metrics: what else to log with the step.    started: when sampling its completions began.
+    metrics: what else to log with the step.
     idle: how many of the last forwards keep step with the other ranks, and are not counted.
     batches: the micro-batches as tensors on the device, once `Trainer.collated` has made them.
     """
@@ -37,7 +37,6 @@ class Step:
     idle: int = 0
     batches: list[Batch] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    started: float = math.inf  # time.perf_counter, if making the step belongs to its time
 
     @classmethod
     def of(cls, micro_batches: list[list[Example]], examples: Sequence[Example], task: Task, idle: int = 0) -> "Step":

@@ -122,7 +122,7 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
         seconds, tokens = [], []
         for step in [largest, *islice(data.steps(0), STEPS), largest]:
             began = time.perf_counter()
-            trainer.step(trainer.collated(step))
+            trainer.step(trainer.collated(step), began)
             trainer.read_last_step()
             tokens.append(step.tokens)
             seconds.append(time.perf_counter() - began)

@@ -129,7 +129,8 @@ class Trainer:
                     is_stopped = state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set()
                     if is_stopped and self.can_be_resumed:
                         raise Interrupted(self.save_checkpoint())
-                    self.step(next(steps), signals.stop.is_set())
+                    started = time.perf_counter()  # sampling completions belongs to the time of their step
+                    self.step(next(steps), started, signals.stop.is_set())
                     done = self.submitted_steps
                     if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
                         self.evaluate_and_keep_best()
@@ -181,21 +182,21 @@ class Trainer:
         counted = len(batches) - step.idle
         return replace(step, batches=batches[:counted] + [replace(batch, weight=0.0) for batch in batches[counted:]])
 
-    def step(self, step: Step, stop: bool = False) -> None:
+    def step(self, step: Step, started: float, stop: bool = False) -> None:
         """Takes one optimizer step and reports it. On a device, submits it and reports the one before.
 
-        stop: whether this rank was asked to stop.
+        started: by time.perf_counter.    stop: whether this rank was asked to stop.
         Raises DivergedError if the loss or a gradient is not finite, of the step that is reported.
         """
-        submitted: SubmittedStep | None = self.submit_step(step, stop)
+        submitted: SubmittedStep | None = self.submit_step(step, started, stop)
         if copies_by_itself(self.run.accelerator.device):
             submitted, self.state.unread = self.state.unread, submitted
         if submitted is not None:
             self.read_step(submitted)
 
-    def submit_step(self, step: Step, stop: bool) -> SubmittedStep:
+    def submit_step(self, step: Step, started: float, stop: bool) -> SubmittedStep:
         """Computes the gradients and the update. On a device the host waits for neither."""
-        started, run, updates, config = min(time.perf_counter(), step.started), self.run, self.run.updates, self.config
+        run, updates, config = self.run, self.run.updates, self.config
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
         share = self.compute_gradients(step, scale)
         step = replace(step, metrics=step.metrics | run.task.metrics())

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from tailora.train.memory import format_bytes
 from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
 
 LONGEST = 300  # characters of a reply in the data
-MOST_SHOWN = 8  # evaluations whose samples are shown
+MOST_SHOWN = 8  # evaluations, and groups, whose samples are shown
 MOST_CUT = 0.9  # share of truncated completions above which the verdict names their limit
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
@@ -446,17 +447,17 @@ def _sampled(lines: Sequence[Mapping[str, Any]]) -> list[Section]:
         shown = [(evaluations[number]["step"], evaluations[number]["held_out"][prompt]) for number in numbers]
         rows = [(f"{step:,}", decimals(sample["reward"]), sample["completion"]) for step, sample in shown]
         tables.append(Table(columns, rows, one_line(shown[0][1]["prompt"], LONGEST), detail="page"))
-    groups = [line for line in sorted(lines, key=lambda line: line.get("advantage", 0)) if "part" in line]
-    largest = sorted({group["part"]: group for group in groups}.items())
-    rows_of_groups = []
-    for _, group in largest:
-        numbers_of_group = ", ".join(map(decimals, sorted(group["rewards"], reverse=True)))
-        texts = [one_line(group["prompt"], LONGEST), group["best"], group["worst"], numbers_of_group]
-        rows_of_groups.append([f"{group['step']:,}", decimals(group["advantage"]), *texts])
+    groups, largest = [line for line in lines if "advantage" in line], []
+    for part in np.array_split(np.array(groups, dtype=object), MOST_SHOWN):
+        if len(part):
+            group = max(part, key=itemgetter("advantage"))
+            rewards = ", ".join(map(decimals, sorted(group["rewards"], reverse=True)))
+            texts = [one_line(group["prompt"], LONGEST), group["best"], group["worst"], rewards]
+            largest.append([f"{group['step']:,}", decimals(group["advantage"]), *texts])
     columns = [*map(Column, ("step", "advantage", "prompt", "best completion", "worst completion", "rewards"))]
     samples = "One completion of each of these held-out prompts after some steps, from the same random numbers."
     advantages = "The group with the largest advantage in each part of the run."
-    table = Table(columns, rows_of_groups, detail="page")
+    table = Table(columns, largest, detail="page")
     return [Section("Samples over time", samples, tables), Section("Largest advantages", advantages, [table])]
 
 
