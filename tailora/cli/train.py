@@ -20,7 +20,7 @@ from tailora.cli.progress import counter, run_progress
 from tailora.cli.verify import create_passport
 from tailora.data.messages import IMAGE_TEXT
 from tailora.data.readers import source_names
-from tailora.data.schemas import PREFERENCE, SEQ2SEQ, Pair
+from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
 from tailora.formats.io import wrap_os_error, write_file
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
@@ -127,31 +127,24 @@ FILES = {
     ADAPTER: "the adapter, in PEFT format",
     "model": "the fine-tuned model, in Hugging Face format",
     SAMPLES: "the answers shown above",
-    "metrics.jsonl": "loss, learning rate and speed of every step",
-    "examples.jsonl": "loss of each held-out example, before and after training",
+    "metrics.jsonl": "{loss}, learning rate and speed of every step",
+    "examples.jsonl": "{loss} of each held-out example, before and after training",
     "completions.jsonl": "completions of some prompts over time",
     "skipped-rows.jsonl": "the rows that were skipped, and why",
     "run.json": "settings, versions, seeds and data hash, to reproduce the run",
     "config.yaml": "the settings; use --config to run them again",
     REPORT: "the numbers of report.html as JSON",
 }
-FILES_OF_GRPO = {
-    "metrics.jsonl": "reward, learning rate and speed of every step",
-    "examples.jsonl": "scores of each held-out prompt, before and after training",
-}
 
 
-def show(
-    console: Console, config: TrainConfig, folder: Path, report: dict[str, Any] | None, *, generate: bool = True
-) -> None:
+def show(console: Console, config: TrainConfig, folder: Path, report: dict[str, Any] | None) -> None:
     """Prints the result of the run if it has a report, the files in its folder, and commands to try next."""
     if report is not None:
         print_page(console, read_page(folder), lead_first=True)
-    files = FILES | (FILES_OF_GRPO if config.task == GRPO else {})
-    rows = [(name, content) for name, content in files.items() if (folder / name).exists()]
+    loss = "reward" if config.task == GRPO else "loss"
+    rows = [(name, content.format(loss=loss)) for name, content in FILES.items() if (folder / name).exists()]
     print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
     commands = next_commands(config, folder, [] if report is None else report["remedy"])
-    commands = [command for command in commands if generate or command[1] != "generate"]
     print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, commands)))]))
 
 
@@ -269,9 +262,7 @@ def fit(
     if as_json:
         print_json({**report["result"], "verdict": report["verdict"]} if report else result.to_dict())
     else:
-        samples = result.data.eval_samples[: config.samples] if result.data and config.task == GRPO else []
-        is_single = all(isinstance(sample, Pair) or len(sample.messages) == 2 for sample in samples)  # with a reply
-        show(stdout(), config, folder, report, generate=is_single)
+        show(stdout(), config, folder, report)
         if page and not (folder / PAGE).exists():
             log(page)
     return code

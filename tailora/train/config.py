@@ -19,20 +19,10 @@ from tailora.core.config import (
 )
 from tailora.errors import ConfigError, listing
 
-TaskName = Literal[
-    "auto",
-    "causal-lm",
-    "preference",
-    "grpo",
-    "sequence-classification",
-    "regression",
-    "token-classification",
-    "seq2seq",
-]
+LabelTask = Literal["sequence-classification", "regression", "token-classification"]
 GRPO = "grpo"  # task: reinforcement learning
+PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "rloo"]
-Loss = Literal["dpo", "ipo", "simpo", "orpo", "kto", "grpo", "dr_grpo", "dapo", "rloo"]
-GRPO_LOSSES = get_args(GRPOLoss)
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 SHARDED_QUANTIZE = ("nf4", "fp4")  # FSDP2 can shard these; it would lose the scales of the others
 NATS_PER_TOKEN = "nats per token"  # the unit of a language model's loss
@@ -102,11 +92,13 @@ class TrainConfig(StrictModel):
     adapter: str | None = Field(None, description="folder of an existing adapter to train further")
     method: Literal["lora", "full"] = Field("lora", description="train an adapter (lora) or all weights (full)")
     # task
-    task: TaskName = Field("auto", description="training task; auto infers causal-lm or preference from the data")
+    task: Literal["auto", "causal-lm", "preference", "grpo", LabelTask, "seq2seq"] = Field(
+        "auto", description="training task; auto infers causal-lm or preference from the data"
+    )
     class_weights: dict[str, float] | Literal["balanced"] | None = Field(
         None, description="class weights for the classification loss: LABEL=WEIGHT,..., or balanced"
     )
-    loss: Loss | None = Field(
+    loss: Literal[PreferenceLoss, GRPOLoss] | None = Field(
         None,
         description="preference loss; default: dpo for pairs of replies, kto for single replies. With --task grpo: "
         "grpo (default), dr_grpo, dapo or rloo",
@@ -365,17 +357,13 @@ class TrainConfig(StrictModel):
 
     def _grpo_rules(self) -> list[tuple[Any, str]]:
         """Returns conditions that must not hold, with their messages."""
-        is_grpo = self.task == GRPO
-        steps = self.save_steps or self.num_iterations
+        is_grpo, steps = self.task == GRPO, self.save_steps or self.num_iterations
+        losses, other_task = get_args(GRPOLoss if is_grpo else PreferenceLoss), "" if is_grpo else ", or --task grpo"
         return [
             (is_grpo and not self.reward, "--task grpo needs a --reward, such as --reward rewards.py:score"),
             (
-                is_grpo and self.loss is not None and self.loss not in GRPO_LOSSES,
-                f"--task grpo does not support --loss {self.loss}; use one of {', '.join(GRPO_LOSSES)}",
-            ),
-            (
-                not is_grpo and self.loss in GRPO_LOSSES,
-                f"--loss {self.loss} needs --task grpo and a --reward",
+                self.loss not in (None, *losses),
+                f"--task {self.task} does not support --loss {self.loss}; use one of {', '.join(losses)}{other_task}",
             ),
             (is_grpo and self.loss == "rloo" and self.beta, "--loss rloo does not support --beta; remove it"),
             (not is_grpo and self.beta == 0, "--beta 0: expected more than 0; only --task grpo has no penalty at 0"),

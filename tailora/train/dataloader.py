@@ -40,7 +40,7 @@ from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.memory import ForwardSize
 from tailora.train.preference import preference_task
-from tailora.train.rewards import check_rewards, parse_rewards
+from tailora.train.rewards import RewardProcess, parse_rewards
 from tailora.train.rollouts import Rollouts
 from tailora.train.step import Step, StepShape, split_by_tokens, step_shape
 
@@ -215,7 +215,8 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
     if judges and not data.eval:
         problem = "--eval-reward judges held-out prompts, but there are none"
         raise ConfigError(f"{problem}; use --eval-data, or a --validation-split above 0")
-    check_rewards([*rewards, *judges])
+    with RewardProcess([*rewards, *judges], config.reward_seconds):  # raises if a function cannot be loaded
+        pass
     per_epoch = steps_per_epoch(data.train.epoch_size, shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
     rollouts = Rollouts(config, data, rewards, judges, shape)

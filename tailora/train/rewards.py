@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.machinery import SourceFileLoader
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -61,11 +62,10 @@ class Completion:
 def parse_rewards(trained: Sequence[str], judging: Sequence[str]) -> tuple[list[Reward], list[Reward]]:
     """Returns the rewards in texts like `rewards.py:score=0.5`, to train on and that only judge. Raises ConfigError."""
     rewards = [_parse_reward(value) for value in trained] + [_parse_reward(value, judges=True) for value in judging]
-    sources = Counter(reward.source for reward in rewards)
-    if repeated := [source for source, times in sources.items() if times > 1]:
-        raise ConfigError(f"--reward, --eval-reward: {', '.join(repeated)} appears twice; use each reward once")
-    functions = Counter(_function_name(source) for source in sources)
-    functions.update(OTHER_SCORES)
+    sources = [reward.source for reward in rewards]
+    if repeated := {source for source in sources if sources.count(source) > 1}:
+        raise ConfigError(f"--reward, --eval-reward: {', '.join(sorted(repeated))} appears twice; use each reward once")
+    functions = Counter([*map(_function_name, sources), *OTHER_SCORES])
     named = [
         replace(reward, name=name if functions[name := _function_name(reward.source)] == 1 else reward.source)
         for reward in rewards
@@ -100,15 +100,16 @@ def load_reward(reward: Reward) -> RewardFunction:
     kind, colon, argument = reward.source.partition(":")
     if kind in BUILT_IN and bool(colon) == (kind in WITH_ARGUMENT):
         return BUILT_IN[kind](argument)
-    path, colon, name = reward.source.rpartition(":")
-    if reward.source.endswith(".py"):
-        raise ConfigError(f"--reward {reward.source}: expected FILE.py:FUNCTION")
+    path, _, name = reward.source.rpartition(":")
     if not path.endswith(".py"):
-        known = [*BUILT_IN, "FILE.py:FUNCTION"]
-        raise ConfigError(
-            f"unknown --reward {reward.source!r}; expected one of {', '.join(known)}{nearest(kind, BUILT_IN)}"
-        )
-    module = _module(reward.source, Path(path))
+        known = f"{', '.join(BUILT_IN)}, FILE.py:FUNCTION{nearest(kind, BUILT_IN)}"
+        raise ConfigError(f"unknown --reward {reward.source!r}; expected one of {known}")
+    if not Path(path).is_file():
+        raise ConfigError(f"--reward {reward.source}: no such file: {path}")
+    try:
+        module = _module(Path(path).resolve())
+    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+        raise ConfigError(f"--reward {reward.source}: {path} cannot be imported: {_last_line(error)}") from None
     function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -116,22 +117,14 @@ def load_reward(reward: Reward) -> RewardFunction:
     return function
 
 
-def _module(source: str, path: Path) -> ModuleType:
+@cache
+def _module(path: Path) -> ModuleType:
     """Returns the module of a file, which runs once and can import files next to it, as a script can."""
-    if not path.is_file():
-        raise ConfigError(f"--reward {source}: no such file: {path}")
-    absolute = path.resolve()
-    name = str(absolute.with_suffix("")).replace(".", "_")  # of no other module
-    if name in sys.modules:
-        return sys.modules[name]
-    sys.path.insert(0, str(absolute.parent))
+    name = str(path.with_suffix("")).replace(".", "_")  # of no other module
+    sys.path.insert(0, str(path.parent))
     module = sys.modules[name] = ModuleType(name)  # where dataclasses look it up
-    module.__file__ = str(absolute)
-    try:
-        SourceFileLoader(name, module.__file__).exec_module(module)
-    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-        del sys.modules[name]
-        raise ConfigError(f"--reward {source}: {path} cannot be imported: {_last_line(error)}") from None
+    module.__file__ = str(path)
+    SourceFileLoader(name, str(path)).exec_module(module)
     return module
 
 
@@ -147,12 +140,18 @@ def _score_texts(score: Callable[[str], bool]) -> RewardFunction:
     return function
 
 
-def _exact_match(_: str) -> RewardFunction:
-    def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-        pairs = zip(completions, answer, strict=True)
-        return [float(text_of_completion(text).strip() == str(right).strip()) for text, right in pairs]
+def _compare_answers(is_right: Callable[[str, str], bool]) -> RewardFunction:
+    """is_right: of a completion and the row's answer."""
 
-    return exact_match
+    def function(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+        pairs = zip(completions, answer, strict=True)
+        return [float(is_right(text_of_completion(completion), str(right))) for completion, right in pairs]
+
+    return function
+
+
+def _exact_match(_: str) -> RewardFunction:
+    return _compare_answers(lambda text, right: text.strip() == right.strip())
 
 
 def _regex(pattern: str) -> RewardFunction:
@@ -191,16 +190,9 @@ def _math(_: str) -> RewardFunction:
     require_packages("math_verify", extra="rewards")
     from math_verify import parse, verify
 
-    def math_reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-        # its time limits use signals, which only work in the main thread; the whole call has one
-        options = {"parsing_timeout": None}
-        pairs = [
-            (parse(str(right), **options), parse(text_of_completion(text), **options))
-            for text, right in zip(completions, answer, strict=True)
-        ]
-        return [float(verify(right, given, timeout_seconds=None)) for right, given in pairs]
-
-    return math_reward
+    # its own time limits use signals, which only work in the main thread; the whole call has one
+    parsed = partial(parse, parsing_timeout=None)
+    return _compare_answers(lambda text, right: verify(parsed(right), parsed(text), timeout_seconds=None))
 
 
 BUILT_IN: dict[str, Callable[[str], RewardFunction]] = {
@@ -243,14 +235,9 @@ class RewardProcess:
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2, "pass_fds": [other.fileno()]}
         self._process = subprocess.Popen(command, start_new_session=True, **pipes)  # without Ctrl-C, which is for us
         other.close()
-        try:
-            self._connection.send(self.rewards)
-            problem = self._connection.recv()
-        except (EOFError, ConnectionError):
-            problem = f"the process for reward functions ended with exit code {self._process.wait()}"
-        if problem is not None:
+        if problem := self._ask(self.rewards, None):
             self.__exit__()
-            raise ConfigError(problem)
+            raise ConfigError(problem.text)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -262,29 +249,27 @@ class RewardProcess:
         """Returns (completions, rewards), NaN where a function returns None. Raises RewardError."""
         scores = np.empty((len(completions), len(self.rewards)))
         for column in range(len(self.rewards) if completions else 0):
-            reply = self._call(column, completions)
+            reply = self._ask((column, completions), self.seconds)
             if isinstance(reply, Problem):
                 raise self._failed(column, completions, reply)
             scores[:, column] = reply
         return scores
 
-    def _call(self, column: int, completions: Sequence[Completion]) -> list[float] | Problem:
-        """Returns one reward for each completion, or why the function has none. Raises RewardError."""
+    def _ask(self, message: Any, seconds: float | None) -> Any:
+        """Returns the reply to a message, or a Problem if there is none."""
         try:
-            self._connection.send((column, completions))
-            if self._connection.poll(self.seconds):
-                reply: list[float] | Problem = self._connection.recv()
-                return reply
-            problem = f"it did not return within {self.seconds:g} seconds; use a higher --reward-seconds"
+            self._connection.send(message)
+            if self._connection.poll(seconds):
+                return self._connection.recv()
+            return Problem(f"it did not return within {seconds:g} seconds; use a higher --reward-seconds")
         except (EOFError, ConnectionError):
-            problem = f"its process ended with exit code {self._process.wait()}"
-        raise self._failed(column, completions, Problem(problem))
+            return Problem(f"the process of the reward functions ended with exit code {self._process.wait()}")
 
     def _failed(self, column: int, completions: Sequence[Completion], problem: Problem) -> RewardError:
         """Returns an error that names the completion. Bisection finds it with few calls, which may be slow or paid."""
         while problem.row is None and len(completions) > 1:
             first, second = completions[: len(completions) // 2], completions[len(completions) // 2 :]
-            reply = self._call(column, first)
+            reply = self._ask((column, first), self.seconds)
             completions, problem = (first, reply) if isinstance(reply, Problem) else (second, problem)
         completion = completions[problem.row or 0]
         return RewardError(
@@ -293,43 +278,23 @@ class RewardProcess:
         )
 
 
-def check_rewards(rewards: Sequence[Reward]) -> None:
-    """Raises ConfigError unless all functions can be loaded."""
-    with RewardProcess(rewards, math.inf):
-        pass
-
-
 def _serve(connection: "Connection[Any, Any]") -> None:
     """Runs in the separate process until it is killed, or the other end is closed."""
-    try:
-        functions = _loaded(connection.recv())
-    except ConfigError as error:
-        connection.send(str(error))
-        return
-    connection.send(None)
-    while True:
-        try:
-            column, completions = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        try:
-            reply = _values(functions[column], completions)
-        except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-            reply = Problem(_last_line(error), row=None)
-        connection.send(reply)
-
-
-def _loaded(rewards: Sequence[Reward]) -> list[RewardFunction]:
-    """Returns the functions of all rewards. Raises ConfigError with all problems."""
     functions, problems = list[RewardFunction](), list[str]()
-    for reward in rewards:
+    for reward in connection.recv():
         try:
             functions.append(load_reward(reward))
         except ConfigError as error:
             problems.append(str(error))
-    if problems:
-        raise ConfigError(listing(problems))
-    return functions
+    connection.send(Problem(listing(problems)) if problems else None)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            column, completions = connection.recv()
+            try:
+                reply = _values(functions[column], completions)
+            except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+                reply = Problem(_last_line(error), row=None)
+            connection.send(reply)
 
 
 def _values(function: RewardFunction, completions: Sequence[Completion]) -> list[float] | Problem:

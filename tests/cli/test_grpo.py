@@ -158,9 +158,10 @@ def test_a_run_on_chats_prints_commands_and_files_that_fit_rewards(
     code, text, progress = call(*line)
     assert code in (0, WORSE), progress
     assert limits == [8] * 4  # --max-completion-length
-    assert [words.split()[1] for words in text.partition("\nNext\n")[2].splitlines() if words] == ["chat", "export"]
+    commands = [words.split()[1] for words in text.partition("\nNext\n")[2].splitlines() if words]
+    assert commands == ["chat", "generate", "export"]
     assert re.search(r"metrics.jsonl +reward, learning rate", text)
-    assert re.search(r"examples.jsonl +scores of each held-out prompt", text)
+    assert re.search(r"examples.jsonl +reward of each held-out example", text)
     header = " ".join(progress.split())
     assert ": 20 prompts, 20 held out; format: prompts steps 2 steps of 8 prompts with 4 completions each" in header
 

@@ -13,7 +13,6 @@ from tailora.train.rewards import (
     Reward,
     RewardError,
     RewardProcess,
-    check_rewards,
     load_reward,
     parse_rewards,
 )
@@ -119,7 +118,7 @@ def test_a_function_gets_what_trl_passes(file: Path, name: str, texts: list[Any]
         ("nan", "expected a finite number or None, got nan", "bad"),
         ("few", "expected 2 rewards, one for each completion, got 1", "good"),
         ("hangs", "it did not return within 1 seconds; use a higher --reward-seconds", "good"),
-        ("dies", "its process ended with exit code 3", "good"),
+        ("dies", "the process of the reward functions ended with exit code 3", "good"),
         ("score", "TypeError", "good"),
         ("nothing", "expected a list with a number or None for each completion, got None", "good"),
         ("other_column", "it needs label, but the rows have no such column (they have answer)", "good"),
@@ -172,7 +171,7 @@ def test_a_process_that_died_between_calls_is_reported(file: Path) -> None:
     with RewardProcess([Reward(f"{file}:score")], seconds=30) as process:
         process._process.kill()
         process._process.wait()
-        with pytest.raises(RewardError, match="its process ended with exit code -9"):
+        with pytest.raises(RewardError, match="process of the reward functions ended with exit code -9"):
             process.score(completions("a"))
 
 
@@ -240,7 +239,7 @@ def test_rewards_that_only_judge_have_no_weight(value: str, advice: str) -> None
             "exact",
             "unknown --reward 'exact'; expected one of exact_match, regex, json_schema, max_length, math, FILE.py",
         ),
-        ("rewards.py", "--reward rewards.py: expected FILE.py:FUNCTION"),
+        ("rewards.py", "unknown --reward 'rewards.py'; expected one of"),
         ("missing.py:score", "no such file: missing.py"),
         ("regex:(", "missing )"),
         ("max_length:many", "expected a number of characters"),
@@ -254,8 +253,9 @@ def test_a_reward_that_does_not_exist_is_refused(source: str, message: str) -> N
 
 def test_an_unknown_function_is_named_when_the_process_starts(file: Path) -> None:
     rewards = [Reward(f"{file}:scores"), Reward("missing.py:score")]
-    with pytest.raises(ConfigError, match=r"has no function 'scores'(.|\n)*no such file: missing.py"):
-        check_rewards(rewards)
+    message = r"has no function 'scores'(.|\n)*no such file: missing.py"
+    with pytest.raises(ConfigError, match=message), RewardProcess(rewards, seconds=30):
+        pass
 
 
 def test_an_import_that_does_not_find_a_file_is_not_a_missing_reward_file(tmp_path: Path) -> None:
