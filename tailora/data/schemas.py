@@ -410,7 +410,7 @@ class Schema:
     @property
     def uses_chat_template(self) -> bool:
         """Whether rows are rendered with the chat template; others are tokenized unchanged."""
-        return "messages" in self.required or (self.task in FOUND_FROM_ROWS and self.name != TEXT)
+        return "messages" in self.required or (self.task in (*FOUND_FROM_ROWS, GRPO) and self.name != TEXT)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -574,7 +574,7 @@ def detect_source_schema(
 def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Sequence[Schema], task: str) -> str:
     required: dict[str, str] = {}
     for schema in schemas:
-        required.setdefault(schema.name, ", ".join(schema.required))
+        required.setdefault(schema.name, "messages or prompt" if task == GRPO else ", ".join(schema.required))
     known = "; ".join(f"{name} ({keys})" for name, keys in required.items())
     known += "; prompts for rewards (prompt or messages; with --task grpo)" if task == AUTO else ""
     flags = "".join(f" --field {key}={column}" for key, column in field.items())

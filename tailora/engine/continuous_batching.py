@@ -156,7 +156,7 @@ class ContinuousEngine(Engine):
             self._restore_cache(manager)
             names = [request.id, *(fork_name(request.id, number) for number in range(len(group) - 1))]
             for name, (member, handle) in zip(names, group, strict=True):
-                self._requests[name] = RunningRequest(member, handle, name, is_grouped=len(group) > 1)
+                self._requests[name] = RunningRequest(member, handle, name)
             eos = -1 if request.params.ignore_eos else sorted(self.eos_token_ids) or -1
             manager.num_return_sequences = len(group)  # of the next request
             accepted = manager.add_request(
@@ -166,14 +166,10 @@ class ContinuousEngine(Engine):
             self._end_failed(request.id, "the engine has stopped")
 
     def cancel(self, request_id: str) -> None:
-        running = next((own for own in [*self._requests.values()] if own.request.id == request_id), None)
-        if running is None:
-            return
-        if running.is_grouped:  # others may be waiting for its prompt, so `_next_tokens` removes it
-            running.ends_early = True
-        elif self._requests.pop(running.name, None) is not None:
-            self._manager.cancel_request(running.name)
-        running.finish(Finish("cancelled"))
+        running = self._requests.pop(request_id, None)
+        if running is not None:
+            self._manager.cancel_request(request_id)
+            running.finish(Finish("cancelled"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

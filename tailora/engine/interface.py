@@ -117,7 +117,10 @@ class Engine(ABC):
         """
 
     def submit_group(self, group: "Sequence[tuple[Request, EventHandler]]") -> None:
-        """Adds requests that differ only in id and seed, so that their prompt is computed once. See `submit`."""
+        """Adds requests that differ only in id and seed, so that their prompt is computed once. See `submit`.
+
+        They cannot be cancelled one by one: others wait for the prompt that the first one computes.
+        """
         for request, handle in group:
             self.submit(request, handle)
 

@@ -26,15 +26,11 @@ OVERFLOW = "the logits overflowed; use a smaller scale"
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish.
-
-    name: of the request in transformers' manager.    is_grouped: it shares the computation of its prompt with others.
-    """
+    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish."""
 
     request: Request
     handle: EventHandler
-    name: str = ""
-    is_grouped: bool = False
+    name: str = ""  # of the request in transformers' manager
     generator: torch.Generator = field(init=False)
     lock: Lock = field(default_factory=Lock)
     tokens: int = 0

@@ -62,6 +62,7 @@ def test_columns_for_rewards_are_shown(
     file.write_text(json.dumps({field.get("prompt", "prompt"): "one", "want": 1}) + "\n")
     facts = facts_of(prepare(str(file), bytes_tokenizer(CHATML), settings, eval_source=str(file)).report.to_dict())
     assert (facts["read as"], facts["for rewards"]) == (read_as, "want")
+    assert facts["format"] == "the model's chat template"
     assert "messages" not in facts
 
 

@@ -275,23 +275,6 @@ def test_a_group_gets_the_tokens_of_its_seeds_and_its_prompt_is_computed_once(pr
             assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("cancelled", ["seed 0", "seed 2"])
-@pytest.mark.parametrize("is_early", [True, False])
-def test_one_of_a_group_is_cancelled_and_others_go_on(engine: Engine, cancelled: str, is_early: bool) -> None:
-    answers, prompt = Answers(engine), [9, 10, 11, 3]
-    with engine.paused():
-        answers.submit_group(range(4), prompt, "large", ignore_eos=True, max_tokens=60)
-        if is_early:
-            engine.cancel(cancelled)
-    if not is_early:
-        assert answers.first_token.wait(60)
-        engine.cancel(cancelled)
-    tokens = answers.wait()
-    assert answers.finishes[cancelled].reason == "cancelled"
-    expected = alone("large", prompt)
-    assert all(tokens[name][: len(expected)] == expected for name in tokens if name != cancelled)
-
-
 def test_an_error_ends_a_whole_group(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = Answers(engine)
     with monkeypatch.context() as patch:

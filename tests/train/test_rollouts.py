@@ -381,7 +381,7 @@ def test_settings_that_do_not_fit_are_refused(grpo: Any, changes: dict[str, Any]
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a"}, "the keys of the rows (text) match no known schema of --task grpo"),
+        ({"text": "a"}, "match no known schema of --task grpo.\nKnown: prompts (messages or prompt)"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "expected a prompt, but it ends with a reply"),
         ({"prompt": "a" * 2000}, "tokens; expected 1 to 1,024"),
     ],
