@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
+from tailora.evaluation.statistics import Interval, before_and_after, share_difference, wilson_interval
 from tailora.train.grpo import group_means
 
 Floats = npt.NDArray[np.float64]
@@ -80,17 +80,16 @@ def _change(before: Floats, after: Floats) -> RewardChange | None:
     """Compares the means of the same prompts; None if no prompt has both.    before, after: (prompts, completions)."""
     first, second = group_means(before), group_means(after)
     known = ~(np.isnan(first) | np.isnan(second))
-    first, second, counts = first[known], second[known], np.ones(int(known.sum()))
+    first, second = first[known], second[known]
     if not len(first):
         return None
     if len(first) > 1 and _is_pass_or_fail(first, second):
-        intervals = wilson_interval(first), wilson_interval(second), share_difference(first, second)
+        old, new, change = wilson_interval(first), wilson_interval(second), share_difference(first, second)
     else:
-        ends = mean_interval(first, counts), mean_interval(second, counts)
-        intervals = (*ends, paired_difference(first, second, counts))
+        old, new, change = before_and_after(first, second, np.ones(len(first))).values()
     values = [0.0, 1.0] if _is_pass_or_fail(before, after) else [before, after]
     std = float(np.concatenate([first, second]).std())
-    return RewardChange(*intervals, len(first), std, float(np.nanmin(values)), float(np.nanmax(values)))
+    return RewardChange(old, new, change, len(first), std, float(np.nanmin(values)), float(np.nanmax(values)))
 
 
 def _is_pass_or_fail(*scores: Floats) -> bool:

@@ -253,11 +253,7 @@ def _frozen(model: Model, batch: Batch) -> Tensor:
 
 def _recomputed(model: Model, batch: Batch) -> Tensor:
     vocabulary, head = model.config.get_text_config().vocab_size, model.get_output_embeddings()
-
-    def logits_of(rows: Tensor) -> Tensor:
-        return _tempered(head(rows), batch)
-
-    return recomputed_head(_states(model, batch), batch.targets, logits_of, vocabulary)
+    return recomputed_head(_states(model, batch), batch.targets, lambda rows: _tempered(head(rows), batch), vocabulary)
 
 
 def _states(model: Model, batch: Batch) -> Tensor:

@@ -87,20 +87,17 @@ def keep_freed_memory(device: torch.device) -> None:
     is_set = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
         name.startswith("MALLOC_") and name != "MALLOC_ARENA_MAX" for name in os.environ
     )
-    if device.type == "cpu" and not is_set and (libc := _glibc()) is not None:
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+    if device.type != "cpu" or is_set or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def return_freed_memory() -> None:
     """Returns what `keep_freed_memory` keeps to the system, before something else needs the memory."""
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
-
-
-def _glibc() -> Any:
-    """Returns the C library, or None if it is a different one."""
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def used_bytes(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -170,7 +170,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
     held_out, losses, change_of_metrics, labels = None, dict[str, Interval](), "", dict[str, Any]()
-    before, after, changes = dict[str, Interval](), dict[str, Interval](), dict[str, Interval]()  # metrics of the task
+    metrics: dict[str, dict[str, Interval]] = {}  # of the task: "before", "after" and perhaps "change" -> by name
     remedy: list[str] = []
     unit = header.get("loss_unit", NATS_PER_TOKEN)
     if examples:
@@ -178,24 +178,23 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         losses = before_and_after(held_out["before"], held_out["after"], held_out["tokens"])
         if header.get("labels"):
             outputs = [LabelOutputs.of_rows(Labels.from_dict(header["labels"]), examples, when) for when in WHEN]
-            before, after = (as_intervals(label_scores(data)) for data in outputs)
+            metrics = {when: as_intervals(label_scores(data)) for when, data in zip(WHEN, outputs, strict=True)}
             labels = label_details(outputs[1])
-            change_of_metrics = describe_labels(before, after, labels, new_head=header["labels"]["new_head"])
+            is_new = header["labels"]["new_head"]
+            change_of_metrics = describe_labels(metrics["before"], metrics["after"], labels, new_head=is_new)
         elif rewards := header.get("rewards"):
-            numbers = reward_changes(*(scores_of(examples, when) for when in WHEN))
-            before, after, changes = (
-                {name: getattr(number, part) for name, number in numbers.items()} for part in (*WHEN, "change")
-            )
+            changes = reward_changes(*(scores_of(examples, when) for when in WHEN))
+            parts = (*WHEN, "change")
+            metrics = {part: {name: getattr(change, part) for name, change in changes.items()} for part in parts}
             prompts = plural(len(examples), "held-out prompt")
-            change_of_metrics = describe_rewards(numbers, rewards["trained"], rewards["judges"], prompts)
+            change_of_metrics = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
             change_of_metrics += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
         elif all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
-            before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
-            change_of_metrics = describe_preferences(before, after)
+            metrics = {when: preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN}
+            change_of_metrics = describe_preferences(**metrics)
+    before, after = (metrics.get(when, {}) for when in WHEN)
     shared = [name for name in after if name in before]
-    sides, keys = [before, after, *([changes] if changes else [])], [item.name for item in fields(Metric)]
-    metrics = [[name, *_numbers_of([side[name] for side in sides])] for name in shared]
-    task_metrics = [dict(zip(keys, values, strict=False)) for values in metrics]  # without changes, if there are none
+    task_metrics = [_metric(name, {part: of_part[name] for part, of_part in metrics.items()}) for name in shared]
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif header.get("rewards"):
@@ -261,10 +260,10 @@ def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, 
     return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]
 
 
-def _numbers_of(estimates: Sequence[Interval]) -> list[Any]:
-    """Returns values and intervals for a `Metric`; what is not a number becomes None."""
-    pairs = [(None if math.isnan(estimate.value) else estimate.value, _ends(estimate)) for estimate in estimates]
-    return [part for pair in pairs for part in pair]
+def _metric(name: str, parts: Mapping[str, Interval]) -> dict[str, Any]:
+    """Returns a `Metric`; what is not a number becomes None. parts: "before" and so on."""
+    values = {part: None if math.isnan(estimate.value) else estimate.value for part, estimate in parts.items()}
+    return {"name": name, **values, **{f"{part}_95": _ends(estimate) for part, estimate in parts.items()}}
 
 
 def _ends(estimate: Interval) -> tuple[float, float] | None:
@@ -441,12 +440,13 @@ def _sampled(lines: Sequence[Mapping[str, Any]]) -> list[Section]:
     """Returns what some prompts got over time, and the group with the largest advantage of each part of the run."""
     evaluations = [line for line in lines if "held_out" in line]
     numbers = np.linspace(0, len(evaluations) - 1, min(MOST_SHOWN, len(evaluations))).round().astype(int)
+    shown = [evaluations[number] for number in numbers]
     columns = [*map(Column, ("step", "reward", "completion"))]
     tables = []
-    for prompt in range(len(evaluations[0]["held_out"]) if evaluations else 0):
-        shown = [(evaluations[number]["step"], evaluations[number]["held_out"][prompt]) for number in numbers]
-        rows = [(f"{step:,}", decimals(sample["reward"]), sample["completion"]) for step, sample in shown]
-        tables.append(Table(columns, rows, one_line(shown[0][1]["prompt"], LONGEST), detail="page"))
+    for of_prompt in zip(*(line["held_out"] for line in shown), strict=True):
+        pairs = zip(shown, of_prompt, strict=True)
+        rows = [(f"{line['step']:,}", decimals(sample["reward"]), sample["completion"]) for line, sample in pairs]
+        tables.append(Table(columns, rows, one_line(of_prompt[0]["prompt"], LONGEST), detail="page"))
     groups, largest = [line for line in lines if "advantage" in line], []
     for part in np.array_split(np.array(groups, dtype=object), MOST_SHOWN):
         if len(part):
