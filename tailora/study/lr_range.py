@@ -27,6 +27,7 @@ from tailora.train.config import GRPO, NATS_PER_TOKEN, TrainConfig
 STUDY, RISING, KIND = "search.json", "rising", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, EVAL_STEPS = 120, 3  # 20 steps per decade
+SHORT_STEPS = 40  # 7 steps per decade, for a first idea
 FEWEST_STEPS = 30
 FALLEN, LOST = 0.05, 0.25  # shares of the gain that mark where the loss begins to fall and has risen again
 LEAST_GAIN = 0.005  # a smaller gain counts as no gain
@@ -117,6 +118,11 @@ def find_range(
     return rates
 
 
+def seconds_needed(costs: Costs, steps: int) -> float:
+    """Returns the seconds of a run with this many steps, unless it ends early."""
+    return costs.trial(steps, evaluations=1 + steps // EVAL_STEPS)
+
+
 def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     """Returns at most --max-steps (default STEPS). Raises ConfigError for too few."""
     most = STEPS if train.max_steps is None else train.max_steps
@@ -125,15 +131,12 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     if session.minutes is None:
         return most
 
-    def needed(costs: Costs, steps: int) -> float:
-        return costs.trial(steps, evaluations=1 + steps // EVAL_STEPS)
-
     def check(costs: Costs, share: float = 1.0) -> float:
         """Returns the seconds left, times `share`. Raises ConfigError if that is too short."""
         left = share * session.seconds_left
-        if needed(costs, FEWEST_STEPS) > left:
+        if seconds_needed(costs, FEWEST_STEPS) > left:
             what = f"the {FEWEST_STEPS} steps needed to cover the learning rates"
-            raise too_short(session, needed(costs, FEWEST_STEPS), what)
+            raise too_short(session, seconds_needed(costs, FEWEST_STEPS), what)
         return left
 
     check(START)
@@ -143,7 +146,7 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     if costs is None:
         raise no_costs(trial)
     left = check(costs, SAFETY)
-    return max(steps for steps in range(FEWEST_STEPS, most + 1) if needed(costs, steps) <= left)
+    return max(steps for steps in range(FEWEST_STEPS, most + 1) if seconds_needed(costs, steps) <= left)
 
 
 def _spec(train: TrainConfig, rising: tuple[float, float] | None = None, **changes: Any) -> TrialSpec:

@@ -29,8 +29,10 @@ from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.model import LoRAModel
+from tailora.study.budget import START, Costs
 from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, find_cards
 from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
+from tailora.study.lr_range import SHORT_STEPS, seconds_needed
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
 from tailora.train import estimate
@@ -148,6 +150,7 @@ def plan(
         steps=batches.steps,
         seconds_per_step=seconds_per_step,
         seconds=None if batches.steps is None or seconds_per_step is None else seconds_per_step * batches.steps,
+        lr_search_seconds=None if nproc > 1 else lr_search_seconds(config, batches, seconds_per_step),
         basis=basis,
         full=full,
         measured=measured,
@@ -263,6 +266,18 @@ def time_here(
     return step.flops / tokens / speed * batches.tokens_per_step, rule
 
 
+def lr_search_seconds(config: TrainConfig, batches: "Batches", seconds_per_step: float | None) -> float | None:
+    """Returns the seconds of a short `search --lr-only`; None if unknown, or if the run does not allow it.
+
+    It evaluates half of the held-out examples. Their forward takes about half of a training step's time for as many
+    tokens, because the backward of a frozen base needs no gradients of its weights.
+    """
+    if seconds_per_step is None or not batches.held_out_tokens or config.method == FULL:
+        return None
+    evaluation = batches.held_out_tokens / 2 * seconds_per_step / batches.tokens_per_step / 2
+    return seconds_needed(Costs(START.fixed, seconds_per_step, evaluation), SHORT_STEPS)
+
+
 # ---- Batches
 
 MOST_EXAMPLES = 4096  # per batch, if the number of examples is unknown
@@ -273,7 +288,7 @@ class Batches:
     """task: the training task, without its reference model.
     largest: the examples of the largest forward pass.    at: batch size -> its largest forward pass.
     examples: number of training examples.    tokens: of all steps.    examples, tokens, steps: None if unknown.
-    tokens_per_step: of one rank.
+    tokens_per_step: of one rank.    held_out_tokens: of all held-out examples; 0 for none, or if unknown.
     """
 
     task: Task
@@ -284,6 +299,7 @@ class Batches:
     steps: int | None
     tokens_per_step: float
     notes: list[str]
+    held_out_tokens: int = 0
     rollouts: Rollouts | None = None
 
     @property
@@ -309,7 +325,7 @@ def read_batches(
     """
     step = replace(step_shape(config, accelerator), token_limit=limit)
     vocabulary = shape.get_text_config().vocab_size
-    examples, rollouts, steps, tokens_of_step = None, None, config.max_steps, 0.0
+    examples, rollouts, steps, tokens_of_step, held_out_tokens = None, None, config.max_steps, 0.0, 0
     if "data" not in config.model_fields_set:
         example, what = Example.of_text(np.arange(config.max_length, dtype=np.int32) % vocabulary), "example"
         task: Task = language_model_task(load_tokenizer(config.model)) if reads_images(shape) else CAUSAL_LM
@@ -336,6 +352,7 @@ def read_batches(
             train = data.prepared.train
             examples, steps = train, config.max_steps or epoch_steps(config, train.epoch_size, nproc)
             tokens_of_step = train.mean_length * min(step.examples_per_step, train.epoch_size / nproc)
+            held_out_tokens = int(data.held_out.lengths.sum()) if data.held_out else 0
             notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
             if isinstance(task, ImageTextToText) and (images := int(task.is_image(train.input_ids).sum())):
                 notes.append(f"{images:,} of {len(train.input_ids):,} tokens of the training examples are images")
@@ -360,6 +377,7 @@ def read_batches(
         steps=steps,
         tokens_per_step=tokens_of_step,
         notes=notes,
+        held_out_tokens=held_out_tokens,
         rollouts=rollouts,
     )
 

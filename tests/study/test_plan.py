@@ -21,7 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
+from tailora.report.blocks import Paragraph
+from tailora.report.format import duration
 from tailora.report.pages.plan import plan_page
+from tailora.study.budget import START
+from tailora.study.lr_range import SHORT_STEPS
 from tailora.study.plan import batch_size_that_fits, largest_step, plan, quantization
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train import subprocess_worker
@@ -234,6 +238,26 @@ def test_ranks_share_the_steps_of_an_epoch(planned: Plan, small_run: TrainConfig
     assert one.tokens is not None
     assert two.tokens == pytest.approx(one.tokens * 2 * 12 / 22, abs=1)  # of both ranks
     assert two.available_bytes < one.available_bytes  # both take from the memory of this machine
+
+
+def test_a_short_search_for_the_learning_rate_takes_its_steps_and_evaluations(planned: Plan) -> None:
+    per_step, seconds = planned.seconds_per_step, planned.lr_search_seconds
+    assert per_step is not None
+    assert seconds is not None
+    assert planned.examples == 42, "18 of 60 are held out, and half of these are evaluated 14 times"
+    evaluations = (seconds - START.fixed) / per_step - SHORT_STEPS  # in steps
+    assert evaluations == pytest.approx(14 * 9 / 4 / 2, rel=0.1), "a forward is half of a step of 4 examples"
+    text = " ".join(block.text for block in plan_page(planned).sections[3].blocks if isinstance(block, Paragraph))
+    assert f"`tailora search --lr-only --max-steps 40` takes about {duration(seconds)} or less." in text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": 4, "validation_split": 0.0}, {"method": "full", "learning_rate": 1e-4}, {"device": "h100 pcie"}]
+)
+def test_a_run_that_cannot_be_searched_has_no_time_of_a_search(small_run: TrainConfig, changes: dict[str, Any]) -> None:
+    found = plan(TrainConfig(model=small_run.model, data=small_run.data, dtype="float32", **changes))
+    assert found.lr_search_seconds is None
+    assert "--lr-only" not in str(plan_page(found))
 
 
 def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainConfig) -> None:
