@@ -225,7 +225,7 @@ class TrainConfig(StrictModel):
     allow_remote_images: bool = Field(False, description="download images from the http(s) URLs in rows")
     streaming: bool = Field(False, description="stream the data instead of loading it first; requires --max-steps")
     # optimization
-    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
     loraplus_lr_ratio: float = Field(
         1.0, ge=1, description="LoRA+: learning rate of B as a multiple of --learning-rate"
     )
