@@ -34,7 +34,6 @@ Not measured: the sharpness of the loss in the first steps, as lr_range measures
 import json
 from itertools import combinations, product
 from math import log2
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,8 +79,8 @@ def parabolas(rows: list[Row], curves: list[Curve], factor: float) -> list[Curve
     """Returns curves of the studies without losses. factor: of the median curvature of the other curves."""
     near = [np.abs(GRID - log2(curve.row["best"])) <= 1 for curve in curves]
     bends = [np.polyfit(GRID[at], curve.regret[at], 2)[0] for at, curve in zip(near, curves, strict=True)]
-    alone = [row for row in rows if row["rates"] is None]
-    return [Curve(row, factor * np.median(bends) * (GRID - log2(row["best"])) ** 2) for row in alone]
+    bend = float(factor * np.median(bends))
+    return [Curve(row, bend * (GRID - log2(row["best"])) ** 2) for row in rows if not row["rates"]]
 
 
 def regrets(curves: list[Curve], log_rates: Floats) -> Floats:
@@ -124,10 +123,9 @@ def judge(curves: list[Curve], rules: list[tuple[str, ...]] = RULES) -> dict[str
 
 def main() -> None:
     rows: list[Row] = json.loads((measure.RESULTS / "learning_rates.json").read_text())["studies"]
-    judged = sorted(filter(is_judged, rows), key=lambda row: abs(log2(row["rank"] / 17)))
+    judged = sorted(filter(is_judged, rows), key=lambda row: abs(log2(row["rank"] / 17)))  # 64 before 4
     curves, few = [curve(row) for row in judged], RULES[:2]  # few: a constant, and the width
-    same = itemgetter("source", "model", "data", "batch_size", "steps")
-    nearest = {same(row): row for row in reversed(judged)}  # to rank 16
+    nearest = {(r["source"], r["model"], r["data"], r["batch_size"], r["steps"]): r for r in reversed(judged)}
     cases = {
         "all": judge(curves),
         "the sweep alone": judge([each for each in curves if each.row["source"] == "tinker"], few),
