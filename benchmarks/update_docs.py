@@ -354,6 +354,10 @@ def evidence(name: str) -> str:
     return evidence_tables.PARTS[name](read("evidence"))
 
 
+def rate_regrets() -> str:
+    return evidence_tables.rate_regrets(read("learning_rate_rules"), read("learning_rates")["studies"])
+
+
 # ---- docs/verify.md
 
 
@@ -489,6 +493,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/experiments.md": {
         **{name: partial(evidence, name) for name in evidence_tables.PARTS},
         "evidence-arms": lambda: evidence_tables.rewards(read("evidence_rewards")),
+        "rate-rules": lambda: evidence_tables.rate_rules(read("learning_rate_rules")),
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
     },
@@ -519,6 +524,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/verify.md": {"faults": verify_faults, "trials": verify_trials},
     "docs/architectures.md": {"architectures": architectures, "untried": untried},
     **tutorials(),
+    "docs/questions/learning_rate.md": {"rate-regrets": rate_regrets},
 }
 
 

@@ -136,13 +136,15 @@ def main() -> None:
         **{f"best rates, x {by:g}": judge([*curves, *parabolas(rows, curves, by)], few) for by in (0.25, 1, 4)},
     }
     powers = np.array([0.781 if "Llama" in row["network"] else 0.0775 for row in judged])  # meant for Llama and Qwen
-    rates = {f"{rate:.0e}": np.full(len(curves), log2(rate)) for rate in (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)}
+    rates = {f"{rate:.0e}": np.full(len(curves), log2(rate)) for rate in (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3)}
     rates["Tinker"] = log2(5e-4) + powers * np.log2([2000 / row["width"] for row in judged])
-    of = {name: np.round(regrets(curves, at), 4).tolist() for name, at in rates.items()}
-    fixed = {name: dict(zip(cases["all"]["constant"]["of"], of[name], strict=True)) for name in of}
+    networks = cases["all"]["constant"]["of"]
+    fixed = {
+        name: dict(zip(networks, np.round(regrets(curves, at), 4).tolist(), strict=True)) for name, at in rates.items()
+    }
+    for result in (result for results in list(cases.values())[1:] for result in results.values()):
+        del result["of"]
     measure.write("learning_rate_rules", {"rules": cases, "fixed": fixed})
-    for name, results in cases.items():
-        print(name, {rule: [round(r[key], 4) for key in ("difference", "low", "high")] for rule, r in results.items()})
 
 
 if __name__ == "__main__":
