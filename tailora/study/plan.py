@@ -267,12 +267,12 @@ def time_here(
 
 
 def lr_search_seconds(config: TrainConfig, batches: "Batches", seconds_per_step: float | None) -> float | None:
-    """Returns the seconds of a short `search --lr-only`; None if unknown, or if the run does not allow it.
+    """Returns the seconds of a short `search --lr-only`. None if unknown, not possible, or if the rate is set.
 
     It evaluates half of the held-out examples. Their forward takes about half of a training step's time for as many
     tokens, because the backward of a frozen base needs no gradients of its weights.
     """
-    if seconds_per_step is None or not batches.held_out_tokens or config.method == FULL:
+    if seconds_per_step is None or not batches.held_out_tokens or "learning_rate" in config.model_fields_set:
         return None
     evaluation = batches.held_out_tokens / 2 * seconds_per_step / batches.tokens_per_step / 2
     return seconds_needed(Costs(START.fixed, seconds_per_step, evaluation), SHORT_STEPS)

@@ -64,9 +64,10 @@ def test_what_a_plan_of_reinforcement_learning_excludes_is_named(small_run: Trai
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f'{{"prompt": "Count to {number}."}}\n' for number in range(9)))
     changes = {"data": str(file), "task": "grpo", "reward": ["max_length:9"], "max_completion_length": 8}
-    notes = plan(small_run.replaced(**changes)).notes
-    assert any(note.startswith("sampling needs a cache of ") for note in notes)
-    assert "the time excludes sampling and evaluations, which usually take longer than the steps" in notes
+    planned = plan(small_run.replaced(**changes))
+    assert any(note.startswith("sampling needs a cache of ") for note in planned.notes)
+    assert "the time excludes sampling and evaluations, which usually take longer than the steps" in planned.notes
+    assert planned.lr_search_seconds is None, "search --lr-only needs a loss"
 
 
 def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:
@@ -248,11 +249,18 @@ def test_a_short_search_for_the_learning_rate_takes_its_steps_and_evaluations(pl
     evaluations = (seconds - START.fixed) / per_step - SHORT_STEPS  # in steps
     assert evaluations == pytest.approx(14 * 9 / 4 / 2, rel=0.1), "a forward is half of a step of 4 examples"
     text = " ".join(block.text for block in plan_page(planned).sections[3].blocks if isinstance(block, Paragraph))
-    assert f"`tailora search --lr-only --max-steps 40` takes about {duration(seconds)} or less." in text
+    assert "`tailora search --lr-only --max-steps 40` with the same settings suggests one for yours in" in text
+    assert f"about {duration(seconds)}, or less if" in text
 
 
 @pytest.mark.parametrize(
-    "changes", [{"r": 4, "validation_split": 0.0}, {"method": "full", "learning_rate": 1e-4}, {"device": "h100 pcie"}]
+    "changes",
+    [
+        {"validation_split": 0.0},
+        {"learning_rate": 1e-4},
+        {"method": "full", "learning_rate": 1e-4},
+        {"device": "h100 pcie"},
+    ],
 )
 def test_a_run_that_cannot_be_searched_has_no_time_of_a_search(small_run: TrainConfig, changes: dict[str, Any]) -> None:
     found = plan(TrainConfig(model=small_run.model, data=small_run.data, dtype="float32", **changes))

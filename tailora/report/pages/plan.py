@@ -140,11 +140,11 @@ def _steps(plan: Plan) -> str:
 def _lr_search(plan: Plan) -> list[Paragraph]:
     if plan.lr_search_seconds is None:
         return []
-    command = f"tailora search --lr-only --max-steps {SHORT_STEPS}"
-    at_most = duration(plan.lr_search_seconds)
+    search = f"`tailora search --lr-only --max-steps {SHORT_STEPS}` with the same settings"
+    time = f"about {duration(plan.lr_search_seconds)}, or less if the loss rises early"
     return [
         Paragraph(
-            f"No learning rate suits every model and run. To look for yours, `{command}` takes about {at_most} or less."
+            f"The default learning rate does not suit every model and run. {search} suggests one for yours in {time}."
         )
     ]
 
