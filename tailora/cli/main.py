@@ -48,6 +48,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
     "eval": ("eval", "Evaluate an adapter and its base model on held-out data."),
     "search": ("study", "Search for the best settings, and for cheaper ones that work just as well."),
+    "rows": ("study", "Find the training rows that hurt, and prove it by training without them."),
     "report": ("study", "Regenerate report.html for a run or a study."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "generate": ("chat", "Answer each prompt independently."),

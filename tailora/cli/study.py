@@ -1,4 +1,4 @@
-"""`tailora compare` and `tailora search`, studies of several training runs on the user's own data; `tailora report`."""
+"""`tailora compare`, `search` and `rows`, studies of several training runs on the user's own data; `tailora report`."""
 
 import shlex
 import sys
@@ -27,7 +27,7 @@ from tailora.errors import ConfigError, require_packages
 from tailora.formats.run_folder import REPORT, RUN
 from tailora.report.files import read_page, write_page, write_page_if_possible
 from tailora.report.terminal import print_page
-from tailora.study.config import FULL, LORA, CompareConfig, SearchConfig
+from tailora.study.config import FULL, LORA, CompareConfig, RowsConfig, SearchConfig
 from tailora.study.search_space import STEP_CHOICE
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
@@ -134,7 +134,40 @@ def search(
     return run_study(run, train, search_config, json, nproc_per_node)
 
 
-# ---- What both share
+# ---- `tailora rows`
+
+
+RowsFlags: Any = flags_of(RowsConfig, only=RowsConfig.model_fields.keys() - {"run"}, sections={"prove": "Proof"})
+FinishedFolder = Annotated[Path, Parameter(help="output folder of a finished training run")]
+
+
+def rows(
+    run: FinishedFolder,
+    /,
+    *,
+    study: RowsFlags = None,
+    output_dir: Annotated[Path, Parameter(help="folder for the results")] = Path("outputs/rows"),
+    json: Json = False,
+    nproc_per_node: NprocPerNode = None,
+) -> int:
+    """Find the training rows that hurt, and prove it by training without them.
+
+    Scores each training row of a finished run by its effect on the held-out loss, and lists rows that repeat or
+    contradict each other. --prove trains again with and without the rows with the highest scores. After Ctrl-C, the
+    same command resumes.
+    """
+    require_packages("scipy", extra="study")
+    config = RowsConfig(run=str(run), **(study or {}))
+    log("loading the run")
+    from tailora.study.influence import FinishedRun
+    from tailora.study.rows import score_rows
+
+    train = FinishedRun.read(run).settings.replaced(output_dir=str(output_dir))
+    check_sources_of_run(train)
+    return run_study(score_rows, train, config, json, nproc_per_node)
+
+
+# ---- What all share
 
 
 def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[str, Any]:
@@ -146,7 +179,7 @@ def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[
 def run_study(
     run: Callable[..., Any],
     train: TrainConfig,
-    study: CompareConfig | SearchConfig,
+    study: CompareConfig | SearchConfig | RowsConfig,
     as_json: bool,
     nproc_per_node: str | None,
 ) -> int:

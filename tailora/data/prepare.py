@@ -188,6 +188,7 @@ class PreparedData:
 
     trained_rows: `sample_hash` of the training rows.    skipped: unusable rows, with `skip_bad_rows`.
     prompts: those to train on, for reinforcement learning; prompts[i] became train[i].
+    locations: of the row of each training example.
     """
 
     train: Examples
@@ -197,6 +198,7 @@ class PreparedData:
     trained_rows: set[bytes]
     skipped: list[RowProblem]
     prompts: list[Prompt]
+    locations: list[str]
 
 
 def prepare(
@@ -246,7 +248,8 @@ def prepare(
         train, evaluated = (with_other_replies(part, settings.seed, settings.max_length) for part in (train, evaluated))
     skipped = [problem for part in everything for problem in part.skipped]
     prompts = [sample for part in trained for sample in part.samples if isinstance(sample, Prompt)]
-    return PreparedData(train, evaluated, report, samples, trained_rows, skipped, prompts)
+    locations = [part.location(example) for part in trained for example in part.examples]
+    return PreparedData(train, evaluated, report, samples, trained_rows, skipped, prompts, locations)
 
 
 def _report(

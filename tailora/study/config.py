@@ -1,4 +1,4 @@
-"""The settings of a comparison and a search beyond their training settings. Needs no torch."""
+"""The settings of studies beyond their training settings. Needs no torch."""
 
 from collections.abc import Collection, Mapping
 from itertools import combinations
@@ -127,3 +127,16 @@ class SearchConfig(StrictModel):
     def trial_count(self) -> int | None:
         """The number of trials; None if only the time limit decides."""
         return self.trials if self.trials is not None or self.minutes is not None else TRIALS
+
+
+class RowsConfig(StrictModel):
+    """Which rows of a finished run hurt, and whether training without them helps."""
+
+    run: str = Field(description="output folder of the run")
+    prove: bool = Field(
+        False, description="train again without the rows with the highest scores, and without as many other rows"
+    )
+    k: int | None = Field(None, ge=1, description="number of rows to remove; default: 5% of the training rows")
+    seeds: int = Field(3, ge=1, le=100, description="runs with --prove for each set of rows")
+    minutes: Minutes = None
+    workers: Workers = 1

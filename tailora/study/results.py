@@ -1,4 +1,4 @@
-"""The results of `compare` and `search`: data classes whose field names are the keys of report.json.
+"""The results of `compare`, `search` and `rows`: data classes whose field names are the keys of report.json.
 
 `study/verdict.py` fills them in from the runs and adds the verdict; `tailora/report` shows both. Losses are measured on
 held-out examples: one half selects settings, the other evaluates the selected ones (`study/trial.py`). `loss_unit` is
@@ -222,3 +222,53 @@ class SearchResult:
     def to_dict(self) -> dict[str, Any]:
         content: dict[str, Any] = asdict(self)
         return content if self.measure is LOSS else converted(content, KEYS, -1)
+
+
+# ---- rows
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """row: number in the file.    score: above 0, training on the row raises the held-out loss.
+
+    loss: of the finished run on this row, in its unit.    examples: indices of its training examples.
+    text: of the rows with the highest scores.
+    """
+
+    row: int
+    file: str
+    score: float
+    loss: float
+    examples: list[int]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class RowsResult:
+    """proven: whether removing the first k rows lowered the held-out loss more than removing random rows. Only then
+    are they called harmful.
+
+    rows: with the highest scores first.    repeated: "duplicates", "near_duplicates" and "contradictions" -> groups of
+    locations.    held_out: examples that rows were scored on.    steps: of each run.
+    variants: of a proof; differences are from the runs without the first k rows.    evaluated: held-out examples of it.
+    """
+
+    run: str
+    rows: list[ScoredRow]
+    repeated: dict[str, list[list[str]]]
+    held_out: int
+    steps: int
+    loss_unit: str
+    verdict: str = ""
+    proven: bool = False
+    k: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    variants: list[ArmResult] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    evaluated: int = 0
+    base_loss: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

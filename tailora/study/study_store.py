@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -30,7 +31,11 @@ from tailora.train.launch import device_asked_for, threads_per_process
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
 LAUNCH, PROCESSES = "launch", "nproc_per_node"  # section and name of the number of processes in a study's settings
-STUDIES = {"compare.json": "comparison", "search.json": "search"}  # file with the settings -> name in messages
+STUDIES = {
+    "compare.json": "comparison",
+    "search.json": "search",
+    "rows.json": "study of rows",
+}  # file with the settings -> name in messages
 RESULT_FOLDERS = (TIMING, "runs", "rising")  # deleted when a study without results gets new settings
 DAMAGED = "use a different --output-dir, or delete this folder and start again"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -187,6 +192,34 @@ def threads_of(workers: Sequence[Worker]) -> Iterator[ThreadPoolExecutor]:
                 worker.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+Item = TypeVar("Item")
+
+
+def map_on_workers(
+    session: "StudySession",
+    workers: Sequence[Worker],
+    run: Callable[["StudySession", Item], Trial],
+    items: Sequence[Item],
+) -> Iterator[Trial]:
+    """Yields run(session, item) of each item in this order, in parallel if there are workers."""
+    if not workers:
+        yield from (run(session, item) for item in items)
+        return
+    free: SimpleQueue[StudySession] = SimpleQueue()
+    for worker in workers:
+        free.put(replace(session, worker=worker))
+
+    def run_on_worker(item: Item) -> Trial:
+        of_worker = free.get()
+        try:
+            return run(of_worker, item)
+        finally:
+            free.put(of_worker)
+
+    with threads_of(workers) as pool:
+        yield from pool.map(run_on_worker, items)
 
 
 @dataclass(eq=False)

@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,6 +108,7 @@ class TrialSpec:
     before: the base's losses on the held-out examples, if known from another trial.
     texts: file of generated texts, shared by all trials of a study; the first trial writes it.
     held_out: number of held-out examples used, if not all.    processes: number of processes.
+    left_out: indices of training examples with weight 0.
     """
 
     settings: dict[str, Any]
@@ -119,6 +121,7 @@ class TrialSpec:
     texts: str | None = None
     held_out: int | None = None
     processes: int = 1
+    left_out: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -449,7 +452,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
 
     from tailora.data.dataset import warnings_of
     from tailora.study.model_layout import target_groups  # torch from here on
-    from tailora.train.dataloader import epoch_steps
+    from tailora.train.dataloader import epoch_steps, read_data, read_without
     from tailora.train.events import Evaluated, Event, Prepared, Stepped
     from tailora.train.failures import fail_together
     from tailora.train.loss import Evaluation
@@ -493,6 +496,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         rate_at=None if rates is None else lambda step, steps: lr_range_test(step, steps, *rates),
         held_out=choose,
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
+        read=partial(read_without, set(spec.left_out)) if spec.left_out else read_data,
     )
     if result.before is None or result.after is None:
         raise ConfigError("a study needs held-out data; add --eval-data or --validation-split")

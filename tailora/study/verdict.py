@@ -32,7 +32,7 @@ Compared = tuple[Interval, Difference | None]  # a mean, and its difference from
 
 
 @dataclass(frozen=True)
-class _Statistics:
+class RunStatistics:
     """Results of several sets of runs, by name.    accuracies: {} for tasks without predictions."""
 
     losses: dict[Any, Compared]
@@ -55,11 +55,17 @@ class _Statistics:
         }
 
 
-def _statistics(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Statistics:
-    """runs: all done, the same number of seeds for each name."""
+def run_statistics(
+    runs: Mapping[Any, Sequence[Trial]], reference: Any, comparisons: int | None = None
+) -> RunStatistics:
+    """runs: all done, the same number of seeds for each name.
+
+    comparisons: that intervals are adjusted for; default: all differences from the reference.
+    """
     first = runs[reference][0]
     indices = evaluation_half(len(first.counts))
     counts = np.array(first.counts)[indices]
+    comparisons = len(runs) - 1 if comparisons is None else comparisons
 
     def compared(measure: str) -> dict[Any, Compared]:
         """measure: attribute of a trial, one number per example."""
@@ -70,11 +76,11 @@ def _statistics(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Statist
         for name, own in values.items():
             difference = None
             if name != reference:
-                difference = difference_over_seeds(values[reference], own, counts, comparisons=len(runs) - 1)
+                difference = difference_over_seeds(values[reference], own, counts, comparisons=comparisons)
             results[name] = interval_over_seeds(own, counts), difference
         return results
 
-    return _Statistics(
+    return RunStatistics(
         losses=compared("sums"),
         accuracies=compared("hits") if first.hits else {},
         base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
@@ -103,7 +109,7 @@ def evaluate_arms(
         reasons = "; ".join(f"{arm}: {reason}" for arm, reason in failures.items())
         raise ConfigError(f"nothing to compare, because no variant could be trained: {reasons}")
     reference = next((arm for arm in done if study.method(arm) == FULL), next(iter(done)))
-    statistics = _statistics(done, reference)
+    statistics = run_statistics(done, reference)
     arms = []
     for arm, changes in study.arms.items():
         search, trials = rates[arm], done.get(arm)
@@ -201,7 +207,7 @@ def evaluate_finalists(
     """chosen: the best first.    runs: number -> its runs, one per seed, all done.
     trials: all trials of the search.    fields: the other fields of SearchResult.
     """
-    statistics = _statistics({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
+    statistics = run_statistics({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
     finalists = []
     for candidate in chosen:
         fields_of_runs = statistics.fields(candidate.number, runs[candidate.number])

@@ -9,13 +9,13 @@ completions, which `train.rollouts` samples, also depend on the weights.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -150,6 +150,15 @@ def read_data(
     shape = replace(shape, task=task_of(config, data.report, tokenizer, labels))
     max_steps = config.max_steps or epoch_steps(config, data.train.epoch_size, shape.world)
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
+
+
+def read_without(left_out: Collection[int], config: TrainConfig, *arguments: Any) -> TrainingData:
+    """As `read_data`, with weight 0 for the training examples with these indices: all others keep their steps."""
+    data = read_data(config, *arguments)
+    weights = data.known.weights.copy()
+    weights[sorted(left_out)] = 0
+    known = replace(data.known, weights=weights)
+    return replace(data, known=known, steps=partial(dataset_steps, known, data.shape))
 
 
 def read_whole(config: TrainConfig, tokenizer: Tokenizer, labels: Labels | None = None) -> PreparedData:

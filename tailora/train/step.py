@@ -45,7 +45,7 @@ class Step:
             micro_batches,
             tokens=sum(len(example.input_ids) for example in examples),
             supervised=sum(part.supervised for example in examples for part in task.trained_sequences(example)),
-            divisor=sum(example.weight * task.divisor(example) for example in examples),
+            divisor=sum(example.weight * task.divisor(example) for example in examples) or 1.0,  # if none counts
             idle=idle,
         )
 

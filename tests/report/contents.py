@@ -266,6 +266,41 @@ def learning_rates() -> dict[str, Any]:
     }
 
 
+def rows() -> dict[str, Any]:
+    listed = [
+        {"row": 7 + index, "file": "chats.jsonl", "score": 0.3 - index / 50, "loss": 2.0, "examples": [6 + index]}
+        for index in range(30)
+    ]
+    difference = {"value": 0.04, "low": 0.01, "high": 0.07, "p_value": 0.02, "examples": 50, "seeds": 3}
+    difference |= {"from_examples": 0.5}
+    names = ["all rows", "without the highest scores", "without random rows", "without the highest losses"]
+    runs = {"changes": {}, "outcome": "done", "eval_loss": 1.9, "interval": [1.8, 2.0], "seed_losses": [1.9, 1.8]}
+    variants = [{**runs, "name": name, "difference": difference} for name in names]
+    variants[1]["difference"] = None
+    return {
+        "kind": "rows",
+        "run": "outputs/run",
+        "rows": [{**row, "text": EVIL} for row in listed[:20]] + listed[20:],
+        "repeated": {
+            "duplicates": [["chats.jsonl:1", "chats.jsonl:4"]],
+            "near_duplicates": [[f"{EVIL}:{number}" for number in range(1, 20)]],
+            "contradictions": [],
+        },
+        "held_out": 50,
+        "steps": 40,
+        "loss_unit": "nats per token",
+        "verdict": "These 2 rows are harmful.",
+        "proven": True,
+        "k": 2,
+        "settings": {"train": {"model": EVIL, "r": 16}},
+        "seconds": 70.0,
+        "variants": variants,
+        "seeds": [1, 2, 3],
+        "evaluated": 50,
+        "base_loss": 2.5,
+    }
+
+
 CONTENTS = {
     "data": data,
     "learning-rates": learning_rates,
@@ -275,5 +310,16 @@ CONTENTS = {
     "inspect": inspect,
     "plan": plan,
     "eval": evaluation,
+    "rows": rows,
 }
-FIGURES = {"data": 0, "learning-rates": 1, "train": 6, "compare": 4, "search": 11, "inspect": 7, "plan": 1, "eval": 0}
+FIGURES = {
+    "data": 0,
+    "learning-rates": 1,
+    "train": 6,
+    "compare": 4,
+    "search": 11,
+    "inspect": 7,
+    "plan": 1,
+    "eval": 0,
+    "rows": 2,
+}

@@ -1,0 +1,73 @@
+"""The page of `tailora rows`: rows that may hurt, the proof by training without them, and repeated rows."""
+
+from tailora.report.blocks import Block, Column, Number, Page, Section, Table
+from tailora.report.charts import Estimate
+from tailora.report.format import decimals, duration, interval, one_line, plural, signed
+from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table
+from tailora.study.results import RowsResult
+
+REPEATED = {  # repeated rows of a result -> title, meaning
+    "duplicates": ("Duplicates", "Rows with the same tokens."),
+    "near_duplicates": ("Near duplicates", "Rows that share most of their text."),
+    "contradictions": (
+        "Same prompt, different replies",
+        "Normal for open-ended chats. If there is one right reply, correct these rows.",
+    ),
+}
+FIRST, MOST, NAMED = 10, 20, 8  # rows in a terminal; groups; rows of a group
+
+
+def rows_page(result: RowsResult) -> Page:
+    unit, are_several = result.loss_unit, len({row.file for row in result.rows}) > 1
+    cells = [
+        [f"{row.file}:" * are_several + str(row.row), signed(row.score), decimals(row.loss), one_line(row.text, 100)]
+        for row in result.rows
+        if row.text
+    ]
+    columns = [Column("row"), *numeric("score", f"loss, {unit}"), Column("text")]
+    sections = [
+        Section(
+            "Harmful rows" if result.proven else "Rows with the highest scores",
+            "A score above 0 means that a step of training on this row raises the loss of held-out examples.",
+            [Table(columns, cells[:FIRST]), Table(columns, cells[FIRST:], "More rows", folded=True, detail="page")],
+        ),
+        Section("Rows that repeat or contradict each other", "", [_groups(result, name) for name in REPEATED]),
+        Section("Settings", "", [settings_table("Settings", *result.settings.items())]),
+    ]
+    if result.variants:
+        text = (
+            f"{plural(result.steps, 'step')} in each run, {plural(len(result.seeds), 'seed')}, evaluated on "
+            f"{result.evaluated:,} held-out examples that had no influence on the scores."
+        )
+        sections.insert(0, Section(f"Training without {plural(result.k, 'row')}", text, _proof(result)))
+    numbers = [
+        Number("training rows", f"{len(result.rows):,}"),
+        Number("scored on", f"{result.held_out:,}", "held-out examples"),
+        Number("total time", duration(result.seconds)),
+    ]
+    return Page("rows", result.run, result.verdict, numbers, sections, result.notes)
+
+
+def _proof(result: RowsResult) -> list[Block | None]:
+    losses = [Estimate(of.name, of.eval_loss or 0.0, of.interval, of.seed_losses) for of in result.variants]
+    differences = {variant.name: variant.difference for variant in result.variants}
+    reference = next(name for name, difference in differences.items() if difference is None)
+    rows = []
+    for variant in result.variants:
+        p = None if variant.difference is None else variant.difference.p_value
+        ends = interval(variant.interval)
+        rows.append([variant.name, f"{variant.eval_loss:.3f}", ends, *difference_cells(variant.difference, p)])
+    columns = [Column("trained on"), *numeric("held-out loss"), INTERVAL, *numeric("difference"), INTERVAL]
+    note = f"Differences from the runs {reference}. Above 0: removing these rows is better."
+    figures = loss_figures(losses, result.base_loss, differences, reference, None, result.loss_unit)
+    return [*figures, Table([*columns, Column("p", numeric=True, priority=1)], rows, note=note)]
+
+
+def _groups(result: RowsResult, name: str) -> Table | None:
+    groups, (title, meaning), rows = result.repeated[name], REPEATED[name], []
+    for group in groups[:MOST]:
+        names = ", ".join(location.rpartition("/")[2] for location in group[:NAMED])
+        more = f" and {len(group) - NAMED:,} more" if len(group) > NAMED else ""
+        rows.append([f"{len(group):,}", f"{names}{more}"])
+    note = f"{plural(len(groups), 'group')}. {meaning}"
+    return Table([*numeric("rows"), Column("where")], rows, title, note) if rows else None

@@ -1,0 +1,78 @@
+"""Duplicates, near duplicates and contradictions among tokenized rows."""
+
+import random
+
+import numpy as np
+
+from tailora.data.dataset import Example
+from tailora.data.near_duplicates import SHINGLE, SIMILAR, contradictions, duplicates, near_duplicates
+
+BEGIN = list(range(1000, 1012))  # a template, in every text
+
+
+def text(*tokens: int) -> Example:
+    return Example.of_text(np.array([*BEGIN, *tokens], np.int32))
+
+
+def example(prompt: list[int], reply: list[int], target: float | None = None) -> Example:
+    is_trained = np.arange(len(prompt) + len(reply)) >= len(prompt)
+    made = Example.of_text(np.array([*prompt, *reply], np.int32), is_trained)
+    return made if target is None else Example(made.input_ids, made.labels, target=np.array([target]))
+
+
+def test_duplicates_are_equal_examples() -> None:
+    rows = [
+        example([1, 2], [3]),
+        example([1, 2], [4]),
+        example([1, 2], [3]),
+        example([1], [2, 3]),
+        example([1, 2], [3]),
+    ]
+    assert duplicates(rows) == [[0, 2, 4]]
+
+
+def test_contradictions_have_one_prompt_and_several_replies_or_labels() -> None:
+    rows = [
+        example([1, 2], [3]),
+        example([1, 2], [4]),
+        example([1, 2], [3]),
+        example([1, 3], [4]),
+        example([1, 2], [5]),
+    ]
+    assert contradictions(rows) == [[0, 1, 4]]
+    texts = [example([1], [2, 3]), example([1], [4, 5])]
+    assert contradictions(texts) == []  # they have no prompt
+    labelled = [example([1, 2, 3], [], 0.0), example([1, 2, 3], [], 1.0), example([1, 2], [], 1.0)]
+    assert contradictions(labelled) == [[0, 1]]
+
+
+def shingles(example: Example) -> set[tuple[int, ...]]:
+    tokens = example.input_ids[len(BEGIN) - SHINGLE + 1 :].tolist()
+    return {tuple(tokens[start : start + SHINGLE]) for start in range(len(tokens) - SHINGLE + 1)}
+
+
+def test_near_duplicates_are_those_that_a_comparison_of_all_pairs_finds() -> None:
+    """The template of all texts does not count."""
+    generator = random.Random(0)
+    texts = [text(*(generator.randrange(500) for _ in range(generator.randint(20, 40)))) for _ in range(60)]
+    for source in range(0, 60, 3):  # copies with 1 or 2 other tokens
+        copy = texts[source].input_ids.copy()
+        for place in generator.sample(range(len(BEGIN), len(copy)), generator.randint(1, 2)):
+            copy[place] = 600
+        texts.append(Example.of_text(copy))
+    pairs = set()
+    for one in range(len(texts)):
+        for other in range(one + 1, len(texts)):
+            first, second = shingles(texts[one]), shingles(texts[other])
+            if len(first & second) / len(first | second) >= SIMILAR:
+                pairs.add((one, other))
+    assert 5 < len(pairs) < 20  # of 20 copies
+    assert sorted(map(tuple, near_duplicates(texts))) == sorted(pairs)
+
+
+def test_chains_of_similar_texts_are_one_group() -> None:
+    base = list(range(100, 140))
+    chain = [text(*base, *range(200, 200 + 3 * count)) for count in range(4)]
+    others = [text(*(np.arange(40) * 7 + 300 * number)) for number in range(1, 8)]
+    assert near_duplicates([*others, *chain, chain[0]]) == [[7, 8, 9, 10]]  # the last is a duplicate
+    assert near_duplicates([]) == []

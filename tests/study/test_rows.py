@@ -1,0 +1,210 @@
+"""`tailora rows` on a tiny model: planted wrong replies are found, and training without rows is compared."""
+
+import json
+import random
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import check_refused, found, output
+from tiny import chat_model, chat_tokenizer
+from tiny_run import WORDS, write_rows
+
+from benchmarks.studies.planted_rows import plant, recall_at_k
+from tailora.errors import ConfigError, FormatError
+from tailora.evaluation.statistics import Difference
+from tailora.report.files import write_page
+from tailora.study.config import RowsConfig
+from tailora.study.influence import FinishedRun
+from tailora.study.results import ArmResult, RowsResult
+from tailora.study.rows import ALL, LOSS, RANDOM, WORST, rows_verdict, score_rows
+from tailora.study.trial import DONE, Listen, Trial, TrialSpec, run_here
+from tailora.train.config import TrainConfig
+from tailora.train.trainer import run
+
+ROWS, PLANTED = 200, 20
+Finished = tuple[TrainConfig, list[int]]  # settings, and the numbers of the rows with the reply of a different row
+
+
+def lookup(count: int, seed: int) -> list[dict[str, str]]:
+    """Rows whose reply follows from the first word of the prompt; of a tenth of them it cannot be predicted."""
+    generator, rows = random.Random(seed), []
+    for number in range(count):
+        word = generator.choice(WORDS)
+        index = WORDS.index(word)
+        reply = [WORDS[(3 * index + 1 + 2 * k) % len(WORDS)] for k in range(1 + index % 3)]
+        if generator.random() < 0.1:
+            word, reply = f"any {word}", generator.choices(WORDS, k=generator.randint(1, 3))
+        rows.append({"prompt": f"{word} {number}", "completion": " ".join(reply)})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("rows")
+    chat_model(hidden_size=64, initializer_range=0.2).save_pretrained(folder / "model")
+    texts = [" ".join(WORDS), "user assistant any"] * 3
+    chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>").save_pretrained(folder / "model")
+    rows = lookup(ROWS, seed=0)
+    planted = plant(rows, "shuffled", PLANTED / ROWS, seed=0)
+    train = TrainConfig(
+        model=str(folder / "model"),
+        data=str(write_rows(folder / "train.jsonl", rows)),
+        eval_data=str(write_rows(folder / "held_out.jsonl", lookup(100, seed=1000))),
+        output_dir=str(folder / "run"),
+        dtype="float32",
+        r=8,
+        learning_rate=1e-2,
+        num_train_epochs=6,
+        samples=0,
+    )
+    run(train)
+    return train, planted
+
+
+@pytest.fixture(scope="module")
+def scored(finished: Finished) -> RowsResult:
+    train, _ = finished
+    folder = Path(train.output_dir).parent / "scored"
+    return score_rows(train.replaced(output_dir=str(folder)), RowsConfig(run=train.output_dir))
+
+
+def test_planted_rows_are_found_better_than_by_loss_length_and_chance(finished: Finished, scored: RowsResult) -> None:
+    train, planted = finished
+    by_score = recall_at_k([row.row for row in scored.rows], planted)
+    by_loss = recall_at_k([row.row for row in sorted(scored.rows, key=lambda row: -row.loss)], planted)
+    lengths = [len(line) for line in Path(str(train.data)).read_text().splitlines()]
+    shortest = (np.argsort(lengths, kind="stable") + 1).tolist()
+    by_length = max(recall_at_k(shortest, planted), recall_at_k(shortest[::-1], planted))
+    assert by_score >= 0.6
+    assert by_score > max(by_loss, by_length, len(planted) / len(scored.rows)) + 0.15
+
+
+def made_up_trial(spec: TrialSpec, _folder: Path, _listen: Listen, *, helpful: Collection[int]) -> Trial:
+    """A trial that trains nothing. Its losses are lower for each of the `helpful` examples that it left out."""
+    seed, examples = spec.settings["seed"], 30
+    loss = 2 - 0.02 * len({*helpful} & {*spec.left_out}) + 0.001 * seed
+    losses = loss + 0.01 * np.random.default_rng(0).standard_normal(examples)
+    numbers = {"seed": seed, "train_tokens": 10, "tokens_per_second": 10.0, "peak_memory_bytes": 1, "output_dir": "run"}
+    sums, counts = losses.tolist(), [1] * examples
+    return Trial(
+        DONE, "", {**numbers, "steps": 5, "data_warnings": {}}, sums=sums, before=[3.0] * examples, counts=counts
+    )
+
+
+def test_only_a_proof_calls_rows_harmful(finished: Finished, scored: RowsResult, tmp_path: Path) -> None:
+    train, _ = finished
+    (tmp_path / "rows.json").write_bytes((Path(scored.run).parent / "scored" / "rows.json").read_bytes())
+    (tmp_path / "plan.json").write_bytes((Path(scored.run).parent / "scored" / "plan.json").read_bytes())
+    assert not scored.proven
+    assert scored.verdict == "Not proven: scores are estimates. --prove trains again without the 10 rows at the top."
+    worst = [index for row in scored.rows[:10] for index in row.examples]
+    study, lines = RowsConfig(run=train.output_dir, prove=True), list[str]()
+    in_folder = train.replaced(output_dir=str(tmp_path))
+    proof = score_rows(in_folder, study, lines.append, run_trial=partial(made_up_trial, helpful=worst))
+    assert proof.proven
+    assert proof.verdict.startswith("These 10 rows are harmful: the held-out loss is lower without them (all rows - ")
+    assert not any(line.startswith("scoring") for line in lines)  # the scores are in the folder
+    assert [variant.name for variant in proof.variants] == [ALL, WORST, RANDOM, LOSS]
+    assert {len(variant.seed_losses) for variant in proof.variants} == {3}
+    left_out = {
+        path.parent.name: json.loads((path / "spec.json").read_text())["left_out"]
+        for path in (tmp_path / "runs").glob("*/seed-1")
+    }
+    assert left_out["all"] == []
+    assert left_out["score-10"] == sorted(worst)
+    assert {len(examples) for name, examples in left_out.items() if name != "all"} == {10}
+    losses = {row.examples[0]: row.loss for row in scored.rows}
+    assert min(losses[index] for index in left_out["loss-10"]) >= sorted(losses.values())[-10]
+    page = unescape(write_page(tmp_path).read_text())
+    assert "Harmful rows" in page
+    assert proof.verdict in page
+
+    again = score_rows(in_folder, study.replaced(seeds=2), run_trial=not_run)
+    assert again.seeds == [1, 2]
+    helpless = partial(made_up_trial, helpful=[])
+    kept = score_rows(in_folder, study.replaced(k=3), run_trial=helpless)
+    assert not kept.proven
+    assert kept.verdict.startswith("Cannot tell whether these 3 rows are harmful: the interval of the difference")
+    harmless = score_rows(in_folder, study.replaced(k=4), run_trial=partial(made_up_trial, helpful=range(ROWS)))
+    assert harmless.verdict.startswith("Cannot tell whether these 4 rows are harmful: removing them helped")
+    with pytest.raises(ConfigError, match="--k 200 would remove all 200 training rows"):
+        score_rows(in_folder, study.replaced(k=ROWS))
+
+
+def not_run(*_: Any) -> Trial:
+    raise AssertionError("every trial exists")
+
+
+def test_a_verdict_needs_several_seeds_and_mentions_what_helps_more() -> None:
+    def variants(with_all: float, random: float, loss: float, seeds: int = 3) -> list[ArmResult]:
+        values = {ALL: with_all, WORST: None, RANDOM: random, LOSS: loss}
+        return [
+            ArmResult(
+                name, {}, DONE, difference=value and Difference(value, value - 0.1, value + 0.1, 0.01, 50, seeds, 0.5)
+            )
+            for name, value in values.items()
+        ]
+
+    text, proven = rows_verdict(variants(0.2, 0.2, 0.2, seeds=1), 5, "nats per token")
+    assert not proven
+    assert "one seed does not show" in text
+    text, proven = rows_verdict(variants(-0.2, 0.2, 0.2), 5, "nats per token")
+    assert not proven
+    assert text.startswith("Keep these 5 rows: the model is worse without them")
+    text, proven = rows_verdict(variants(0.2, 0.2, -0.2), 5, "nats per token")
+    assert proven
+    assert "Removing the 5 rows with the highest losses helps more" in text
+
+
+@pytest.mark.slow
+def test_examples_that_are_left_out_are_not_learned(finished: Finished, tmp_path: Path) -> None:
+    """Steps keep all their examples, even if none of them counts."""
+    train, planted = finished
+    settings = train.replaced(max_steps=30).model_dump(mode="json", exclude={"output_dir"}, exclude_unset=True)
+    everything = run_here(TrialSpec(settings), tmp_path / "all", lambda _: None)
+    without = run_here(TrialSpec(settings, left_out=[n - 1 for n in planted]), tmp_path / "some", lambda _: None)
+    nothing = run_here(TrialSpec(settings, left_out=[*range(ROWS)]), tmp_path / "none", lambda _: None)
+    assert len(everything.losses) == len(without.losses) == 30
+    assert everything.losses[0] != without.losses[0] or everything.losses[1] != without.losses[1]
+    assert nothing.sums == pytest.approx(nothing.before)
+    assert nothing.losses == [0.0] * 30
+
+
+def test_the_command_lists_rows_in_order_of_harm(finished: Finished, tmp_path: Path) -> None:
+    train, _ = finished
+    result = found("rows", train.output_dir, "--k", "8", "--output-dir", tmp_path / "out")
+    assert {"row", "score"} <= result["rows"][0].keys()
+    scores = [row["score"] for row in result["rows"]]
+    assert scores == sorted(scores, reverse=True)
+    assert sorted(row["row"] for row in result["rows"]) == list(range(1, ROWS + 1))
+    said = output("rows", train.output_dir, "--output-dir", tmp_path / "out")
+    assert "Not proven: scores are estimates." in said
+    assert "Rows with the highest scores" in said
+    check_refused("contains no run.json", "rows", tmp_path)
+
+
+def test_a_run_that_cannot_be_scored_is_refused(finished: Finished, tmp_path: Path) -> None:
+    train, _ = finished
+    content = json.loads((Path(train.output_dir) / "run.json").read_text())
+    for changes, settings, reason in (
+        ({"finished": False}, {}, "it has not finished"),
+        ({"loss_unit": "per example"}, {}, "it learned preferences"),
+        ({}, {"documents": "concatenated"}, "its examples do not belong to rows"),
+    ):
+        changed = {**content, **changes, "settings": {**content["settings"], **settings}}
+        (tmp_path / "run.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=f"cannot be scored: {reason}"):
+            FinishedRun.read(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FormatError, match="was not written by this version"):
+        FinishedRun.read(tmp_path)
+    changed = replace(FinishedRun.read(Path(train.output_dir)), data_hash="0")
+    with ExitStack() as stack, pytest.raises(ConfigError, match="has changed; restore it"):
+        changed.load(stack)
