@@ -14,7 +14,7 @@ or projected. Three choices were made on planted wrong replies (benchmarks/studi
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -90,7 +90,9 @@ def row_scores(
     buffers = run.updates.buffers
     direction = [torch.zeros_like(buffer.gradient) for buffer in buffers]
     scores, losses = np.zeros(len(rows)), np.zeros(len(rows))
-    with evaluating(run.model), use_kernels(run.base, run.layout, run.kernels):
+    kernels = replace(run.kernels, recomputes=False)  # one example keeps little, and recomputing takes a fifth longer
+    checkpointed = run.config.gradient_checkpointing
+    with evaluating(run.model), use_kernels(run.base, run.layout, kernels, checkpointed=checkpointed):
         for example in held_out:
             _compute_gradient(run, [example])
             if (norm := gradient_norm(buffers)) > 0:

@@ -13,7 +13,7 @@ loss. Random rows are drawn for each seed. The same call resumes.
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -180,11 +180,15 @@ def _train_without(result: RowsResult, finished: FinishedRun, session: StudySess
         RANDOM: np.random.default_rng(seed).permutation(len(rows)).tolist(),
         LOSS: sorted(range(len(rows)), key=lambda index: -rows[index].loss),
     }
-    left_out = sorted(chain.from_iterable(rows[index].examples for index in orders[name][:k]))
-    fixed: Any = {"seed": seed, "max_steps": result.steps, "save_steps": 0, "report_to": [], "passport": "none"}
-    settings = trial_settings(finished.settings, fixed, STEP_CHOICE)
+    left_out = chain.from_iterable(rows[index].examples for index in orders[name][:k])
     folder = session.folder / RUNS / (FOLDERS[name] if name == ALL else f"{FOLDERS[name]}-{k}")
-    return session.trial(TrialSpec(settings, keep=False, left_out=left_out), folder / f"seed-{seed}")
+    return session.trial(spec_without(left_out, finished.settings, seed, result.steps), folder / f"seed-{seed}")
+
+
+def spec_without(examples: Iterable[int], train: TrainConfig, seed: int, steps: int) -> TrialSpec:
+    """Returns a run with the settings `train`, another seed, and weight 0 for these training examples."""
+    fixed: Any = {"seed": seed, "max_steps": steps, "save_steps": 0, "report_to": [], "passport": "none"}
+    return TrialSpec(trial_settings(train, fixed, STEP_CHOICE), keep=False, left_out=sorted(examples))
 
 
 def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str, bool]:
