@@ -95,6 +95,21 @@ def test_the_page_shows_samples_over_time_and_large_advantages(finished: tuple[P
     assert "Loss" not in sections
 
 
+def test_a_long_run_shows_some_evaluations_and_the_largest_group_of_each_part(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.report.pages.train.MOST_SHOWN", 2)
+    lines = [json.loads(text) for text in (finished[0] / "completions.jsonl").read_text().splitlines()]
+    groups = [line for line in lines if "advantage" in line]
+    assert len(groups) == 6
+    largest = [max(part, key=lambda line: line["advantage"])["step"] for part in (groups[:3], groups[3:])]
+    sections = {section.title: section for section in read_page(finished[0]).sections}
+    (table,) = (block for block in sections["Largest advantages"].blocks if isinstance(block, Table))
+    assert [int(row[0]) for row in table.rows] == largest
+    samples = [block for block in sections["Samples over time"].blocks if isinstance(block, Table)]
+    assert [[row[0] for row in table.rows] for table in samples] == [["0", "6"]] * 4
+
+
 def test_full_fine_tuning_has_no_kl_and_says_so(
     line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,10 @@ def metrics(folder: str) -> list[dict[str, float]]:
     return [values for values in map(json.loads, lines) if "loss" in values]
 
 
+def completions(folder: str) -> list[dict[str, Any]]:
+    return [*map(json.loads, (Path(folder) / "completions.jsonl").read_text().splitlines())]
+
+
 def test_the_reward_rises_and_sampling_agrees_with_training(grpo: Any) -> None:
     config = grpo(max_steps=12, learning_rate=2e-2, temperature=0.9)
     result = run(config)
@@ -124,6 +128,9 @@ def test_a_resumed_run_gives_the_same_bytes(grpo: Any, tmp_path: Path) -> None:
     run(parts.replaced(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
     adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert ["drift_mean" in step for step in metrics(whole.output_dir)] == [True, False] * 2
+    groups = [line for line in completions(whole.output_dir) if "advantage" in line]
+    assert [line["step"] for line in groups] == [1, 3]
 
 
 def test_the_adapter_with_the_best_held_out_reward_is_kept(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,10 +161,9 @@ def test_samples_are_logged_and_logged_again_after_a_resume(grpo: Any) -> None:
     config = grpo(eval_steps=2, save_steps=2, save_total_limit=4, max_steps=8, learning_rate=2e-2)
     run(config)
     file = Path(config.output_dir) / "completions.jsonl"
-    whole = file.read_text()
+    whole, lines = file.read_text(), completions(config.output_dir)
     run(config.replaced(resume_from_checkpoint=f"{config.output_dir}/checkpoint-2"))
     assert file.read_text() == whole
-    lines = [json.loads(line) for line in whole.splitlines()]
     held_out = [line for line in lines if "held_out" in line]
     assert [line["step"] for line in held_out] == [*range(0, 9, 2)]
     prompts = [[sample["prompt"] for sample in line["held_out"]] for line in held_out]
