@@ -16,7 +16,7 @@ RANK = {room: rank for rank, room in enumerate(ROOMS)}
 PACKAGE = Path(tailora.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-MOST_FILES = 196
+MOST_FILES = 199
 
 # Words that meant several things, or nothing to a newcomer. The glossary in docs/ has the words to use.
 BANNED = frozenset(

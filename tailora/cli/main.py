@@ -49,6 +49,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "eval": ("eval", "Evaluate an adapter and its base model on held-out data."),
     "search": ("study", "Search for the best settings, and for cheaper ones that work just as well."),
     "rows": ("study", "Find the training rows that hurt, and prove it by training without them."),
+    "curve": ("study", "Measure whether more data, or a higher rank, would help."),
     "report": ("study", "Regenerate report.html for a run or a study."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "generate": ("chat", "Answer each prompt independently."),
@@ -66,7 +67,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "data": ("data", "Show what would be trained on, token by token."),
     "doctor": ("doctor", "Show what this machine can do."),
 }
-DATA_COMMANDS = ("demo", "plan", "train", "compare", "eval", "search", "predict")  # with the flag --data
+DATA_COMMANDS = ("demo", "plan", "train", "compare", "eval", "search", "curve", "predict")  # with the flag --data
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
 Exit codes: 0 success; 1 failure; 2 invalid usage or settings; 3 diverged;

@@ -1,4 +1,4 @@
-"""`tailora compare`, `search` and `rows`, studies of several training runs on the user's own data; `tailora report`."""
+"""`tailora compare`, `search`, `rows` and `curve`: studies of several runs on the user's own data; `tailora report`."""
 
 import shlex
 import sys
@@ -27,7 +27,7 @@ from tailora.errors import ConfigError, require_packages
 from tailora.formats.run_folder import REPORT, RUN
 from tailora.report.files import read_page, write_page, write_page_if_possible
 from tailora.report.terminal import print_page
-from tailora.study.config import FULL, LORA, CompareConfig, RowsConfig, SearchConfig
+from tailora.study.config import FULL, LORA, CompareConfig, CurveConfig, RowsConfig, SearchConfig
 from tailora.study.search_space import STEP_CHOICE
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
@@ -167,6 +167,37 @@ def rows(
     return run_study(score_rows, train, config, json, nproc_per_node)
 
 
+# ---- `tailora curve`
+
+
+CURVE_DEFAULTS = {"output_dir": "outputs/curve", "num_train_epochs": 2}  # one epoch is rarely the best number
+CurveTrainFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - EXCLUDED, defaults=CURVE_DEFAULTS)
+CurveFlags: Any = flags_of(CurveConfig, sections={"seeds": "Learning curve"})
+
+
+def curve(
+    *,
+    config: ConfigFile = None,
+    study: CurveFlags = None,
+    json: Json = False,
+    nproc_per_node: NprocPerNode = None,
+    flags: CurveTrainFlags = None,
+) -> int:
+    """Measure whether more data, or a higher rank, would help.
+
+    Trains on an eighth, a quarter, a half and all of the data with several seeds, repeats this at four times the rank,
+    and forecasts the loss with twice the data. After Ctrl-C, the same command resumes.
+    """
+    require_packages("scipy", extra="study")
+    curve_config = CurveConfig(**{**study_settings(config, CurveConfig), **(study or {})})
+    train = merge_settings(flags, config, defaults=CURVE_DEFAULTS, ignore=CurveConfig.model_fields)
+    check_sources_of_run(train)
+    log("loading the model and data")
+    from tailora.study.curve import curve as run
+
+    return run_study(run, train, curve_config, json, nproc_per_node)
+
+
 # ---- What all share
 
 
@@ -179,7 +210,7 @@ def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[
 def run_study(
     run: Callable[..., Any],
     train: TrainConfig,
-    study: CompareConfig | SearchConfig | RowsConfig,
+    study: CompareConfig | SearchConfig | RowsConfig | CurveConfig,
     as_json: bool,
     nproc_per_node: str | None,
 ) -> int:
@@ -195,7 +226,7 @@ def run_study(
     fetch_sources(train.model, *source_names(train.data), train.eval_data)
     console = stderr()
     try:
-        progress = step_counter(console, study.workers)
+        progress = step_counter(console, getattr(study, "workers", 1))
         result = run(train, study, log=partial(print_text, console), progress=progress, processes=processes)
     except KeyboardInterrupt:
         command = shlex.join(["tailora", *sys.argv[1:]])
@@ -212,7 +243,7 @@ def run_study(
 
 
 RunFolder = Annotated[
-    Path, Parameter(help="output folder of a run, plan, comparison, search, evaluation or inspection")
+    Path, Parameter(help="output folder of a run, plan, comparison, search, curve, evaluation or inspection")
 ]
 
 

@@ -16,7 +16,7 @@ from tailora.report.blocks import Page
 from tailora.study.results import KEYS_OF_LOSSES, converted
 from tailora.train.config import REWARD
 
-KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "data", "inspect", "rows")
+KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "data", "inspect", "rows", "curve")
 PACKAGES = ("matplotlib", "jinja2")
 
 

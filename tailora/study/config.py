@@ -93,6 +93,14 @@ def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **fixed: An
     return trial_settings(train, study.arms[arm], leave_out, **fixed)
 
 
+class CurveConfig(StrictModel):
+    """A learning curve: the held-out loss of runs on nested subsets of the training data."""
+
+    seeds: int = Field(3, ge=2, le=100, description="final runs per subset, each with its own subsets")
+    minutes: Minutes = None
+    margin: Margin = 0.02
+
+
 class SearchConfig(StrictModel):
     """A search. Without `trials` and `minutes` it runs 20 trials."""
 

@@ -1,16 +1,17 @@
-"""The results of `compare`, `search` and `rows`: data classes whose field names are the keys of report.json.
+"""The results of `compare`, `search`, `rows` and `curve`: data classes whose field names are the keys of report.json.
 
-`study/verdict.py` fills them in from the runs and adds the verdict; `tailora/report` shows both. Losses are measured on
-held-out examples: one half selects settings, the other evaluates the selected ones (`study/trial.py`). `loss_unit` is
-their unit; earlier versions supported only language models. In reinforcement learning, runs minimize minus the reward,
-and report.json and pages have rewards instead of losses (`Measure`). Needs no torch.
+`study/verdict.py` and `study/curve.py` fill them in from the runs and add the verdict; `tailora/report` shows both.
+Losses are measured on held-out examples: one half selects settings, the other evaluates the selected ones
+(`study/trial.py`). `loss_unit` is their unit; earlier versions supported only language models. In reinforcement
+learning, runs minimize minus the reward, and report.json and pages have rewards instead of losses (`Measure`). Needs no
+torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from tailora.evaluation.statistics import Difference
+from tailora.evaluation.statistics import Difference, Interval
 from tailora.train.config import NATS_PER_TOKEN, REWARD
 
 # ---- Losses or rewards
@@ -269,6 +270,80 @@ class RowsResult:
     seeds: list[int] = field(default_factory=list)
     evaluated: int = 0
     base_loss: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# ---- curve
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Runs on a subset of the training data.
+
+    r: their rank.    steps: of each run, the best number.    seed_losses: eval_loss is their mean.
+    """
+
+    examples: int
+    r: int
+    steps: int
+    eval_loss: float
+    seed_losses: list[float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the loss, with its 90% interval."""
+
+    change: float
+    interval: tuple[float, float]
+
+    @classmethod
+    def of(cls, value: Interval) -> "Change":
+        return cls(value.value, (value.low, value.high))
+
+    def __neg__(self) -> "Change":
+        return Change(-self.change, (-self.interval[1], -self.interval[0]))
+
+    def __str__(self) -> str:
+        return f"{self.change:+.3f} (90% interval {self.interval[0]:+.3f} to {self.interval[1]:+.3f})"
+
+    def helps(self, margin: float) -> bool | None:
+        """Returns whether it lowers the loss by the margin; None if that is not known."""
+        low, high = self.interval
+        return True if high < 0 and self.change <= -margin else False if low > -margin else None
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """points: of the user's rank, then of a higher one.
+    doubling: change with twice the largest subset, a forecast; None without forecasts.
+    half, quarter, high_rank: change with a half of the largest subset, a quarter of it, and a higher rank.
+    band: (examples, loss, low, high) of the fitted curve.    candidates: shape of the curve -> its probability.
+    base_loss: before training.    steps: the most of a run.    seconds: of the final runs.
+    """
+
+    points: list[CurvePoint]
+    doubling: Change | None
+    half: Change
+    quarter: Change
+    high_rank: Change
+    band: list[tuple[float, float, float, float]]
+    candidates: dict[str, float]
+    verdict: str
+    base_loss: float
+    steps: int
+    judged_examples: int
+    notes: list[str]
+    settings: dict[str, Any]
+    seconds: float
+    loss_unit: str = NATS_PER_TOKEN
+
+    @property
+    def largest(self) -> CurvePoint:
+        """All data used, at the user's rank."""
+        return max(self.points, key=lambda point: point.examples)  # the first one
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

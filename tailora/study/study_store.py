@@ -1,6 +1,6 @@
 """Shared by all studies: a folder with the settings, a lock, a time limit, and the trials.
 
-compare.json or search.json    the settings; a study with different settings is refused
+compare.json, search.json or curve.json    the settings; a study with different settings is refused
 plan.json                      the length of its trials, measured once
 .lock                          locked by a process while it changes shared files
 
@@ -35,6 +35,7 @@ STUDIES = {
     "compare.json": "comparison",
     "search.json": "search",
     "rows.json": "study of rows",
+    "curve.json": "learning curve",
 }  # file with the settings -> name in messages
 RESULT_FOLDERS = (TIMING, "runs", "rising")  # deleted when a study without results gets new settings
 DAMAGED = "use a different --output-dir, or delete this folder and start again"

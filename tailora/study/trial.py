@@ -109,6 +109,7 @@ class TrialSpec:
     texts: file of generated texts, shared by all trials of a study; the first trial writes it.
     held_out: number of held-out examples used, if not all.    processes: number of processes.
     left_out: indices of training examples with weight 0.
+    subset: number of training examples, if not all; with the same seed, larger subsets contain smaller ones.
     """
 
     settings: dict[str, Any]
@@ -122,6 +123,7 @@ class TrialSpec:
     held_out: int | None = None
     processes: int = 1
     left_out: list[int] = field(default_factory=list)
+    subset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,8 @@ class Trial:
     """The result of a trial. Unless its outcome is `done`, it contains only what its events reported.
 
     outcome: done, diverged, out of memory, or pruned (ended by `listen`).    message: the reason, unless done.
-    numbers: of TrainResult; also seed, held_out (number of examples), parts (the model's `target_groups`), all_steps
-    (of the epochs; None for a stream), and seconds.
+    numbers: of TrainResult; also seed, held_out (number of examples), train_examples (before a subset is drawn), parts
+    (the model's `target_groups`), all_steps (of the epochs; None for a stream), and seconds.
     loss_unit: unit of the losses.
     sums, before: sum of the losses of each held-out example, for the trained model and for the base.
     counts: number of losses of each example; for a language model, its trained tokens.
@@ -452,7 +454,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
 
     from tailora.data.dataset import warnings_of
     from tailora.study.model_layout import target_groups  # torch from here on
-    from tailora.train.dataloader import epoch_steps, read_data, read_without
+    from tailora.train.dataloader import ReadData, epoch_steps, read_data, read_subset, read_without
     from tailora.train.events import Evaluated, Event, Prepared, Stepped
     from tailora.train.failures import fail_together
     from tailora.train.loss import Evaluation
@@ -488,6 +490,11 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         held_out = count
         return evaluated(count, spec.held_out, choosing=spec.choosing)
 
+    read: ReadData = read_data
+    if spec.left_out:
+        read = partial(read_without, set(spec.left_out))
+    elif spec.subset is not None:
+        read = partial(read_subset, spec.subset)
     rates = spec.rising
     result = run(
         config,
@@ -496,7 +503,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         rate_at=None if rates is None else lambda step, steps: lr_range_test(step, steps, *rates),
         held_out=choose,
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
-        read=partial(read_without, set(spec.left_out)) if spec.left_out else read_data,
+        read=read,
     )
     if result.before is None or result.after is None:
         raise ConfigError("a study needs held-out data; add --eval-data or --validation-split")
@@ -511,6 +518,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         **result.to_dict(),
         "seed": config.seed,
         "held_out": held_out,
+        "train_examples": None if result.data is None else len(result.data.train),
         "parts": parts,
         "all_steps": None if result.data is None else epoch_steps(config, result.data.train.epoch_size),
         "data_warnings": {} if result.data is None else warnings_of(result.data.report.to_dict()),

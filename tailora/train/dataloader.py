@@ -161,6 +161,17 @@ def read_without(left_out: Collection[int], config: TrainConfig, *arguments: Any
     return replace(data, known=known, steps=partial(dataset_steps, known, data.shape))
 
 
+def read_subset(count: int, config: TrainConfig, *arguments: Any) -> TrainingData:
+    """As `read_data`, with only `count` training examples, drawn with the run's seed.
+
+    With the same seed, a larger subset contains the smaller ones. Needs `max_steps`, and sources without weights.
+    """
+    data = read_data(config, *arguments)
+    order = np.random.default_rng(config.seed).permutation(len(data.known))
+    known = data.known.select(np.sort(order[:count]))
+    return replace(data, known=known, steps=partial(dataset_steps, known, data.shape))
+
+
 def read_whole(config: TrainConfig, tokenizer: Tokenizer, labels: Labels | None = None) -> PreparedData:
     """Reads, checks and tokenizes data that is not streamed. Raises DataError with all its problems."""
     eval_source = None if config.eval_data is None else resolve_demo(config.eval_data, "eval_data")

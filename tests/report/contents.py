@@ -301,7 +301,37 @@ def rows() -> dict[str, Any]:
     }
 
 
+def curve() -> dict[str, Any]:
+    sizes, means = (25, 50, 100, 200), (1.4, 1.28, 1.2, 1.14)
+    points = [
+        {"examples": size, "r": rank, "steps": 10, "eval_loss": loss, "seed_losses": [loss - 0.01, loss + 0.01]}
+        for rank in (16, 64)
+        for size, loss in zip(sizes, means, strict=True)
+    ]
+    change = {"change": -0.04, "interval": [-0.07, -0.01]}
+    return {
+        "kind": "curve",
+        "points": points,
+        "doubling": change,
+        "half": {"change": 0.06, "interval": [0.03, 0.09]},
+        "quarter": {"change": 0.14, "interval": [0.1, 0.2]},
+        "high_rank": change,
+        "band": [
+            [size, loss, loss - 0.02, loss + 0.02] for size, loss in zip((*sizes, 400), (*means, 1.1), strict=True)
+        ],
+        "candidates": {"power law": 0.9, "flat": 0.1},
+        "verdict": f"More data would help. {EVIL}",
+        "base_loss": 2.1,
+        "steps": 80,
+        "judged_examples": 50,
+        "notes": [EVIL],
+        "settings": {"train": {"model": EVIL, "r": 16}, "curve": {"seeds": 2}},
+        "seconds": 70.0,
+    }
+
+
 CONTENTS = {
+    "curve": curve,
     "data": data,
     "learning-rates": learning_rates,
     "train": train,
@@ -322,4 +352,5 @@ FIGURES = {
     "plan": 1,
     "eval": 0,
     "rows": 2,
+    "curve": 1,
 }
