@@ -47,6 +47,7 @@ FEWER = {  # command -> flags that make it short, whatever the page says
     "train": {"--max-steps": "2"},
     "compare": {"--max-steps": "2", "--seeds": "1", "--rate-tries": "1", "--minutes": ""},
     "search": {"--max-steps": "2", "--seeds": "1", "--trials": "2", "--minutes": ""},
+    "curve": {"--max-steps": "8", "--num-train-epochs": "1", "--seeds": "2", "--minutes": ""},
 }
 GATE_NOT_MET, WORSE = 4, 5  # what a model of random weights does to a gate, and a few steps to the model
 

@@ -98,8 +98,7 @@ def compare(
     for arm in study.arms:  # raises ConfigError for conflicting settings
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))
     workers = make_workers(study.workers, train.device, study.minutes, processes)
-    busy = f"another comparison is writing to {folder}; wait until it ends, or use a different --output-dir"
-    with locked(folder, STUDY, busy=busy):
+    with locked(folder, STUDY, wait=False):
         begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
         open_folder(folder, STUDY, settings, begun=begun, identity=_identity)
         session = StudySession(folder, study.minutes, log, progress, run_trial, processes)

@@ -83,8 +83,7 @@ def curve(
         raise ConfigError(f"a learning curve does not support {given}; remove it")
     folder = Path(train.output_dir)
     settings = study_settings(train, processes, curve=study.model_dump(mode="json"))
-    busy = f"another learning curve is writing to {folder}; wait until it ends, or use a different --output-dir"
-    with locked(folder, STUDY, busy=busy):
+    with locked(folder, STUDY, wait=False):
         begun = any((folder / RUNS).glob(f"*/*/{trial.RESULT}"))
         # what depends on --minutes is in the plan
         open_folder(folder, STUDY, settings, begun=begun, identity=lambda stored: {**stored, "curve": {}})

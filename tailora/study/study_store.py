@@ -47,9 +47,8 @@ Plan = TypeVar("Plan")
 
 
 @contextmanager
-def locked(folder: Path, name: str, busy: str | None = None) -> Iterator[BaseFileLock]:
-    """Locks the folder, after creating it if necessary. Waits while another process has the lock; with `busy` it raises
-    ConfigError with this message instead.
+def locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[BaseFileLock]:
+    """Locks the folder, after creating it if necessary. Waits while another process has the lock, or raises ConfigError.
 
     name: of the file with the settings.    Raises ConfigError for a folder with other files, without changing it.
     """
@@ -61,9 +60,11 @@ def locked(folder: Path, name: str, busy: str | None = None) -> Iterator[BaseFil
         raise ConfigError(f"{folder} is not empty and contains no {STUDIES[name]}; use a different --output-dir")
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=-1 if busy is None else 0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise ConfigError(str(busy)) from None
+        raise ConfigError(
+            f"another {STUDIES[name]} is writing to {folder}; wait until it ends, or use a different --output-dir"
+        ) from None
     try:
         yield lock
     finally:

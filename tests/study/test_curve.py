@@ -130,6 +130,24 @@ def test_a_resumed_curve_reads_its_runs_and_adds_seeds(train: TrainConfig) -> No
         curve(train.replaced(r=2), SMALL, run_trial=runs)
 
 
+def test_an_interrupted_curve_resumes_and_its_folder_is_locked(train: TrainConfig) -> None:
+    runs = MadeUp()
+
+    def interrupted(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
+        if len(runs.ran) == 12:
+            with pytest.raises(ConfigError, match="another learning curve is writing to"):
+                curve(train, SMALL, run_trial=runs)
+            raise KeyboardInterrupt
+        return runs(spec, folder, listen)
+
+    with pytest.raises(KeyboardInterrupt):
+        curve(train, SMALL, run_trial=interrupted)
+    found = curve(train, SMALL, run_trial=runs)
+    assert len(runs.ran) == 1 + 8 + 16  # the timing run, the best steps, final runs: each once
+    assert len({spec.settings.get("seed") for spec in runs.ran if spec.held_out is None and not spec.choosing}) == 2
+    assert found.points[0].seed_losses[0] != found.points[0].seed_losses[1]
+
+
 def test_minutes_limit_the_steps_and_the_largest_subset(train: TrainConfig) -> None:
     logged: list[str] = []
     found = curve(train, CurveConfig(minutes=1, margin=0.001), log=logged.append, run_trial=(runs := MadeUp(gain=0.0)))
