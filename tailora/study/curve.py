@@ -5,10 +5,9 @@
     final runs of that many steps, per seed              on the evaluation half -> points, forecast, verdict
 
 The subsets are an eighth, a quarter, a half and all of the data, nested for each seed; the runs are repeated at RANKS
-times the rank, with --minutes only for the largest. All other settings are equal, except the number of steps. Equal
-epochs would give small subsets too few steps to learn, and equal steps would make them overfit: either way, the curve
-would show an effect of the steps as one of the data. Studies of data scaling therefore train each size to its best
-number of steps (arXiv:1712.00409, arXiv:2001.08361). Here, the largest subset's steps are the maximum.
+times the rank, with --minutes only for the largest. Each size has its best number of steps, as in studies of data
+scaling (arXiv:1712.00409, arXiv:2001.08361): equal epochs would give small subsets too few steps to learn, and equal
+steps would make them overfit. All other settings are equal.
 """
 
 import math
@@ -85,16 +84,15 @@ def curve(
     settings = study_settings(train, processes, curve=study.model_dump(mode="json"))
     with locked(folder, STUDY, wait=False):
         begun = any((folder / RUNS).glob(f"*/*/{trial.RESULT}"))
-        # what depends on --minutes is in the plan
         open_folder(folder, STUDY, settings, begun=begun, identity=lambda stored: {**stored, "curve": {}})
         session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
         plan = session.plan(partial(_measure, train, study, session), CurvePlan)
         session.check_processes(plan.processes)
         session.log(f"subsets of {', '.join(map(str, plan.sizes))} examples, at most {plan.max_steps} steps")
-        if plan.sizes[-1] < plan.train_examples or plan.held_out:
-            used = f"{plan.sizes[-1]:,} of {plan.train_examples:,} training examples"
-            used += f" and {plan.held_out or plan.examples:,} of {plan.examples:,} held-out examples"
-            session.note(f"only {used} fit into --minutes or --max-steps")
+        used = {"training": (plan.sizes[-1], plan.train_examples), "held-out": (plan.held_out, plan.examples)}
+        for name, (part, total) in used.items():
+            if part and part < total:
+                session.note(f"only {part:,} of {total:,} {name} examples fit into --minutes or --max-steps")
         steps, runs = CurveRuns(train, study, session, plan).complete()
         session.note_data(runs[plan.points[0]][0])
         result = evaluate_curve(study.margin, plan, steps, runs, notes=session.notes, settings=settings)
@@ -267,7 +265,6 @@ def evaluate_curve(
         base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
         steps=plan.max_steps,
         judged_examples=len(indices),
-        seconds=sum(run.numbers["seconds"] for of_point in runs.values() for run in of_point),
         loss_unit=first.loss_unit,
         **fields,
     )
@@ -292,17 +289,16 @@ def curve_verdict(curve: LearningCurve, margin: float) -> str:
         (False, True): "The rank is the bottleneck, not the data",
         (True, True): "Both the data and the rank limit the result",
         (False, False): "Neither the data nor the rank is a bottleneck",
+        (True, None): "The data is a bottleneck, and the rank may be another",
+        (None, True): "The rank is a bottleneck, and the data may be another",
     }
     unknown = "Cannot tell whether the data or the rank is the bottleneck"
     limit = limits.get((change.helps(margin), curve.high_rank.helps(margin)), unknown)
-    sentences = [
-        f"{text}: {what} the held-out loss by {change}, in {curve.loss_unit}.",
-        f"A quarter of the data {few}: {curve.quarter}.",
-        f"{limit}: {RANKS} times the rank changes the loss by {curve.high_rank}.",
-    ]
+    verdict = (
+        f"{text}: {what} the held-out loss by {change}, in {curve.loss_unit}. A quarter of the data {few}: "
+        f"{curve.quarter}. {limit}: {RANKS} times the rank changes the loss by {curve.high_rank}."
+    )
     if largest.steps == curve.steps:
-        sentences.append(
-            f"With all examples, the loss was still falling at the last of {curve.steps} steps, so more steps may help "
-            "as well: use a higher --num-train-epochs."
-        )
-    return " ".join(sentences)
+        verdict += f" With all examples, the loss was still falling at the last of {curve.steps} steps, so more steps "
+        verdict += "may help as well: use a higher --num-train-epochs."
+    return verdict

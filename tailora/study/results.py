@@ -280,10 +280,7 @@ class RowsResult:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Runs on a subset of the training data.
-
-    r: their rank.    steps: of each run, the best number.    seed_losses: eval_loss is their mean.
-    """
+    """Runs on a subset of the data. steps: of each run, the best number.    seed_losses: eval_loss is their mean."""
 
     examples: int
     r: int
@@ -311,8 +308,9 @@ class Change:
 
     def helps(self, margin: float) -> bool | None:
         """Returns whether it lowers the loss by the margin; None if that is not known."""
-        low, high = self.interval
-        return True if high < 0 and self.change <= -margin else False if low > -margin else None
+        return (
+            True if self.interval[1] < 0 and self.change <= -margin else False if self.interval[0] > -margin else None
+        )
 
 
 @dataclass(frozen=True)
@@ -321,7 +319,7 @@ class LearningCurve:
     doubling: change with twice the largest subset, a forecast; None without forecasts.
     half, quarter, high_rank: change with a half of the largest subset, a quarter of it, and a higher rank.
     band: (examples, loss, low, high) of the fitted curve.    candidates: shape of the curve -> its probability.
-    base_loss: before training.    steps: the most of a run.    seconds: of the final runs.
+    base_loss: before training.    steps: the most of a run.
     """
 
     points: list[CurvePoint]
@@ -337,7 +335,6 @@ class LearningCurve:
     judged_examples: int
     notes: list[str]
     settings: dict[str, Any]
-    seconds: float
     loss_unit: str = NATS_PER_TOKEN
 
     @property

@@ -48,9 +48,10 @@ Plan = TypeVar("Plan")
 
 @contextmanager
 def locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[BaseFileLock]:
-    """Locks the folder, after creating it if necessary. Waits while another process has the lock, or raises ConfigError.
+    """Locks the folder, after creating it if necessary. Waits while another process has the lock.
 
-    name: of the file with the settings.    Raises ConfigError for a folder with other files, without changing it.
+    name: of the file with the settings.    wait: if not, raises ConfigError instead.
+    Raises ConfigError for a folder with other files, without changing it.
     """
     create_output_folder(folder)
     others = {entry.name for entry in folder.iterdir()} - {LOCK}
@@ -62,9 +63,7 @@ def locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[BaseFileLo
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise ConfigError(
-            f"another {STUDIES[name]} is writing to {folder}; wait until it ends, or use a different --output-dir"
-        ) from None
+        raise ConfigError(f"another {STUDIES[name]} is writing to {folder}; wait, or use a different --output-dir") from None
     try:
         yield lock
     finally:

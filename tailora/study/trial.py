@@ -490,10 +490,8 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         held_out = count
         return evaluated(count, spec.held_out, choosing=spec.choosing)
 
-    read: ReadData = read_data
-    if spec.left_out:
-        read = partial(read_without, set(spec.left_out))
-    elif spec.subset is not None:
+    read: ReadData = partial(read_without, set(spec.left_out)) if spec.left_out else read_data
+    if spec.subset is not None:
         read = partial(read_subset, spec.subset)
     rates = spec.rising
     result = run(

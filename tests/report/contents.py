@@ -326,7 +326,6 @@ def curve() -> dict[str, Any]:
         "judged_examples": 50,
         "notes": [EVIL],
         "settings": {"train": {"model": EVIL, "r": 16}, "curve": {"seeds": 2}},
-        "seconds": 70.0,
     }
 
 

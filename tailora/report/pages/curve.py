@@ -4,7 +4,7 @@ from itertools import groupby
 
 from tailora.report.blocks import Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import DASHED, SOFT, Canvas, series_colour
-from tailora.report.format import count, duration, interval, plural, share, signed
+from tailora.report.format import count, interval, plural, signed
 from tailora.report.pages.shared import numeric, settings_table
 from tailora.study.results import LearningCurve
 
@@ -19,14 +19,15 @@ def curve_page(curve: LearningCurve) -> Page:
     }
     rows = [[name, signed(entry.change), interval(entry.interval, signed)] for name, entry in changes.items()]
     columns = [Column("instead"), *numeric("change of the loss", "90% interval")]
-    candidates = ", ".join(f"{name} {share(weight, 1)}" for name, weight in curve.candidates.items())
+    candidates = ", ".join(f"{name} {weight:.0%}" for name, weight in curve.candidates.items() if weight >= 0.005)
     seeds = plural(len(largest.seed_losses), "seed")
+    points = [[f"{p.examples:,}", str(p.r), f"{p.steps:,}", f"{p.eval_loss:.4f}"] for p in curve.points]
     sections = [
         Section(
             "Loss by amount of data",
             f"Nested subsets, {seeds}, evaluated on {curve.judged_examples:,} held-out examples. Each subset has its "
-            f"best number of steps, up to {curve.steps:,}, so that the curve shows an effect of the data alone.",
-            [_figure(curve), _points(curve)],
+            f"best number of steps, up to {curve.steps:,}, so only the data differs.",
+            [_figure(curve), Table(numeric("examples", "rank", "best steps", "held-out loss"), points)],
         ),
         Section("What changes the loss", f"Shapes of the curve: {candidates}.", [Table(columns, rows)]),
         Section("Settings", "", [settings_table("Settings", *curve.settings.items())]),
@@ -35,7 +36,6 @@ def curve_page(curve: LearningCurve) -> Page:
         Number("twice the data" if doubling else "half of the data", rows[0][1], f"90% interval {rows[0][2]}"),
         Number(f"held-out loss, {count(largest.examples)} examples", f"{largest.eval_loss:.3f}"),
         Number("held-out loss, base", f"{curve.base_loss:.3f}", "before training"),
-        Number("time of final runs", duration(curve.seconds)),
     ]
     return Page("curve", "How much data", curve.verdict, numbers, sections, curve.notes)
 
@@ -65,8 +65,3 @@ def _figure(curve: LearningCurve) -> Figure:
         alt += f" Forecast: {loss:.3f} ({low:.3f} to {high:.3f})."
         caption += " Right of the dashed line, it is a forecast."
     return Figure("curve", draw, alt, caption, wide=True)
-
-
-def _points(curve: LearningCurve) -> Table:
-    rows = [[f"{p.examples:,}", str(p.r), f"{p.steps:,}", f"{p.eval_loss:.4f}"] for p in curve.points]
-    return Table(numeric("examples", "rank", "best steps", "held-out loss"), rows)
