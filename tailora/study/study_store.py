@@ -63,7 +63,8 @@ def locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[BaseFileLo
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise ConfigError(f"another {STUDIES[name]} is writing to {folder}; wait, or use a different --output-dir") from None
+        message = f"another {STUDIES[name]} is writing to {folder}; wait until it ends, or use a different --output-dir"
+        raise ConfigError(message) from None
     try:
         yield lock
     finally:
