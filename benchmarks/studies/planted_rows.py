@@ -76,6 +76,7 @@ from benchmarks.studies.snippets import QUESTION, labelled_folder, write_rows
 from tailora.data.demo import data_folder
 from tailora.evaluation.statistics import difference_over_seeds
 from tailora.study.config import RowsConfig
+from tailora.study.influence import FinishedRun
 from tailora.study.rows import score_rows, spec_without
 from tailora.study.trial import TrialSpec, evaluation_half, get_trial, run_here
 from tailora.train.config import TrainConfig
@@ -217,7 +218,7 @@ def run_cell(data: str, kind: str, share: float, seed: int, quick: bool, threads
     examples_of = {row.row: row.examples for row in scored.rows}
     for variant, numbers in {"all": [], "found": rankings["score"][: len(planted)], "planted": planted}.items():
         left_out = [example for number in numbers for example in examples_of[number]]
-        spec = spec_without(left_out, TrainConfig(**settings, output_dir=run), OTHER_SEED + seed, scored.steps)
+        spec = spec_without(left_out, FinishedRun.read(Path(run)), OTHER_SEED + seed, scored.steps)
         trial = get_trial(spec, folder / variant, run_trial=run_here)
         sums[variant] = [round(float(value), 4) for value in np.array(trial.sums)[half]]
     return {**result, "sums": sums, "counts": np.array(first.counts)[half].tolist()}

@@ -138,11 +138,10 @@ def search(
 
 
 RowsFlags: Any = flags_of(RowsConfig, only=RowsConfig.model_fields.keys() - {"run"}, sections={"prove": "Proof"})
-FinishedFolder = Annotated[Path, Parameter(help="output folder of a finished training run")]
 
 
 def rows(
-    run: FinishedFolder,
+    run: Annotated[Path, Parameter(help="output folder of a finished training run")],
     /,
     *,
     study: RowsFlags = None,

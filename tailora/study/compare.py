@@ -12,10 +12,11 @@ parallel, then share the final runs: all at once, or in waves with --minutes.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from tailora.data.schemas import SEQ2SEQ
@@ -46,9 +47,9 @@ from tailora.study.study_store import (
     StudySession,
     locked,
     make_workers,
-    map_on_workers,
     open_folder,
     study_settings,
+    threads_of,
 )
 from tailora.study.trial import (
     OUT_OF_MEMORY,
@@ -237,12 +238,22 @@ class _Comparison:
 
     def _trials(self, runs: Sequence[Run], *, final: bool) -> Iterator[Trial]:
         """Yields the trials of `runs` in this order, computed in parallel if there are workers."""
+        if not self.workers:
+            yield from (self._trial(arm, name, final=final, **fixed) for arm, name, fixed in runs)
+            return
+        free: SimpleQueue[StudySession] = SimpleQueue()
+        for worker in self.workers:
+            free.put(replace(self.session, worker=worker))
 
-        def run_on(session: StudySession, run: Run) -> Trial:
-            arm, name, fixed = run
-            return self._trial(arm, name, final=final, session=session, **fixed)
+        def run_on_worker(run: Run) -> Trial:
+            (arm, name, fixed), session = run, free.get()
+            try:
+                return self._trial(arm, name, final=final, session=session, **fixed)
+            finally:
+                free.put(session)
 
-        return map_on_workers(self.session, self.workers, run_on, runs)
+        with threads_of(self.workers) as pool:
+            yield from pool.map(run_on_worker, runs)
 
     def _missing(self, runs: Iterable[Run]) -> list[Costs]:
         """Returns the known costs of the runs that are still missing."""

@@ -147,4 +147,3 @@ class RowsConfig(StrictModel):
     k: int | None = Field(None, ge=1, description="number of rows to remove; default: 5% of the training rows")
     seeds: int = Field(3, ge=1, le=100, description="runs with --prove for each set of rows")
     minutes: Minutes = None
-    workers: Workers = 1

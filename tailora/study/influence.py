@@ -15,6 +15,7 @@ or projected. Three choices were made on planted wrong replies (benchmarks/studi
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +29,7 @@ from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import ADAPTER, RUN
 from tailora.kernels.flat_parameters import gradient_norm
 from tailora.train.config import ADAPTER_FIELDS, GRPO, TrainConfig
+from tailora.train.dataloader import read_without
 from tailora.train.kernel_choice import use_kernels
 from tailora.train.loss import make_batch
 from tailora.train.setup import Run, set_up
@@ -38,11 +40,11 @@ NOT_NEEDED = ("optim", "report_to", "fsdp", "fsdp_reshard_after_forward", "fsdp_
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """settings: with the folder of the run as output_dir.    seconds: that it took.    data_hash: of its data."""
+    """settings: with the folder of the run as output_dir.    seconds: that it took.    data_sha256: of its data."""
 
     settings: TrainConfig
     seconds: float
-    data_hash: str
+    data_sha256: str
 
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":
@@ -54,7 +56,7 @@ class FinishedRun:
             changes = {"output_dir": str(folder), "resume_from_checkpoint": None}
             settings = TrainConfig(**{**content["settings"], **changes})
             problems = [
-                (not content["finished"], "it has not finished"),
+                (not content["finished"], "it has not finished, so resume it first"),
                 (settings.method == "full", "it trained all weights instead of an adapter"),
                 (settings.task == GRPO, "it sampled its own completions"),
                 (settings.streaming or settings.documents == "concatenated", "its examples do not belong to rows"),
@@ -72,11 +74,7 @@ class FinishedRun:
         temporary = stack.enter_context(TemporaryDirectory())
         changes = {"adapter": str(Path(self.settings.output_dir) / ADAPTER), "output_dir": temporary}
         settings = self.settings.model_dump(exclude={*ADAPTER_FIELDS, *NOT_NEEDED})
-        run, _ = set_up(TrainConfig(**{**settings, **changes}), stack)
-        if run.data.prepared is None or run.data.prepared.report.sha256 != self.data_hash:
-            raise ConfigError(
-                f"the data of the run in {self.settings.output_dir} has changed; restore it, or train again"
-            )
+        run, _ = set_up(TrainConfig(**{**settings, **changes}), stack, read=partial(read_without, (), self.data_sha256))
         return run
 
 

@@ -1,7 +1,7 @@
 """Which training rows of a finished run hurt: scores, repeated rows, and a proof by training without them.
 
-    score    a score for each row, from gradients on the selection half of the held-out examples (influence.py)
-             and rows that repeat or contradict each other (data/near_duplicates.py)
+    score    each row, by gradients of the selection half of the held-out examples (influence.py); find rows that repeat
+             or contradict each other (data/near_duplicates.py)
     prove    train with all rows, and without the k rows of the highest scores, the highest losses, or at random
              -> differences on the evaluation half, which had no influence on the scores; verdict
 
@@ -13,54 +13,46 @@ loss. Random rows are drawn for each seed. The same call resumes.
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tailora.data.dataset import group_equal
+from tailora.data.dataset import Example, group_equal
+from tailora.data.labels import Labels
 from tailora.data.near_duplicates import contradictions, duplicates, near_duplicates
+from tailora.data.tokenize import preview
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import ADAPTER, ADAPTER_WEIGHTS, write_report
-from tailora.study.budget import MARGIN
+from tailora.study.budget import FEWEST_SEEDS, MARGIN
 from tailora.study.config import RowsConfig, trial_settings
 from tailora.study.influence import FinishedRun, row_scores
 from tailora.study.results import ArmResult, RowsResult, ScoredRow
 from tailora.study.search_space import STEP_CHOICE
-from tailora.study.study_store import (
-    PLAN,
-    Log,
-    StudySession,
-    locked,
-    make_workers,
-    map_on_workers,
-    open_folder,
-    study_settings,
-)
+from tailora.study.study_store import PLAN, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import (
     DONE,
     Progress,
     RunTrial,
     Trial,
     TrialSpec,
-    Worker,
     evaluation_half,
     run_in_subprocess,
     selection_half,
 )
 from tailora.study.verdict import format_difference, one_seed, run_statistics
 from tailora.train.config import TrainConfig
+from tailora.train.setup import Run
 
-STUDY, RUNS, KIND = "rows.json", "runs", "rows"
+STUDY, RUNS = "rows.json", "runs"
 SHARE = 0.05  # of the rows to remove, unless the number is set
 ALL, WORST, RANDOM, LOSS = "all rows", "without the highest scores", "without random rows", "without the highest losses"
 FOLDERS = {ALL: "all", WORST: "score", RANDOM: "random", LOSS: "loss"}
-TEXTS, LONGEST = 200, 300  # rows that are shown with their text; its characters
+TEXTS, PROMPT, REPLY = 200, 50, 100  # rows that are shown with their text; its characters
 LOCATION = re.compile(r"(.*?)(?::|, item )(\d+)$")
 
 
@@ -79,10 +71,9 @@ def score_rows(
     Raises ConfigError, and any error of a run except divergence and lack of memory.
     """
     finished, folder = FinishedRun.read(Path(study.run)), Path(train.output_dir)
-    adapter = hashlib.sha256((Path(study.run) / ADAPTER / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
-    settings = study_settings(finished.settings, processes, rows={"run": study.run, "adapter": adapter})
-    workers = make_workers(study.workers, train.device, study.minutes, processes) if study.prove else []
-    with locked(folder, STUDY):
+    adapter = hashlib.sha256((Path(study.run) / ADAPTER / ADAPTER_WEIGHTS).read_bytes()).hexdigest()[:12]
+    settings = study_settings(finished.settings, processes, rows={"run": study.run, "adapter_sha256": adapter})
+    with locked(folder, STUDY, wait=False):
         open_folder(folder, STUDY, settings, begun=(folder / PLAN).exists())
         session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
         scored = session.plan(lambda: _scored(finished, log), RowsResult)
@@ -92,10 +83,10 @@ def score_rows(
         result = replace(scored, k=k, settings=settings, notes=session.notes)
         if study.prove:
             seeds = [finished.settings.seed + number for number in range(1, study.seeds + 1)]
-            result = _with_proof(result, finished, session, workers, seeds)
+            result = _with_proof(result, finished, session, seeds)
     verdict, proven = rows_verdict(result.variants, k, result.loss_unit)
     result = replace(result, verdict=verdict, proven=proven, seconds=session.seconds)
-    write_report(folder, KIND, result.to_dict())
+    write_report(folder, "rows", result.to_dict())
     return result
 
 
@@ -107,7 +98,10 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         run = finished.load(stack)
         assert run.data.prepared is not None
         if not run.data.held_out:
-            raise ConfigError("rows are scored by the held-out loss, but the run has no held-out examples")
+            raise ConfigError(
+                "rows are scored by the held-out loss, but the run has no held-out examples; train with --eval-data or "
+                "--validation-split"
+            )
         held_out = run.data.held_out.select(selection_half(len(run.data.held_out)))
         examples, locations = [*run.data.known], run.data.prepared.locations
         rows = group_equal([location.encode() for location in locations])
@@ -117,7 +111,7 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         scored: list[ScoredRow] = []
         for index in np.argsort(-scores, kind="stable").tolist():
             file, number = LOCATION.findall(locations[rows[index][0]])[0]
-            text = run.tokenizer.decode(firsts[index].input_ids[:LONGEST])[:LONGEST] if len(scored) < TEXTS else ""
+            text = _text(run, firsts[index]) if len(scored) < TEXTS else ""
             numbers = float(scores[index]), float(losses[index])
             scored.append(ScoredRow(int(number), file, *numbers, rows[index], text))
         return RowsResult(
@@ -133,34 +127,56 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         )
 
 
+def _text(run: Run, example: Example) -> str:
+    """Returns the end of the prompt, and the beginning of the reply; or the end of a text, and its label."""
+    show = preview if run.labels is None else Labels.from_dict(run.labels).preview
+    pieces = show(example, run.tokenizer)
+    parts = ["".join(text for text, _ in group) for _, group in groupby(pieces, lambda piece: piece[1])]
+    for token in run.tokenizer.all_special_tokens:
+        parts = [part.replace(token, " ") for part in parts]
+    return parts[0][-PROMPT:] + "".join(parts[1:])[:REPLY] if len(parts) > 1 else parts[0][:REPLY]
+
+
 # ---- Proof
 
 
-def _with_proof(
-    result: RowsResult, finished: FinishedRun, session: StudySession, workers: Sequence[Worker], seeds: Sequence[int]
-) -> RowsResult:
+def _with_proof(result: RowsResult, finished: FinishedRun, session: StudySession, seeds: Sequence[int]) -> RowsResult:
     """Trains with and without the first k rows, with as many seeds as there is time for."""
-    seconds = len(FOLDERS) * finished.seconds / max(len(workers), 1)  # of one seed
+
+    def folder(name: str, seed: int) -> Path:
+        set_of_rows = FOLDERS[name] if name == ALL else f"{FOLDERS[name]}-{result.k}"
+        return session.folder / RUNS / set_of_rows / f"seed-{seed}"
+
+    def missing(seeds: Sequence[int]) -> int:
+        return sum(not session.has_trial(folder(name, seed)) for seed in seeds for name in FOLDERS)
+
+    seconds = finished.seconds  # of one run
     session.log(
-        f"{len(FOLDERS) * len(seeds)} runs with and without {result.k} of {len(result.rows):,} rows, about "
-        f"{seconds * len(seeds) / 60:.0f} min"
+        f"{missing(seeds)} runs with and without {result.k} of {len(result.rows):,} rows, about "
+        f"{math.ceil(seconds * missing(seeds) / 60)} min"
     )
-    train, trials = partial(_train_without, result, finished), {name: list[Trial]() for name in FOLDERS}
-    for wave in [seeds] if session.minutes is None else [[seed] for seed in seeds]:
-        if session.seconds_left < seconds:
+    trials: dict[str, list[Trial]] = {name: [] for name in FOLDERS}
+    for seed in seeds:
+        needed = seconds * missing([seed] if trials[ALL] else seeds[:FEWEST_SEEDS])
+        if session.seconds_left < needed:
             if not trials[ALL]:
-                needed = math.ceil(MARGIN * (session.seconds + 2 * seconds) / 60)
-                raise ConfigError(f"--minutes {session.minutes:g} is too short; use {needed} or more")
+                minutes = math.ceil(MARGIN * (session.seconds + needed) / 60)
+                raise ConfigError(
+                    f"--minutes {session.minutes:g} is too short for a proof; use {minutes} or more. The scores are "
+                    "stored: without --prove, the same command shows them"
+                )
             session.note(f"only {len(trials[ALL])} of {len(seeds)} seeds fit into --minutes")
             break
-        begun, runs = session.seconds, [(name, seed) for seed in wave for name in FOLDERS]
-        for (name, seed), trial in zip(runs, map_on_workers(session, workers, train, runs), strict=True):
+        begun, count = session.seconds, missing([seed])
+        for name in FOLDERS:
+            spec = spec_without(_left_out(result, name, seed), finished, seed, result.steps)
+            base = trials[ALL][0].base if trials[ALL] else None  # the same in all runs
+            trial = session.trial(replace(spec, before=base), folder(name, seed))
             if not trial.done:
                 raise ConfigError(f"nothing is proven: the run {name} with seed {seed} failed ({trial.message})")
             session.log(f"{name}: seed {seed}, {trial.summary}")
             trials[name].append(trial)
-        seconds = session.seconds - begun
-    session.note_workers(chain(*trials.values()))
+        seconds = (session.seconds - begun) / count if count else seconds
     # Rows are harmful only if two differences both show it, so their intervals need no adjustment
     statistics = run_statistics(trials, WORST, comparisons=1)
     variants = []
@@ -171,24 +187,21 @@ def _with_proof(
     return replace(result, variants=variants, seeds=statistics.seeds, evaluated=evaluated, base_loss=base_loss)
 
 
-def _train_without(result: RowsResult, finished: FinishedRun, session: StudySession, run: tuple[str, int]) -> Trial:
-    """run: key of FOLDERS, seed."""
-    (name, seed), rows, k = run, result.rows, result.k
-    orders: dict[str, Sequence[int]] = {
-        ALL: [],
-        WORST: range(len(rows)),
-        RANDOM: np.random.default_rng(seed).permutation(len(rows)).tolist(),
-        LOSS: sorted(range(len(rows)), key=lambda index: -rows[index].loss),
-    }
-    left_out = chain.from_iterable(rows[index].examples for index in orders[name][:k])
-    folder = session.folder / RUNS / (FOLDERS[name] if name == ALL else f"{FOLDERS[name]}-{k}")
-    return session.trial(spec_without(left_out, finished.settings, seed, result.steps), folder / f"seed-{seed}")
+def _left_out(result: RowsResult, name: str, seed: int) -> list[int]:
+    """Returns the training examples that a run does without. name: key of FOLDERS."""
+    rows: Sequence[ScoredRow] = [] if name == ALL else result.rows
+    if name == RANDOM:
+        rows = [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))]
+    elif name == LOSS:
+        rows = sorted(rows, key=lambda row: -row.loss)
+    return sorted(chain.from_iterable(row.examples for row in rows[: result.k]))
 
 
-def spec_without(examples: Iterable[int], train: TrainConfig, seed: int, steps: int) -> TrialSpec:
-    """Returns a run with the settings `train`, another seed, and weight 0 for these training examples."""
+def spec_without(examples: list[int], finished: FinishedRun, seed: int, steps: int) -> TrialSpec:
+    """Returns a run like the finished one, with a different seed, and weight 0 for these training examples."""
     fixed: Any = {"seed": seed, "max_steps": steps, "save_steps": 0, "report_to": [], "passport": "none"}
-    return TrialSpec(trial_settings(train, fixed, STEP_CHOICE), keep=False, left_out=sorted(examples))
+    settings = trial_settings(finished.settings, fixed, STEP_CHOICE)
+    return TrialSpec(settings, keep=False, left_out=examples, data_sha256=finished.data_sha256)
 
 
 def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str, bool]:

@@ -1,8 +1,8 @@
 """Shared by all studies: a folder with the settings, a lock, a time limit, and the trials.
 
-compare.json, search.json or curve.json    the settings; a study with different settings is refused
-plan.json                      the length of its trials, measured once
-.lock                          locked by a process while it changes shared files
+NAME.json of STUDIES    the settings; a study with different settings is refused
+plan.json               what its trials depend on, measured once
+.lock                   locked by a process while it changes shared files
 
 Each of several workers is a thread of this process that runs its trials in separate processes.
 """
@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -194,34 +193,6 @@ def threads_of(workers: Sequence[Worker]) -> Iterator[ThreadPoolExecutor]:
                 worker.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-Item = TypeVar("Item")
-
-
-def map_on_workers(
-    session: "StudySession",
-    workers: Sequence[Worker],
-    run: Callable[["StudySession", Item], Trial],
-    items: Sequence[Item],
-) -> Iterator[Trial]:
-    """Yields run(session, item) of each item in this order, in parallel if there are workers."""
-    if not workers:
-        yield from (run(session, item) for item in items)
-        return
-    free: SimpleQueue[StudySession] = SimpleQueue()
-    for worker in workers:
-        free.put(replace(session, worker=worker))
-
-    def run_on_worker(item: Item) -> Trial:
-        of_worker = free.get()
-        try:
-            return run(of_worker, item)
-        finally:
-            free.put(of_worker)
-
-    with threads_of(workers) as pool:
-        yield from pool.map(run_on_worker, items)
 
 
 @dataclass(eq=False)

@@ -108,7 +108,7 @@ class TrialSpec:
     before: the base's losses on the held-out examples, if known from another trial.
     texts: file of generated texts, shared by all trials of a study; the first trial writes it.
     held_out: number of held-out examples used, if not all.    processes: number of processes.
-    left_out: indices of training examples with weight 0.
+    left_out: indices of training examples with weight 0.    data_sha256: of their data, required if there are any.
     subset: number of training examples, if not all; with the same seed, larger subsets contain smaller ones.
     """
 
@@ -123,6 +123,7 @@ class TrialSpec:
     held_out: int | None = None
     processes: int = 1
     left_out: list[int] = field(default_factory=list)
+    data_sha256: str = ""
     subset: int | None = None
 
 
@@ -490,8 +491,10 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         held_out = count
         return evaluated(count, spec.held_out, choosing=spec.choosing)
 
-    read: ReadData = partial(read_without, set(spec.left_out)) if spec.left_out else read_data
-    if spec.subset is not None:
+    read: ReadData = read_data
+    if spec.left_out or spec.data_sha256:
+        read = partial(read_without, spec.left_out, spec.data_sha256)
+    elif spec.subset is not None:
         read = partial(read_subset, spec.subset)
     rates = spec.rising
     result = run(

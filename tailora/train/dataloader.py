@@ -29,7 +29,7 @@ from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, check_vocabulary, prepare, stream_examples
 from tailora.data.processor import Tokenizer
-from tailora.data.readers import Source, parse_sources
+from tailora.data.readers import Source, parse_sources, source_names
 from tailora.data.report import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import ConfigError, DataError
@@ -152,9 +152,15 @@ def read_data(
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
 
-def read_without(left_out: Collection[int], config: TrainConfig, *arguments: Any) -> TrainingData:
-    """As `read_data`, with weight 0 for the training examples with these indices: all others keep their steps."""
+def read_without(left_out: Collection[int], sha256: str, config: TrainConfig, *arguments: Any) -> TrainingData:
+    """As `read_data`, with weight 0 for the training examples with these indices: all others keep their steps.
+
+    sha256: of the data that the indices belong to. Raises ConfigError if the data has changed.
+    """
     data = read_data(config, *arguments)
+    if data.prepared is None or data.prepared.report.sha256 != sha256:
+        files = ", ".join(filter(None, [*source_names(config.data), config.eval_data]))
+        raise ConfigError(f"the rows have changed since the run: {files}; restore them, or train again")
     weights = data.known.weights.copy()
     weights[sorted(left_out)] = 0
     known = replace(data.known, weights=weights)

@@ -19,6 +19,7 @@ from tiny_run import WORDS, write_rows
 from benchmarks.studies.planted_rows import plant, recall_at_k
 from tailora.errors import ConfigError, FormatError
 from tailora.evaluation.statistics import Difference
+from tailora.formats.io import read_json_object
 from tailora.report.files import write_page
 from tailora.study.config import RowsConfig
 from tailora.study.influence import FinishedRun
@@ -113,10 +114,9 @@ def test_only_a_proof_calls_rows_harmful(finished: Finished, scored: RowsResult,
     assert not any(line.startswith("scoring") for line in lines)  # the scores are in the folder
     assert [variant.name for variant in proof.variants] == [ALL, WORST, RANDOM, LOSS]
     assert {len(variant.seed_losses) for variant in proof.variants} == {3}
-    left_out = {
-        path.parent.name: json.loads((path / "spec.json").read_text())["left_out"]
-        for path in (tmp_path / "runs").glob("*/seed-1")
-    }
+    specs = {path.parent.name: read_json_object(path / "spec.json") for path in (tmp_path / "runs").glob("*/seed-1")}
+    assert {spec["data_sha256"] for spec in specs.values()} == {FinishedRun.read(Path(train.output_dir)).data_sha256}
+    left_out = {name: spec["left_out"] for name, spec in specs.items()}
     assert left_out["all"] == []
     assert left_out["score-10"] == sorted(worst)
     assert {len(examples) for name, examples in left_out.items() if name != "all"} == {10}
@@ -126,8 +126,10 @@ def test_only_a_proof_calls_rows_harmful(finished: Finished, scored: RowsResult,
     assert "Harmful rows" in page
     assert proof.verdict in page
 
-    again = score_rows(in_folder, study.replaced(seeds=2), run_trial=not_run)
+    again = score_rows(in_folder, study.replaced(seeds=2, minutes=1), run_trial=not_run)
     assert again.seeds == [1, 2]
+    with pytest.raises(ConfigError, match=r"--minutes 0\.001 is too short for a proof; use 1 or more"):
+        score_rows(in_folder, study.replaced(k=5, minutes=0.001), run_trial=not_run)
     helpless = partial(made_up_trial, helpful=[])
     kept = score_rows(in_folder, study.replaced(k=3), run_trial=helpless)
     assert not kept.proven
@@ -168,9 +170,11 @@ def test_examples_that_are_left_out_are_not_learned(finished: Finished, tmp_path
     """Steps keep all their examples, even if none of them counts."""
     train, planted = finished
     settings = train.replaced(max_steps=30).model_dump(mode="json", exclude={"output_dir"}, exclude_unset=True)
-    everything = run_here(TrialSpec(settings), tmp_path / "all", lambda _: None)
-    without = run_here(TrialSpec(settings, left_out=[n - 1 for n in planted]), tmp_path / "some", lambda _: None)
-    nothing = run_here(TrialSpec(settings, left_out=[*range(ROWS)]), tmp_path / "none", lambda _: None)
+    sha256 = FinishedRun.read(Path(train.output_dir)).data_sha256
+    everything, without, nothing = (
+        run_here(TrialSpec(settings, left_out=left_out, data_sha256=sha256), tmp_path / name, lambda _: None)
+        for name, left_out in (("all", []), ("some", [number - 1 for number in planted]), ("none", [*range(ROWS)]))
+    )
     assert len(everything.losses) == len(without.losses) == 30
     assert everything.losses[0] != without.losses[0] or everything.losses[1] != without.losses[1]
     assert nothing.sums == pytest.approx(nothing.before)
@@ -180,6 +184,8 @@ def test_examples_that_are_left_out_are_not_learned(finished: Finished, tmp_path
 def test_the_command_lists_rows_in_order_of_harm(finished: Finished, tmp_path: Path) -> None:
     train, _ = finished
     result = found("rows", train.output_dir, "--k", "8", "--output-dir", tmp_path / "out")
+    reply = json.loads(Path(str(train.data)).read_text().splitlines()[result["rows"][0]["row"] - 1])["completion"]
+    assert reply in result["rows"][0]["text"]
     assert {"row", "score"} <= result["rows"][0].keys()
     scores = [row["score"] for row in result["rows"]]
     assert scores == sorted(scores, reverse=True)
@@ -194,7 +200,7 @@ def test_a_run_that_cannot_be_scored_is_refused(finished: Finished, tmp_path: Pa
     train, _ = finished
     content = json.loads((Path(train.output_dir) / "run.json").read_text())
     for changes, settings, reason in (
-        ({"finished": False}, {}, "it has not finished"),
+        ({"finished": False}, {}, "it has not finished, so resume it first"),
         ({"loss_unit": "per example"}, {}, "it learned preferences"),
         ({}, {"documents": "concatenated"}, "its examples do not belong to rows"),
     ):
@@ -205,6 +211,9 @@ def test_a_run_that_cannot_be_scored_is_refused(finished: Finished, tmp_path: Pa
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(FormatError, match="was not written by this version"):
         FinishedRun.read(tmp_path)
-    changed = replace(FinishedRun.read(Path(train.output_dir)), data_hash="0")
-    with ExitStack() as stack, pytest.raises(ConfigError, match="has changed; restore it"):
+    changed = replace(FinishedRun.read(Path(train.output_dir)), data_sha256="0")
+    with (
+        ExitStack() as stack,
+        pytest.raises(ConfigError, match=r"rows have changed since .*train.jsonl, .*held_out.jsonl"),
+    ):
         changed.load(stack)

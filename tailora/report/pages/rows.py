@@ -6,29 +6,27 @@ from tailora.report.format import decimals, duration, interval, one_line, plural
 from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table
 from tailora.study.results import RowsResult
 
-REPEATED = {  # repeated rows of a result -> title, meaning
-    "duplicates": ("Duplicates", "Rows with the same tokens."),
-    "near_duplicates": ("Near duplicates", "Rows that share most of their text."),
-    "contradictions": (
-        "Same prompt, different replies",
-        "Normal for open-ended chats. If there is one right reply, correct these rows.",
-    ),
+REPEATED = {  # repeated rows of a result -> title
+    "duplicates": "Duplicates",
+    "near_duplicates": "Near duplicates: rows that share most of their text",
+    "contradictions": "Same prompt, different replies: normal for open-ended chats",
 }
 FIRST, MOST, NAMED = 10, 20, 8  # rows in a terminal; groups; rows of a group
 
 
 def rows_page(result: RowsResult) -> Page:
-    unit, are_several = result.loss_unit, len({row.file for row in result.rows}) > 1
+    are_several = len({row.file for row in result.rows}) > 1
     cells = [
-        [f"{row.file}:" * are_several + str(row.row), signed(row.score), decimals(row.loss), one_line(row.text, 100)]
+        [f"{row.file}:" * are_several + str(row.row), signed(row.score), decimals(row.loss), one_line(row.text, 150)]
         for row in result.rows
         if row.text
     ]
-    columns = [Column("row"), *numeric("score", f"loss, {unit}"), Column("text")]
+    columns = [Column("row"), *numeric("score", "loss"), Column("text")]
     sections = [
         Section(
             "Harmful rows" if result.proven else "Rows with the highest scores",
-            "A score above 0 means that a step of training on this row raises the loss of held-out examples.",
+            "A score above 0 means that a step of training on this row raises the loss of held-out examples. "
+            f"loss: of the finished model on the row, in {result.loss_unit}.",
             [Table(columns, cells[:FIRST]), Table(columns, cells[FIRST:], "More rows", folded=True, detail="page")],
         ),
         Section("Rows that repeat or contradict each other", "", [_groups(result, name) for name in REPEATED]),
@@ -64,10 +62,10 @@ def _proof(result: RowsResult) -> list[Block | None]:
 
 
 def _groups(result: RowsResult, name: str) -> Table | None:
-    groups, (title, meaning), rows = result.repeated[name], REPEATED[name], []
+    groups, rows = result.repeated[name], []
     for group in groups[:MOST]:
         names = ", ".join(location.rpartition("/")[2] for location in group[:NAMED])
         more = f" and {len(group) - NAMED:,} more" if len(group) > NAMED else ""
         rows.append([f"{len(group):,}", f"{names}{more}"])
-    note = f"{plural(len(groups), 'group')}. {meaning}"
-    return Table([*numeric("rows"), Column("where")], rows, title, note) if rows else None
+    note = f"{plural(len(groups), 'group')} in total"
+    return Table([*numeric("rows"), Column("where")], rows, REPEATED[name], note) if rows else None
