@@ -122,7 +122,6 @@ def test_ten_steps_are_those_of_trl(loss: str, beta: float, masked: int | None, 
         ({"beta": 0.1, "adapter": "old"}, "--beta compares with the base model, so it needs a new adapter"),
         ({"beta": 0.1, "method": "full", "learning_rate": 1e-5}, "--beta compares with the base model"),
         ({"init_lora_weights": "eva"}, "--init-lora-weights eva needs examples with replies"),
-        ({"skip_bad_rows": True}, "--task grpo does not support --skip-bad-rows"),
         ({"task": "preference", "reward": [], "beta": 0.0}, "--beta 0: expected more than 0"),
     ],
 )
