@@ -44,10 +44,10 @@ class Costs:
     evaluation: float
     forgetting: float = 0.0
 
-    def trial(self, steps: int, share: float = 1.0, evaluations: int = RUNGS) -> float:
+    def trial(self, steps: float, share: float = 1.0, evaluations: int = RUNGS) -> float:
         return self.fixed + share * (steps * self.step + evaluations * self.evaluation)
 
-    def final_run(self, steps: int) -> float:
+    def final_run(self, steps: float) -> float:
         return self.fixed + steps * self.step + 2 * self.evaluation + self.forgetting
 
     def on_part(self, share: float) -> "Costs":

@@ -125,13 +125,13 @@ def _measure(train: TrainConfig, study: CurveConfig, session: StudySession) -> C
     total, held_out = timing.numbers["train_examples"], timing.numbers["held_out"]
     costs, longest = costs.on_part(held_out / len(timing.counts)), budget.longest_run(train, timing)
     extent, steps = limit.choose(partial(_needed, costs), longest, held_out)
-    # with fewer steps, the largest subset is smaller, so that it is seen as often as the settings want
+    # with few steps, the largest subset is smaller, so that each example is seen once
     per_step = train.per_device_train_batch_size * batches_per_step(train.model_dump(), session.processes)
-    largest = min(total, math.ceil(steps * per_step / train.num_train_epochs))
+    largest = min(total, math.ceil(steps * per_step / min(train.num_train_epochs, 1)))
     if largest < FEWEST_EXAMPLES:
         raise ConfigError(
             f"a learning curve needs at least {FEWEST_EXAMPLES} training examples, got {largest} of {total}; use "
-            "more data, more steps or a smaller --num-train-epochs"
+            "more data or more steps"
         )
     points = [(rank, largest // part) for rank in (train.r, RANKS * train.r) for part in PARTS]
     return CurvePlan(
@@ -146,10 +146,11 @@ def _measure(train: TrainConfig, study: CurveConfig, session: StudySession) -> C
 
 
 def _needed(costs: Costs, extent: Extent, steps: int) -> float:
-    """Returns the seconds of all runs, if none ends early. extent: its tries are the subsets at the higher rank."""
-    costs, parts = costs.on_part(extent.part), [*PARTS, *PARTS[-extent.tries :]]
-    trials = sum(costs.trial(steps, evaluations=math.ceil(EVALUATIONS * math.sqrt(part))) for part in parts)
-    return trials + len(parts) * extent.seeds * costs.final_run(steps)
+    """Returns the seconds of all runs. extent: its tries are the subsets at the higher rank."""
+    costs = costs.on_part(extent.part)
+    # the best number of steps grows about with the square root of the size
+    of_sizes = [steps / math.sqrt(part) for part in (*PARTS, *PARTS[-extent.tries :])]
+    return sum(costs.trial(of, evaluations=EVALUATIONS) + extent.seeds * costs.final_run(of) for of in of_sizes)
 
 
 # ---- The runs
