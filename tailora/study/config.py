@@ -141,9 +141,7 @@ class RowsConfig(StrictModel):
     """Which rows of a finished run hurt, and whether training without them helps."""
 
     run: str = Field(description="output folder of the run")
-    prove: bool = Field(
-        False, description="train again without the rows with the highest scores, and without as many other rows"
-    )
+    prove: bool = Field(False, description="train again without the rows with the highest scores, and without others")
     k: int | None = Field(None, ge=1, description="number of rows to remove; default: 5% of the training rows")
     seeds: int = Field(3, ge=1, le=100, description="runs with --prove for each set of rows")
     minutes: Minutes = None

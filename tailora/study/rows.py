@@ -98,10 +98,7 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         run = finished.load(stack)
         assert run.data.prepared is not None
         if not run.data.held_out:
-            raise ConfigError(
-                "rows are scored by the held-out loss, but the run has no held-out examples; train with --eval-data or "
-                "--validation-split"
-            )
+            raise ConfigError("rows needs held-out examples, but the run has none; train with --validation-split")
         held_out = run.data.held_out.select(selection_half(len(run.data.held_out)))
         examples, locations = [*run.data.known], run.data.prepared.locations
         rows = group_equal([location.encode() for location in locations])
@@ -141,6 +138,20 @@ def _text(run: Run, example: Example) -> str:
 
 
 def _with_proof(result: RowsResult, finished: FinishedRun, session: StudySession, seeds: Sequence[int]) -> RowsResult:
+    trials = _train(result, finished, session, seeds)
+    # Rows are harmful only if two differences both show it, so their intervals need no adjustment
+    statistics = run_statistics(trials, WORST, comparisons=1)
+    variants = []
+    for name, of_name in trials.items():
+        losses = [trial.loss(evaluation_half(len(trial.counts))) for trial in of_name]
+        variants.append(ArmResult(name, {}, DONE, seed_losses=losses, **statistics.fields(name, of_name)))
+    evaluated, base_loss = statistics.examples, statistics.base_loss
+    return replace(result, variants=variants, seeds=statistics.seeds, evaluated=evaluated, base_loss=base_loss)
+
+
+def _train(
+    result: RowsResult, finished: FinishedRun, session: StudySession, seeds: Sequence[int]
+) -> dict[str, list[Trial]]:
     """Trains with and without the first k rows, with as many seeds as there is time for."""
 
     def folder(name: str, seed: int) -> Path:
@@ -150,25 +161,22 @@ def _with_proof(result: RowsResult, finished: FinishedRun, session: StudySession
     def missing(seeds: Sequence[int]) -> int:
         return sum(not session.has_trial(folder(name, seed)) for seed in seeds for name in FOLDERS)
 
-    seconds = finished.seconds  # of one run
+    seconds = finished.seconds  # of one run, until the first one shows how long loading and evaluating takes
+    minutes = math.ceil(seconds * missing(seeds) / 60)
     session.log(
-        f"{missing(seeds)} runs with and without {result.k} of {len(result.rows):,} rows, about "
-        f"{math.ceil(seconds * missing(seeds) / 60)} min"
+        f"{missing(seeds)} runs with and without {result.k} of {len(result.rows):,} rows, at least {minutes} min"
     )
     trials: dict[str, list[Trial]] = {name: [] for name in FOLDERS}
-    for seed in seeds:
-        needed = seconds * missing([seed] if trials[ALL] else seeds[:FEWEST_SEEDS])
-        if session.seconds_left < needed:
-            if not trials[ALL]:
-                minutes = math.ceil(MARGIN * (session.seconds + needed) / 60)
-                raise ConfigError(
-                    f"--minutes {session.minutes:g} is too short for a proof; use {minutes} or more. The scores are "
-                    "stored: without --prove, the same command shows them"
-                )
-            session.note(f"only {len(trials[ALL])} of {len(seeds)} seeds fit into --minutes")
+    for number, seed in enumerate(seeds):
+        if number >= FEWEST_SEEDS and session.seconds_left < seconds * missing([seed]):
+            session.note(f"only {number} of {len(seeds)} seeds fit into --minutes")
             break
-        begun, count = session.seconds, missing([seed])
         for name in FOLDERS:
+            begun, needed = session.seconds, seconds * missing(seeds[:FEWEST_SEEDS])
+            if number == 0 and session.seconds_left < needed:
+                minutes = math.ceil(MARGIN * (begun + needed) / 60)
+                text = f"--minutes {session.minutes:g} is too short for a proof; use {minutes} or more"
+                raise ConfigError(f"{text}. Without --prove, the same command shows the scores")
             spec = spec_without(_left_out(result, name, seed), finished, seed, result.steps)
             base = trials[ALL][0].base if trials[ALL] else None  # the same in all runs
             trial = session.trial(replace(spec, before=base), folder(name, seed))
@@ -176,15 +184,8 @@ def _with_proof(result: RowsResult, finished: FinishedRun, session: StudySession
                 raise ConfigError(f"nothing is proven: the run {name} with seed {seed} failed ({trial.message})")
             session.log(f"{name}: seed {seed}, {trial.summary}")
             trials[name].append(trial)
-        seconds = (session.seconds - begun) / count if count else seconds
-    # Rows are harmful only if two differences both show it, so their intervals need no adjustment
-    statistics = run_statistics(trials, WORST, comparisons=1)
-    variants = []
-    for name, of_name in trials.items():
-        losses = [trial.loss(evaluation_half(len(trial.counts))) for trial in of_name]
-        variants.append(ArmResult(name, {}, DONE, seed_losses=losses, **statistics.fields(name, of_name)))
-    evaluated, base_loss = statistics.examples, statistics.base_loss
-    return replace(result, variants=variants, seeds=statistics.seeds, evaluated=evaluated, base_loss=base_loss)
+            seconds = max(seconds, session.seconds - begun)
+    return trials
 
 
 def _left_out(result: RowsResult, name: str, seed: int) -> list[int]:

@@ -33,10 +33,8 @@ def rows_page(result: RowsResult) -> Page:
         Section("Settings", "", [settings_table("Settings", *result.settings.items())]),
     ]
     if result.variants:
-        text = (
-            f"{plural(result.steps, 'step')} in each run, {plural(len(result.seeds), 'seed')}, evaluated on "
-            f"{result.evaluated:,} held-out examples that had no influence on the scores."
-        )
+        text = f"{plural(result.steps, 'step')} in each run, {plural(len(result.seeds), 'seed')}, evaluated on "
+        text += f"{result.evaluated:,} held-out examples that had no influence on the scores."
         sections.insert(0, Section(f"Training without {plural(result.k, 'row')}", text, _proof(result)))
     numbers = [
         Number("training rows", f"{len(result.rows):,}"),
