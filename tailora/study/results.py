@@ -264,7 +264,6 @@ class RowsResult:
     proven: bool = False
     k: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     variants: list[ArmResult] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)

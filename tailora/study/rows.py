@@ -13,10 +13,10 @@ loss. Random rows are drawn for each seed. The same call resumes.
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, groupby
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ STUDY, RUNS = "rows.json", "runs"
 SHARE = 0.05  # of the rows to remove, unless the number is set
 ALL, WORST, RANDOM, LOSS = "all rows", "without the highest scores", "without random rows", "without the highest losses"
 FOLDERS = {ALL: "all", WORST: "score", RANDOM: "random", LOSS: "loss"}
-TEXTS, PROMPT, REPLY = 200, 50, 100  # rows that are shown with their text; its characters
+TEXTS, HALF = 200, 150  # rows that are shown with their text; characters of its beginning, and of its end
 LOCATION = re.compile(r"(.*?)(?::|, item )(\d+)$")
 
 
@@ -85,7 +85,7 @@ def score_rows(
             seeds = [finished.settings.seed + number for number in range(1, study.seeds + 1)]
             result = _with_proof(result, finished, session, seeds)
     verdict, proven = rows_verdict(result.variants, k, result.loss_unit)
-    result = replace(result, verdict=verdict, proven=proven, seconds=session.seconds)
+    result = replace(result, verdict=verdict, proven=proven)
     write_report(folder, "rows", result.to_dict())
     return result
 
@@ -106,11 +106,12 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         log(f"scoring {len(rows):,} rows by their gradients on {len(held_out):,} held-out examples")
         scores, losses = row_scores(run, rows, held_out, log)
         scored: list[ScoredRow] = []
-        for index in np.argsort(-scores, kind="stable").tolist():
+        order = np.argsort(-scores, kind="stable").tolist()
+        texts = _texts(run, [firsts[index] for index in order[:TEXTS]])
+        for index in order:
             file, number = LOCATION.findall(locations[rows[index][0]])[0]
-            text = _text(run, firsts[index]) if len(scored) < TEXTS else ""
-            numbers = float(scores[index]), float(losses[index])
-            scored.append(ScoredRow(int(number), file, *numbers, rows[index], text))
+            text = texts[len(scored)] if len(scored) < TEXTS else ""
+            scored.append(ScoredRow(int(number), file, float(scores[index]), float(losses[index]), rows[index], text))
         return RowsResult(
             run=finished.settings.output_dir,
             rows=scored,
@@ -124,14 +125,15 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         )
 
 
-def _text(run: Run, example: Example) -> str:
-    """Returns the end of the prompt, and the beginning of the reply; or the end of a text, and its label."""
+def _texts(run: Run, examples: Iterable[Example]) -> list[str]:
+    """Returns the text and the label of each, without special tokens and without what all texts begin with."""
     show = preview if run.labels is None else Labels.from_dict(run.labels).preview
-    pieces = show(example, run.tokenizer)
-    parts = ["".join(text for text, _ in group) for _, group in groupby(pieces, lambda piece: piece[1])]
+    texts = ["".join(text for text, _ in show(example, run.tokenizer)) for example in examples]
     for token in run.tokenizer.all_special_tokens:
-        parts = [part.replace(token, " ") for part in parts]
-    return parts[0][-PROMPT:] + "".join(parts[1:])[:REPLY] if len(parts) > 1 else parts[0][:REPLY]
+        texts = [text.replace(token, "") for text in texts]
+    begin = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False))))
+    texts = [text[begin:].strip() for text in texts]
+    return [text if len(text) <= 2 * HALF else f"{text[:HALF]} ... {text[-HALF:]}" for text in texts]
 
 
 # ---- Proof

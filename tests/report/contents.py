@@ -293,7 +293,6 @@ def rows() -> dict[str, Any]:
         "proven": True,
         "k": 2,
         "settings": {"train": {"model": EVIL, "r": 16}},
-        "seconds": 70.0,
         "variants": variants,
         "seeds": [1, 2, 3],
         "evaluated": 50,

@@ -184,8 +184,9 @@ def test_examples_that_are_left_out_are_not_learned(finished: Finished, tmp_path
 def test_the_command_lists_rows_in_order_of_harm(finished: Finished, tmp_path: Path) -> None:
     train, _ = finished
     result = found("rows", train.output_dir, "--k", "8", "--output-dir", tmp_path / "out")
-    reply = json.loads(Path(str(train.data)).read_text().splitlines()[result["rows"][0]["row"] - 1])["completion"]
-    assert reply in result["rows"][0]["text"]
+    row = json.loads(Path(str(train.data)).read_text().splitlines()[result["rows"][0]["row"] - 1])
+    assert result["rows"][0]["text"].startswith(row["prompt"])
+    assert result["rows"][0]["text"].endswith(row["completion"])
     assert {"row", "score"} <= result["rows"][0].keys()
     scores = [row["score"] for row in result["rows"]]
     assert scores == sorted(scores, reverse=True)

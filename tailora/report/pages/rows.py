@@ -2,7 +2,7 @@
 
 from tailora.report.blocks import Block, Column, Number, Page, Section, Table
 from tailora.report.charts import Estimate
-from tailora.report.format import decimals, duration, interval, one_line, plural, signed
+from tailora.report.format import decimals, interval, one_line, plural, signed
 from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table
 from tailora.study.results import RowsResult
 
@@ -11,7 +11,7 @@ REPEATED = {  # repeated rows of a result -> title
     "near_duplicates": "Near duplicates: rows that share most of their text",
     "contradictions": "Same prompt, different replies: normal for open-ended chats",
 }
-FIRST, MOST, NAMED = 10, 20, 8  # rows in a terminal; groups; rows of a group
+FIRST, MOST, NAMED = 10, 8, 8  # rows in a terminal; groups; rows of a group
 
 
 def rows_page(result: RowsResult) -> Page:
@@ -26,7 +26,7 @@ def rows_page(result: RowsResult) -> Page:
         Section(
             "Harmful rows" if result.proven else "Rows with the highest scores",
             "A score above 0 means that a step of training on this row raises the loss of held-out examples. "
-            f"loss: of the finished model on the row, in {result.loss_unit}.",
+            f"The finished model's loss on the row is in {result.loss_unit}.",
             [Table(columns, cells[:FIRST]), Table(columns, cells[FIRST:], "More rows", folded=True, detail="page")],
         ),
         Section("Rows that repeat or contradict each other", "", [_groups(result, name) for name in REPEATED]),
@@ -39,7 +39,6 @@ def rows_page(result: RowsResult) -> Page:
     numbers = [
         Number("training rows", f"{len(result.rows):,}"),
         Number("scored on", f"{result.held_out:,}", "held-out examples"),
-        Number("total time", duration(result.seconds)),
     ]
     return Page("rows", result.run, result.verdict, numbers, sections, result.notes)
 
@@ -65,5 +64,5 @@ def _groups(result: RowsResult, name: str) -> Table | None:
         names = ", ".join(location.rpartition("/")[2] for location in group[:NAMED])
         more = f" and {len(group) - NAMED:,} more" if len(group) > NAMED else ""
         rows.append([f"{len(group):,}", f"{names}{more}"])
-    note = f"{plural(len(groups), 'group')} in total"
+    note = f"{plural(len(groups), 'group')} in total; report.json has all of them"
     return Table([*numeric("rows"), Column("where")], rows, REPEATED[name], note) if rows else None
