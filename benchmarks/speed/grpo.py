@@ -27,12 +27,9 @@ GENERATIONS, STEPS = 8, 2  # completions of a prompt; steps that count
 TRL: dict[str, dict[str, Any]] = {  # 8 completions in a forward, and TRL's default: with gradient checkpointing
     "TRL": {"gradient_checkpointing": False},
     "TRL, checkpointing": {},
-    "TRL, one forward": {"gradient_checkpointing": False, "per_device_train_batch_size": 64},
-    "TRL, continuous batching": {"gradient_checkpointing": False, "use_transformers_continuous_batching": True},
 }
 CELLS = [*product(TASKS, ("float32", "bfloat16"))]
-ARMS = [f"{task}/{dtype}/{arm}" for task, dtype in CELLS for arm in ("tailora", *(*TRL,)[:2])]
-ARMS += [f"short/float32/{arm}" for arm in (*TRL,)[2:]]  # slower, and need several times the memory
+ARMS = [f"{task}/{dtype}/{arm}" for task, dtype in CELLS for arm in ("tailora", *TRL)]
 REWARD = """
 def vowels(completions, **columns):
     return [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in completions]
