@@ -64,6 +64,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def run_cell(data: str, kind: str, share: float, seed: int, quick: bool, threads
     for variant, numbers in {"all": [], "found": rankings["score"][: len(planted)], "planted": planted}.items():
         left_out = [example for number in numbers for example in examples_of[number]]
         spec = spec_without(left_out, FinishedRun.read(Path(run)), OTHER_SEED + seed, scored.steps)
-        trial = get_trial(spec, folder / variant, run_trial=run_here)
+        trial = get_trial(replace(spec, before=first.base), folder / variant, run_trial=run_here)
         sums[variant] = [round(float(value), 4) for value in np.array(trial.sums)[half]]
     return {**result, "sums": sums, "counts": np.array(first.counts)[half].tolist()}
 
