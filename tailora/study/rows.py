@@ -50,7 +50,7 @@ from tailora.train.setup import Run
 
 STUDY, RUNS = "rows.json", "runs"
 SHARE = 0.05  # of the rows to remove, unless the number is set
-ALL, WORST, RANDOM, LOSS = "all rows", "without the highest scores", "without random rows", "without the highest losses"
+ALL, WORST, RANDOM, LOSS = "all rows", "without top scores", "without random", "without top losses"
 FOLDERS = {ALL: "all", WORST: "score", RANDOM: "random", LOSS: "loss"}
 TEXTS, HALF = 200, 150  # rows that are shown with their text; characters of its beginning, and of its end
 LOCATION = re.compile(r"(.*?)(?::|, item )(\d+)$")
