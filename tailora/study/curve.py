@@ -301,5 +301,5 @@ def curve_verdict(curve: LearningCurve, margin: float) -> str:
     )
     if largest.steps == curve.steps:
         verdict += f" With all examples, the loss was still falling at the last of {curve.steps} steps, so more steps "
-        verdict += "may help as well: use a higher --num-train-epochs."
+        verdict += "may help as well: use a higher --minutes or --num-train-epochs."
     return verdict

@@ -18,7 +18,7 @@ def curve_page(curve: LearningCurve) -> Page:
         f"rank {curve.points[-1].r}": curve.high_rank,
     }
     rows = [[name, signed(entry.change), interval(entry.interval, signed)] for name, entry in changes.items()]
-    columns = [Column("instead"), *numeric("change of the loss", "90% interval")]
+    columns = [Column("with"), *numeric("change of the loss", "90% interval")]
     candidates = ", ".join(f"{name} {weight:.0%}" for name, weight in curve.candidates.items() if weight >= 0.005)
     seeds = plural(len(largest.seed_losses), "seed")
     points = [[f"{p.examples:,}", str(p.r), f"{p.steps:,}", f"{p.eval_loss:.4f}"] for p in curve.points]
