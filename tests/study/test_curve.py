@@ -267,7 +267,7 @@ def test_the_command(
     assert main(["report", str(tmp_path / "out")]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # by default, the page tests run the command
 def test_a_curve_of_a_tiny_model(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "out"), learning_rate=1e-2)
     real = curve(train, SMALL, run_trial=run_here)

@@ -93,7 +93,8 @@ def test_a_gamed_reward_is_named(verdict: Callable[[str, str], str], reward: str
     assert "The held-out reward rose by" in text
 
 
-@pytest.mark.parametrize(("reward", "judge"), cases(HONEST))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("reward", "judge"), HONEST)
 def test_an_honest_reward_is_not(verdict: Callable[[str, str], str], reward: str, judge: str) -> None:
     text = verdict(reward, judge)
     assert text.startswith("The held-out reward rose by")
