@@ -172,8 +172,7 @@ class Rollouts:
         parts = split_by_tokens(lengths, self.shape.token_limit or self.tokens_of_group)
         step = Step.of([[trained[i] for i in part] for part in parts], examples, self.task)
         totals = np.array(gather_object([(step.tokens, step.supervised, step.divisor)])).sum(0)  # of all ranks
-        tokens, supervised, divisor = totals.tolist()  # the divisor of dapo is 0 if all completions are masked
-        divisor = max(divisor, 1.0)
+        tokens, supervised, divisor = totals.tolist()
         return replace(step, tokens=int(tokens), supervised=int(supervised), divisor=divisor, metrics=metrics)
 
     def _log_probabilities(self, examples: Sequence[Example]) -> list[list[float]]:

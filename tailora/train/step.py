@@ -33,7 +33,7 @@ class Step:
     micro_batches: list[list[Example]]
     tokens: int
     supervised: int  # tokens with a loss
-    divisor: float  # of the summed loss
+    divisor: float  # of the summed loss; 0 if no example counts
     idle: int = 0
     batches: list[Batch] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Step:
             micro_batches,
             tokens=sum(len(example.input_ids) for example in examples),
             supervised=sum(part.supervised for example in examples for part in task.trained_sequences(example)),
-            divisor=sum(example.weight * task.divisor(example) for example in examples) or 1.0,  # if none counts
+            divisor=sum(example.weight * task.divisor(example) for example in examples),
             idle=idle,
         )
 

@@ -225,7 +225,7 @@ class Trainer:
         run.updates.optimizer.zero_grad(set_to_none=False)
         sum_of = partial(run.accelerator.reduce, reduction="sum")
         batches = run.task.complete_step(run.model, step.batches, run.layout, sum_of)
-        share = accumulate_gradients(run.forward, batches, step.divisor, loss_scale)
+        share = accumulate_gradients(run.forward, batches, step.divisor or 1.0, loss_scale)
         sum_over_ranks(run.updates.buffers)
         return share
 

@@ -15,6 +15,7 @@ from tailora.kernels.loss import OWN
 from tailora.train.config import TrainConfig
 from tailora.train.grpo import GRPO, with_target
 from tailora.train.loss import BatchLayout, make_batch
+from tailora.train.step import Step
 
 LAYOUT = BatchLayout(False, OWN, 0)
 PROMPT, LONGEST = 5, 7
@@ -132,3 +133,10 @@ def test_settings_that_would_be_ignored_or_fail_are_refused(settings: dict[str, 
 
 def test_no_penalty_may_be_named() -> None:
     assert TrainConfig(task="grpo", reward=["exact_match"], beta=0.0).beta == 0
+
+
+def test_a_rank_whose_completions_are_all_masked_adds_nothing_to_the_divisor() -> None:
+    example = Example.of_text(np.arange(4, dtype=np.int32), np.arange(4) >= 2)
+    for advantage, divisor in ((np.nan, 0), (1.0, 2)):
+        examples = [with_target(example, advantage, [0.0, 0.0])]
+        assert Step.of([examples], examples, GRPO("dapo")).divisor == divisor
