@@ -35,6 +35,7 @@ from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
 from tailora.study.lr_range import SHORT_STEPS, seconds_needed
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
+from tailora.study.trial import FEWEST_HALVED
 from tailora.train import estimate
 from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.dataloader import epoch_steps, largest_forward, read_data
@@ -288,7 +289,7 @@ class Batches:
     """task: the training task, without its reference model.
     largest: the examples of the largest forward pass.    at: batch size -> its largest forward pass.
     examples: number of training examples.    tokens: of all steps.    examples, tokens, steps: None if unknown.
-    tokens_per_step: of one rank.    held_out_tokens: of all held-out examples; 0 for none, or if unknown.
+    tokens_per_step: of one rank.    held_out_tokens: of all held-out examples; 0 for too few to halve, or if unknown.
     """
 
     task: Task
@@ -352,7 +353,8 @@ def read_batches(
             train = data.prepared.train
             examples, steps = train, config.max_steps or epoch_steps(config, train.epoch_size, nproc)
             tokens_of_step = train.mean_length * min(step.examples_per_step, train.epoch_size / nproc)
-            held_out_tokens = int(data.held_out.lengths.sum()) if data.held_out else 0
+            if data.held_out and len(data.held_out) >= FEWEST_HALVED:
+                held_out_tokens = int(data.held_out.lengths.sum())
             notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
             if isinstance(task, ImageTextToText) and (images := int(task.is_image(train.input_ids).sum())):
                 notes.append(f"{images:,} of {len(train.input_ids):,} tokens of the training examples are images")

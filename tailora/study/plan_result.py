@@ -54,7 +54,7 @@ class Plan:
     examples: for training.    tokens, seconds: of all steps. These, steps and seconds_per_step are None if unknown, as
         the time is for a card that this machine does not have.
     lr_search_seconds: of `tailora search --lr-only` with SHORT_STEPS, unless it ends early. None if the time of a step
-        is unknown, without held-out examples, for several processes, and if the learning rate is set.
+        is unknown, with fewer than 4 held-out examples, for several processes, and if the learning rate is set.
     full: None if the run itself is full fine-tuning, or the model is quantized.
     ranks: None for one process. With several, memory and time are per process.
     """

@@ -49,6 +49,8 @@ MODULE = "tailora.study.trial"
 COMMAND = (sys.executable, "-m", MODULE)  # followed by the folder
 IGNORED_FIELDS = ("before", "texts", "processes")  # fields of a TrialSpec that do not change the result
 
+FEWEST_HALVED = 4  # held-out examples: two for each half
+
 Indices = NDArray[np.int64]
 BaseLosses = tuple[list[float], list[int]]  # per held-out example: sum of the base's losses, number of losses
 
@@ -67,12 +69,12 @@ def evaluation_half(count: int) -> Indices:
 
 def _shuffled(count: int) -> Indices:
     """Returns a permutation that depends only on `count`."""
-    if count < 4:
+    if count < FEWEST_HALVED:
         examples = "1 distinct held-out example is" if count == 1 else f"{count} distinct held-out examples are"
         raise ConfigError(
-            f"{examples} too few: one half selects settings, and the other half evaluates them. Hold out at least 4, "
-            "preferably 100, with --eval-data FILE or a larger --validation-split. Duplicates do not count, nor do "
-            "rows that have no trained tokens left after truncation to --max-length"
+            f"{examples} too few: one half selects settings, and the other half evaluates them. Hold out at least "
+            f"{FEWEST_HALVED}, preferably 100, with --eval-data FILE or a larger --validation-split. Duplicates do not "
+            "count, nor do rows that have no trained tokens left after truncation to --max-length"
         )
     return np.random.default_rng(0).permutation(count)
 

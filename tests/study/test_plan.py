@@ -257,6 +257,7 @@ def test_a_short_search_for_the_learning_rate_takes_its_steps_and_evaluations(pl
     "changes",
     [
         {"validation_split": 0.0},
+        {"validation_split": 0.05},
         {"learning_rate": 1e-4},
         {"method": "full", "learning_rate": 1e-4},
         {"device": "h100 pcie"},
