@@ -2,7 +2,7 @@
 
     measure_costs    a few steps -> Costs; stops as soon as they show that the time is too short
     fit              Costs, time -> Extent and steps: reduces the extent until runs of a useful length fit
-    TimeLimit        the same for a comparison or a search, with an error if even the minimum does not fit
+    TimeLimit        the same for a whole study, with an error if even the minimum does not fit
 
 A trial of S steps takes  fixed + S step + evaluations;  a final run takes  fixed + S step + one evaluation of twice
 as many examples. The base's losses are known from the timing run. Successive halving ends half of the trials of a
@@ -76,8 +76,8 @@ START = Costs(fixed=2, step=0, evaluation=0)  # the minimum for any run: a new p
 class Extent:
     """How much a study does.
 
-    tries: learning rates per arm, or trials of a search.    seeds: final runs per arm or finalist.
-    part: share of the held-out examples in use.
+    tries: learning rates per arm, trials of a search, or subsets of a learning curve at the higher rank.
+    seeds: final runs per arm, finalist or subset.    part: share of the held-out examples in use.
     """
 
     tries: int

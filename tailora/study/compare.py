@@ -274,11 +274,7 @@ class _Comparison:
         self.session.log(f"{plan.max_steps} steps per run, to fit all runs into --minutes")
         if plan.held_out is not None:
             self.session.note(f"only {plan.held_out} of {plan.examples} held-out examples fit into --minutes")
-        if plan.minutes not in (None, self.session.minutes):
-            self.session.note(
-                f"runs have {plan.max_steps} steps, as planned for --minutes {plan.minutes:g}; for longer runs, use a "
-                "different --output-dir"
-            )
+        self.session.note_minutes(plan.minutes, f"runs have {plan.max_steps} steps")
 
     def _timing(self, arm: str, stop: Listen | None = None) -> Trial:
         rate = self.study.first_rate(arm) / 100

@@ -34,7 +34,7 @@ def trial_settings(
     return values
 
 
-# Shared by comparisons and searches
+# Shared by several studies
 Minutes = Annotated[float | None, Field(gt=0, allow_inf_nan=False, description="time limit for the whole study")]
 MARGIN = "loss differences below this are ignored; in nats per token, or in the task's unit"
 Margin = Annotated[float, Field(gt=0, allow_inf_nan=False, description=MARGIN)]
@@ -96,7 +96,7 @@ def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **fixed: An
 class CurveConfig(StrictModel):
     """A learning curve: the held-out loss of runs on nested subsets of the training data."""
 
-    seeds: int = Field(3, ge=2, le=100, description="final runs per subset, each with its own subsets")
+    seeds: int = Field(3, ge=2, le=100, description="number of seeds; each draws its own subsets")
     minutes: Minutes = None
     margin: Margin = 0.02
 

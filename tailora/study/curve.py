@@ -7,7 +7,8 @@
 The subsets are an eighth, a quarter, a half and all of the data, nested for each seed; the runs are repeated at RANKS
 times the rank, with --minutes only for the largest. Each size has its best number of steps, as in studies of data
 scaling (arXiv:1712.00409, arXiv:2001.08361): equal epochs would give small subsets too few steps to learn, and equal
-steps would make them overfit. All other settings are equal.
+steps would make them overfit. All other settings are equal. At the same lora_alpha, the scale alpha / r of the higher
+rank is a quarter.
 """
 
 import math
@@ -47,6 +48,7 @@ class CurvePlan:
 
     max_steps: the most of a run.    points: rank and number of examples of each; the user's rank first.
     train_examples, examples: number of training and held-out examples in total.    held_out: number used, None for all.
+    minutes: the time limit of the plan.    limit: the flag that limits the steps.
     """
 
     max_steps: int
@@ -56,6 +58,8 @@ class CurvePlan:
     examples: int
     train_examples: int
     processes: int
+    minutes: float | None = None
+    limit: str = "--num-train-epochs"
 
     @property
     def sizes(self) -> list[int]:
@@ -76,6 +80,7 @@ def curve(
     processes: number of processes in each run.    Raises ConfigError, and any error of a run.
     """
     wrong = {"--task grpo": train.task == GRPO, "--streaming": train.streaming, "--method full": train.method == "full"}
+    wrong["--adapter"] = bool(train.adapter)  # its rank is fixed
     wrong |= {name: bool(getattr(train, name)) for name in STEP_CHOICE}  # each run has its best number of steps
     wrong |= {f"--data {source}": source.weight != 1 for source in parse_sources(train.data)}
     if given := " and ".join(name for name, is_given in wrong.items() if is_given):
@@ -88,6 +93,7 @@ def curve(
         session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
         plan = session.plan(partial(_measure, train, study, session), CurvePlan)
         session.check_processes(plan.processes)
+        session.note_minutes(plan.minutes, f"runs have at most {plan.max_steps} steps")
         session.log(f"subsets of {', '.join(map(str, plan.sizes))} examples, at most {plan.max_steps} steps")
         used = {"training": (plan.sizes[-1], plan.train_examples), "held-out": (plan.held_out, plan.examples)}
         for name, (part, total) in used.items():
@@ -134,6 +140,7 @@ def _measure(train: TrainConfig, study: CurveConfig, session: StudySession) -> C
             "more data or more steps"
         )
     points = [(rank, largest // part) for rank in (train.r, RANKS * train.r) for part in PARTS]
+    in_settings = "--num-train-epochs" if train.max_steps is None else "--max-steps"
     return CurvePlan(
         max_steps=steps,
         points=points[: len(PARTS)] + points[-extent.tries :],
@@ -142,6 +149,8 @@ def _measure(train: TrainConfig, study: CurveConfig, session: StudySession) -> C
         examples=held_out,
         train_examples=total,
         processes=session.processes,
+        minutes=study.minutes,
+        limit=in_settings if steps == longest else "--minutes",
     )
 
 
@@ -269,23 +278,29 @@ def evaluate_curve(
         loss_unit=first.loss_unit,
         **fields,
     )
-    return replace(result, verdict=curve_verdict(result, margin))
+    return replace(result, verdict=curve_verdict(result, margin, plan.limit))
 
 
-def curve_verdict(curve: LearningCurve, margin: float) -> str:
-    """Returns the sentences about twice the data, a quarter of it, a higher rank and more steps."""
+def curve_verdict(curve: LearningCurve, margin: float, limit: str) -> str:
+    """Returns the sentences about twice the data, a quarter of it, a higher rank and more steps.
+
+    limit: the flag that limits the steps.
+    """
     largest, change = curve.largest, curve.doubling or -curve.half
-    helps, what = "would {}help", f"twice the {largest.examples:,} examples would change"
+    helps, may_help, hardly_helps = "would help", "may help", "would hardly help"
+    what = f"twice the {largest.examples:,} examples would change"
     if curve.doubling is None:
-        helps, what = "{}helped", f"the last doubling, to {largest.examples:,} examples, changed"
+        helps, may_help, hardly_helps = "helped", "may have helped", "hardly helped"
+        what = f"the last doubling, to {largest.examples:,} examples, changed"
     low, high = change.interval
-    is_flat, is_small = high >= 0, -margin < low and high < margin
-    text = "More data " + helps.format("hardly " if is_small else "")
-    if is_flat and not is_small:
+    text = f"More data {helps if change.helps(margin) else may_help}"
+    if -margin < low and high < margin:
+        text = f"More data {hardly_helps}"
+    elif high >= 0:
         text = "Cannot tell the curve from a flat one"
     low, high = curve.quarter.interval
     few = "does as well" if high < margin else "is worse" if low > 0 else "may be worse"
-    limits: dict[tuple[bool | None, ...], str] = {
+    bottlenecks: dict[tuple[bool | None, ...], str] = {
         (True, False): "The data is the bottleneck, not the rank",
         (False, True): "The rank is the bottleneck, not the data",
         (True, True): "Both the data and the rank limit the result",
@@ -294,12 +309,12 @@ def curve_verdict(curve: LearningCurve, margin: float) -> str:
         (None, True): "The rank is a bottleneck, and the data may be another",
     }
     unknown = "Cannot tell whether the data or the rank is the bottleneck"
-    limit = limits.get((change.helps(margin), curve.high_rank.helps(margin)), unknown)
+    bottleneck = bottlenecks.get((change.helps(margin), curve.high_rank.helps(margin)), unknown)
     verdict = (
         f"{text}: {what} the held-out loss by {change}, in {curve.loss_unit}. A quarter of the data {few}: "
-        f"{curve.quarter}. {limit}: {RANKS} times the rank changes the loss by {curve.high_rank}."
+        f"{curve.quarter}. {bottleneck}: {RANKS} times the rank changes the loss by {curve.high_rank}."
     )
     if largest.steps == curve.steps:
         verdict += f" With all examples, the loss was still falling at the last of {curve.steps} steps, so more steps "
-        verdict += "may help as well: use a higher --minutes or --num-train-epochs."
+        verdict += f"may help as well: use a higher {limit} and a different --output-dir."
     return verdict

@@ -267,6 +267,11 @@ class StudySession:
                 f"processes per run; use --nproc-per-node {planned}, or a different --output-dir"
             )
 
+    def note_minutes(self, planned: float | None, runs: str) -> None:
+        """Adds a note if the plan was for a different time limit. runs: their number of steps in words."""
+        if planned not in (None, self.minutes):
+            self.note(f"{runs}, as planned for --minutes {planned:g}; for longer runs, use a different --output-dir")
+
     def has_trial(self, path: Path) -> bool:
         return (path / RESULT).exists()
 

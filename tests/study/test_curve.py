@@ -175,6 +175,24 @@ def test_minutes_limit_the_steps_and_the_largest_subset(train: TrainConfig) -> N
         curve(train.replaced(output_dir=f"{train.output_dir}-2"), CurveConfig(minutes=0.01), run_trial=MadeUp())
 
 
+def test_the_verdict_names_the_flag_that_limited_the_steps(train: TrainConfig) -> None:
+    class Falling(MadeUp):
+        def loss(self, spec: TrialSpec, step: int) -> float:
+            return super().loss(spec, step) - step
+
+    for name, max_steps, minutes in (("epochs", None, None), ("max-steps", 60, 99), ("minutes", 60, 1)):
+        limited = train.replaced(output_dir=f"{train.output_dir}-{name}", max_steps=max_steps)
+        study = CurveConfig(seeds=2, minutes=minutes)
+        found = curve(limited, study, run_trial=Falling())
+        flag = name.replace("epochs", "num-train-epochs")
+        assert f"last of {found.steps} steps" in found.verdict
+        assert found.verdict.endswith(f"may help as well: use a higher --{flag} and a different --output-dir.")
+    assert 9 < found.steps < 60
+    note = f"runs have at most {found.steps} steps, as planned for --minutes 1; for longer runs, use a different --outp"
+    again = [curve(limited, study.replaced(minutes=more), run_trial=Falling()).notes for more in (1, 2)]
+    assert [any(text.startswith(note) for text in notes) for notes in again] == [False, True]
+
+
 def test_the_report_and_its_page(train: TrainConfig) -> None:
     found = curve(train, SMALL, run_trial=MadeUp(of_rank=0.3))
     report = json.loads((Path(train.output_dir) / "report.json").read_text())
@@ -193,6 +211,8 @@ def test_what_cannot_be_measured_is_refused(train: TrainConfig) -> None:
     ):
         with pytest.raises(ConfigError, match=f"a learning curve does not support {text}; remove it"):
             curve(train.replaced(**changes), SMALL)
+    with pytest.raises(ConfigError, match="a learning curve does not support --adapter; remove it"):
+        curve(TrainConfig(model=train.model, data=train.data, adapter="outputs/chats"), SMALL)
     with pytest.raises(ConfigError, match=r"needs at least 32 training examples, got 8 of 200"):
         curve(train.replaced(max_steps=2), SMALL, run_trial=MadeUp())
 
@@ -221,6 +241,7 @@ def test_what_cannot_be_measured_is_refused(train: TrainConfig) -> None:
             ["from a flat", "may be worse", "whether the data"],
         ),
         ((0.0, -0.01, 0.0), (0.0, -0.01, 0.01), (0.0, -0.01, 0.01), ["hardly help", "as well", "Neither the data nor"]),
+        ((-0.015, -0.03, -0.005), (0.2, 0.1, 0.3), (0.0, -0.01, 0.01), ["data may help", "whether the data"]),
     ],
 )
 def test_the_verdict(
@@ -229,13 +250,18 @@ def test_the_verdict(
     more, few, high_rank = (Change(value, (low, high)) for value, low, high in (doubling, quarter, rank))
     read = TypeAdapter(LearningCurve).validate_python(CONTENTS["curve"]())
     result = replace(read, doubling=more, half=Change(0.5, (0.4, 0.6)), quarter=few, high_rank=high_rank)
-    text = curve_verdict(result, 0.02)
+    text = curve_verdict(result, 0.02, "--minutes")
     assert all(sentence in text for sentence in sentences)
     assert f"twice the 200 examples would change the held-out loss by {doubling[0]:+.3f} (90% interval" in text
-    measured = curve_verdict(replace(result, doubling=None, half=-more), 0.02)
-    assert measured == text.replace("would help", "helped").replace("would hardly help", "hardly helped").replace(
-        "twice the 200 examples would change", "the last doubling, to 200 examples, changed"
-    )
+    measured = curve_verdict(replace(result, doubling=None, half=-more), 0.02, "--minutes")
+    for forecast, measurement in (
+        ("would help", "helped"),
+        ("may help:", "may have helped:"),
+        ("would hardly help", "hardly helped"),
+        ("twice the 200 examples would change", "the last doubling, to 200 examples, changed"),
+    ):
+        text = text.replace(forecast, measurement)
+    assert measured == text
 
 
 def test_without_forecasts_the_page_shows_the_measured_points(

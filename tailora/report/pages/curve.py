@@ -29,7 +29,9 @@ def curve_page(curve: LearningCurve) -> Page:
             f"best number of steps, up to {curve.steps:,}, so only the data differs.",
             [_figure(curve), Table(numeric("examples", "rank", "best steps", "held-out loss"), points)],
         ),
-        Section("What changes the loss", f"Shapes of the curve: {candidates}.", [Table(columns, rows)]),
+        Section(
+            "What changes the loss", f"Probability of each shape of the curve: {candidates}.", [Table(columns, rows)]
+        ),
         Section("Settings", "", [settings_table("Settings", *curve.settings.items())]),
     ]
     numbers = [
