@@ -242,7 +242,8 @@ def run_study(
 
 
 RunFolder = Annotated[
-    Path, Parameter(help="output folder of a run, plan, comparison, search, curve, evaluation or inspection")
+    Path,
+    Parameter(help="output folder of a run, plan, comparison, search, curve, study of rows, evaluation or inspection"),
 ]
 
 

@@ -102,7 +102,8 @@ def load_reward(reward: Reward) -> RewardFunction:
         return BUILT_IN[kind](argument)
     path, _, name = reward.source.rpartition(":")
     if not path.endswith(".py"):
-        known = f"{', '.join(BUILT_IN)}, FILE.py:FUNCTION{nearest(kind, BUILT_IN)}"
+        forms = [f"{name}:{WITH_ARGUMENT[name]}" if name in WITH_ARGUMENT else name for name in BUILT_IN]
+        known = f"{', '.join(forms)}, FILE.py:FUNCTION{'' if kind in BUILT_IN else nearest(kind, BUILT_IN)}"
         raise ConfigError(f"unknown --reward {reward.source!r}; expected one of {known}")
     if not Path(path).is_file():
         raise ConfigError(f"--reward {reward.source}: no such file: {path}")
@@ -202,7 +203,7 @@ BUILT_IN: dict[str, Callable[[str], RewardFunction]] = {
     "max_length": _max_length,
     "math": _math,
 }
-WITH_ARGUMENT = ("regex", "json_schema", "max_length")
+WITH_ARGUMENT = {"regex": "PATTERN", "json_schema": "FILE", "max_length": "CHARACTERS"}
 
 
 # ---- The process that runs them

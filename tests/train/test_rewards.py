@@ -237,8 +237,10 @@ def test_rewards_that_only_judge_have_no_weight(value: str, advice: str) -> None
     [
         (
             "exact",
-            "unknown --reward 'exact'; expected one of exact_match, regex, json_schema, max_length, math, FILE.py",
+            "unknown --reward 'exact'; expected one of exact_match, regex:PATTERN, json_schema:FILE, "
+            "max_length:CHARACTERS, math, FILE.py:FUNCTION; did you mean exact_match?",
         ),
+        ("regex", "unknown --reward 'regex'; expected one of exact_match, regex:PATTERN"),
         ("rewards.py", "unknown --reward 'rewards.py'; expected one of"),
         ("missing.py:score", "no such file: missing.py"),
         ("regex:(", "missing )"),
