@@ -257,6 +257,8 @@ class ContinuousEngine(Engine):
                 num_blocks=self.cache_tokens // PAGE_SIZE,
                 max_batch_tokens=BATCH_TOKENS,
                 max_requests_per_batch=self.max_requests,
+                # transformers starts no request while 15% or less is free; a cache for all of them needs no such margin
+                safety_margin=None if self.cache_tokens == CACHE_TOKENS else 0.0,
                 allow_block_sharing=False,
                 auto_switch_to_flash=False,
                 use_async_batching=False,

@@ -275,6 +275,23 @@ def test_a_group_gets_the_tokens_of_its_seeds_and_its_prompt_is_computed_once(pr
             assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-4)
 
 
+def test_requests_that_fill_the_cache_start_together() -> None:
+    base, batches = base_model(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal batches
+        batches += 1
+
+    with started(ContinuousEngine(AdapterSet(base, {}), [EOS], max_positions=64, max_requests=16)) as engine:
+        answers = Answers(engine)
+        with base.get_submodule("model.norm").register_forward_pre_hook(count):
+            with engine.paused():
+                for number in range(4):  # a request needs two pages of the cache, as many as there are for it
+                    answers.submit_group(range(4 * number, 4 * number + 4), [*range(8, 50)], None, ignore_eos=True)
+            answers.wait()
+    assert batches == 1 + len(answers.tokens["seed 0"])
+
+
 def test_an_error_ends_a_whole_group(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = Answers(engine)
     with monkeypatch.context() as patch:
