@@ -54,8 +54,11 @@ class Example:
             content += self.second_start.to_bytes(8, "little")
         if self.target is not None:
             content += self.target.tobytes()
-        content += "".join(image.sha256 for image in self.images).encode()
-        return hashlib.sha256(content).digest()
+        return hashlib.sha256(content + self.image_hashes).digest()
+
+    @property
+    def image_hashes(self) -> bytes:
+        return "".join(image.sha256 for image in self.images).encode()
 
     @property
     def sequences(self) -> tuple["Example", ...]:

@@ -28,23 +28,25 @@ def duplicates(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def contradictions(examples: Sequence[Example]) -> list[list[int]]:
-    """Returns groups of examples with the same prompt or text, but different replies or labels.
+    """Returns groups of examples with the same prompt or text, and the same images, but different replies or labels.
 
     A text that is trained from its second token on has no prompt.
     """
     by_prompt: dict[bytes, dict[bytes, int]] = {}  # prompt -> reply -> the first example with it
     for index, example in enumerate(examples):
         ids, trained = example.input_ids, example.labels != IGNORED
-        start, reply = int(np.argmax(trained)), ids[trained].tobytes()
+        start, reply = int(np.argmax(trained)), example.labels[trained].tobytes()
         if example.target is not None:
             start, reply = len(ids), example.target.tobytes()
+        elif (example.labels != ids)[trained].any():  # tags of words
+            start = len(ids)
         if start > 1:
-            by_prompt.setdefault(ids[:start].tobytes(), {}).setdefault(reply, index)
+            by_prompt.setdefault(ids[:start].tobytes() + example.image_hashes, {}).setdefault(reply, index)
     return [sorted(replies.values()) for replies in by_prompt.values() if len(replies) > 1]
 
 
 def near_duplicates(examples: Sequence[Example]) -> list[list[int]]:
-    """Returns groups of similar examples, each similar to another in its group. Equal examples count once."""
+    """Returns groups of similar examples with the same images, each similar to another. Equal examples count once."""
     chosen = [copies[0] for copies in group_equal([example.hash for example in examples])]
     shingles = [_shingles(examples[index].input_ids) for index in chosen]
     counts = Counter(shingle for row in shingles for shingle in row.tolist())
@@ -57,7 +59,7 @@ def near_duplicates(examples: Sequence[Example]) -> list[list[int]]:
             index = group_of[index]
         return index
 
-    for left, right in _candidates(shingles):
+    for left, right in _candidates(shingles, [examples[index].image_hashes for index in chosen]):
         first, second = sorted((first_of(left), first_of(right)))
         shared = len(np.intersect1d(shingles[left], shingles[right], assume_unique=True))
         if first != second and shared >= SIMILAR * (len(shingles[left]) + len(shingles[right]) - shared):
@@ -75,14 +77,15 @@ def _shingles(ids: Int32) -> UInt64:
     return np.unique(hashes ^ (hashes >> np.uint64(29)))
 
 
-def _candidates(shingles: Sequence[UInt64]) -> Iterator[tuple[int, int]]:
-    """Yields pairs that share a band: each example with the first and with the previous one."""
+def _candidates(shingles: Sequence[UInt64], images: Sequence[bytes]) -> Iterator[tuple[int, int]]:
+    """Yields pairs that share a band and their images: each example with the first and with the previous one."""
     factors, offsets = np.random.default_rng(0).integers(2**63, size=(2, HASHES), dtype=np.uint64)
     factors = factors * np.uint64(2) + np.uint64(1)
     texts = [index for index, row in enumerate(shingles) if len(row)]
     # the high bits of a product are the random ones
     signatures = [((shingles[i][:, None] * factors + offsets) >> np.uint64(32)).min(0) for i in texts]  # (HASHES,)
     for start in range(0, HASHES, BAND):
-        for bucket in group_equal([signature[start : start + BAND].tobytes() for signature in signatures]):
+        bands = [signature[start : start + BAND].tobytes() for signature in signatures]
+        for bucket in group_equal([band + images[index] for index, band in zip(texts, bands, strict=True)]):
             for previous, index in pairwise(bucket):
                 yield from {(texts[bucket[0]], texts[index]), (texts[previous], texts[index])}

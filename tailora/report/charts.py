@@ -112,7 +112,7 @@ class Canvas:
 
     def _name_rows(self, names: Sequence[str]) -> None:
         """Labels the rows, the first at the top."""
-        self.axes.set_yticks(range(len(names)), [one_line(name, 18) for name in names])
+        self.axes.set_yticks(range(len(names)), [one_line(name, 22) for name in names])
         self.axes.spines["left"].set_visible(False)
 
     # ---- Values side by side, the first at the top

@@ -141,7 +141,10 @@ class RowsConfig(StrictModel):
     """Which rows of a finished run hurt, and whether training without them helps."""
 
     run: str = Field(description="output folder of the run")
-    prove: bool = Field(False, description="train again without the rows with the highest scores, and without others")
+    prove: bool = Field(
+        False,
+        description="train without the rows of the highest scores and, to compare, without random or high-loss ones",
+    )
     k: int | None = Field(None, ge=1, description="number of rows to remove; default: 5% of the training rows")
     seeds: int = Field(3, ge=1, le=100, description="runs with --prove for each set of rows")
-    minutes: Minutes = None
+    minutes: Minutes = Field(None, description="time limit with --prove; the scoring counts but is not interrupted")

@@ -28,7 +28,7 @@ from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import ADAPTER, RUN
 from tailora.kernels.flat_parameters import gradient_norm
-from tailora.train.config import ADAPTER_FIELDS, GRPO, TrainConfig
+from tailora.train.config import ADAPTER_FIELDS, GRPO, PER_EXAMPLE, TrainConfig
 from tailora.train.dataloader import read_without
 from tailora.train.kernel_choice import use_kernels
 from tailora.train.loss import make_batch
@@ -40,9 +40,11 @@ NOT_NEEDED = ("optim", "report_to", "fsdp", "fsdp_reshard_after_forward", "fsdp_
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """settings: with the folder of the run as output_dir.    seconds: that it took.    data_sha256: of its data."""
+    """settings: with the run's folder as output_dir.    best_step: of its adapter.    data_sha256: of its data."""
 
     settings: TrainConfig
+    steps: int
+    best_step: int
     seconds: float
     data_sha256: str
 
@@ -60,12 +62,13 @@ class FinishedRun:
                 (settings.method == "full", "it trained all weights instead of an adapter"),
                 (settings.task == GRPO, "it sampled its own completions"),
                 (settings.streaming or settings.documents == "concatenated", "its examples do not belong to rows"),
-                (content["loss_unit"] == "per example", "it learned preferences"),
+                (content["loss_unit"] == PER_EXAMPLE, "it learned preferences"),
             ]
             for is_wrong, reason in problems:
                 if is_wrong:
                     raise ConfigError(f"the rows of the run in {folder} cannot be scored: {reason}")
-            return cls(settings, float(content["result"]["seconds"]), content["data"]["sha256"])
+            result, data = content["result"], content["data"]
+            return cls(settings, result["steps"], result["best_step"], result["seconds"], data["sha256"])
         except (KeyError, TypeError) as error:
             raise FormatError(f"{folder / RUN} was not written by this version ({error!r}); train again") from None
 

@@ -1,6 +1,6 @@
 """The results of `compare`, `search`, `rows` and `curve`: data classes whose field names are the keys of report.json.
 
-`study/verdict.py` and `study/curve.py` fill them in from the runs and add the verdict; `tailora/report` shows both.
+`verdict.py`, `rows.py` and `curve.py` fill them in from the runs and add the verdict; `tailora/report` shows both.
 Losses are measured on held-out examples: one half selects settings, the other evaluates the selected ones
 (`study/trial.py`). `loss_unit` is their unit; earlier versions supported only language models. In reinforcement
 learning, runs minimize minus the reward, and report.json and pages have rewards instead of losses (`Measure`). Needs no
@@ -227,13 +227,15 @@ class SearchResult:
 
 # ---- rows
 
+TEXTS = 200  # rows with the highest scores, which have a text
+
 
 @dataclass(frozen=True)
 class ScoredRow:
     """row: number in the file.    score: above 0, training on the row raises the held-out loss.
 
     loss: of the finished run on this row, in its unit.    examples: indices of its training examples.
-    text: of the rows with the highest scores.
+    text: of the first `TEXTS` rows.
     """
 
     row: int
@@ -251,7 +253,7 @@ class RowsResult:
 
     rows: with the highest scores first.    repeated: "duplicates", "near_duplicates" and "contradictions" -> groups of
     locations.    held_out: examples that rows were scored on.    steps: of each run.
-    variants: of a proof; differences are from the runs without the first k rows.    evaluated: held-out examples of it.
+    variants: of a proof; differences are from the runs without the first k rows.
     """
 
     run: str
@@ -267,7 +269,7 @@ class RowsResult:
     notes: list[str] = field(default_factory=list)
     variants: list[ArmResult] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    evaluated: int = 0
+    judged_examples: int = 0
     base_loss: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,9 +309,9 @@ class Change:
 
     def helps(self, margin: float) -> bool | None:
         """Returns whether it lowers the loss by the margin; None if that is not known."""
-        return (
-            True if self.interval[1] < 0 and self.change <= -margin else False if self.interval[0] > -margin else None
-        )
+        if self.interval[1] < 0 and self.change <= -margin:
+            return True
+        return False if self.interval[0] > -margin else None
 
 
 @dataclass(frozen=True)

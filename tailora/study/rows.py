@@ -5,9 +5,9 @@
     prove    train with all rows, and without the k rows of the highest scores, the highest losses, or at random
              -> differences on the evaluation half, which had no influence on the scores; verdict
 
-All runs have the settings and the steps of the finished run, but other seeds. Removed rows stay in their batches with
-weight 0: without them, each of the others would be used more often in the same number of steps, which alone changes the
-loss. Random rows are drawn for each seed. The same call resumes.
+All runs have the settings of the finished run, but other seeds, and as many steps as led to the adapter that it kept.
+Removed rows stay in their batches with weight 0: without them, each of the others would be used more often in the same
+number of steps, which alone changes the loss. Random rows are drawn for each seed. The same call resumes.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from tailora.formats.run_folder import ADAPTER, ADAPTER_WEIGHTS, write_report
 from tailora.study.budget import FEWEST_SEEDS, MARGIN
 from tailora.study.config import RowsConfig, trial_settings
 from tailora.study.influence import FinishedRun, row_scores
-from tailora.study.results import ArmResult, RowsResult, ScoredRow
+from tailora.study.results import TEXTS, ArmResult, RowsResult, ScoredRow
 from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import PLAN, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import (
     DONE,
+    RESULT,
     Progress,
     RunTrial,
     Trial,
@@ -46,13 +47,14 @@ from tailora.study.trial import (
 )
 from tailora.study.verdict import format_difference, one_seed, run_statistics
 from tailora.train.config import TrainConfig
+from tailora.train.memory import return_cached_memory
 from tailora.train.setup import Run
 
 STUDY, RUNS = "rows.json", "runs"
 SHARE = 0.05  # of the rows to remove, unless the number is set
-ALL, WORST, RANDOM, LOSS = "all rows", "without top scores", "without random", "without top losses"
+ALL, WORST, RANDOM, LOSS = "all rows", "without highest scores", "without random rows", "without highest losses"
 FOLDERS = {ALL: "all", WORST: "score", RANDOM: "random", LOSS: "loss"}
-TEXTS, HALF = 200, 150  # rows that are shown with their text; characters of its beginning, and of its end
+HALF = 150  # characters that are shown of a text's beginning, and of its end
 LOCATION = re.compile(r"(.*?)(?::|, item )(\d+)$")
 
 
@@ -72,17 +74,21 @@ def score_rows(
     """
     finished, folder = FinishedRun.read(Path(study.run)), Path(train.output_dir)
     adapter = hashlib.sha256((Path(study.run) / ADAPTER / ADAPTER_WEIGHTS).read_bytes()).hexdigest()[:12]
-    settings = study_settings(finished.settings, processes, rows={"run": study.run, "adapter_sha256": adapter})
+    settings = study_settings(finished.settings, processes, rows={"adapter_sha256": adapter})
     with locked(folder, STUDY, wait=False):
         open_folder(folder, STUDY, settings, begun=(folder / PLAN).exists())
         session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
         scored = session.plan(lambda: _scored(finished, log), RowsResult)
+        return_cached_memory()  # the proof's runs are other processes on the same device
         k = study.k or max(1, round(SHARE * len(scored.rows)))
         if k >= len(scored.rows):
             raise ConfigError(f"--k {k} would remove all {len(scored.rows)} training rows; use a lower number")
-        result = replace(scored, k=k, settings=settings, notes=session.notes)
-        if study.prove:
-            seeds = [finished.settings.seed + number for number in range(1, study.seeds + 1)]
+        result = replace(scored, run=study.run, k=k, settings=settings, notes=session.notes)
+        first = finished.settings.seed + 1
+        seeds: Sequence[int] = range(first, first + study.seeds)
+        if not study.prove:  # an earlier proof stays in the report
+            seeds = [*takewhile(lambda seed: not _missing(session, k, [seed]), count(first))]
+        if seeds:
             result = _with_proof(result, finished, session, seeds)
     verdict, proven = rows_verdict(result.variants, k, result.loss_unit)
     result = replace(result, verdict=verdict, proven=proven)
@@ -120,18 +126,19 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
                 for find in (duplicates, near_duplicates, contradictions)
             },
             held_out=len(held_out),
-            steps=run.data.max_steps,
+            steps=finished.best_step,
             loss_unit=run.task.loss_unit,
         )
 
 
 def _texts(run: Run, examples: Iterable[Example]) -> list[str]:
-    """Returns the text and the label of each, without special tokens and without what all texts begin with."""
+    """Returns the text and the label of each, without special tokens and without the lines that all begin with."""
     show = preview if run.labels is None else Labels.from_dict(run.labels).preview
     texts = ["".join(text for text, _ in show(example, run.tokenizer)) for example in examples]
     for token in run.tokenizer.all_special_tokens:
         texts = [text.replace(token, "") for text in texts]
-    begin = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False))))
+    lines = [text.splitlines(keepends=True)[:-1] for text in (min(texts), max(texts))]
+    begin = sum(len(line) for line, other in takewhile(lambda pair: pair[0] == pair[1], zip(*lines, strict=False)))
     texts = [text[begin:].strip() for text in texts]
     return [text if len(text) <= 2 * HALF else f"{text[:HALF]} ... {text[-HALF:]}" for text in texts]
 
@@ -147,43 +154,50 @@ def _with_proof(result: RowsResult, finished: FinishedRun, session: StudySession
     for name, of_name in trials.items():
         losses = [trial.loss(evaluation_half(len(trial.counts))) for trial in of_name]
         variants.append(ArmResult(name, {}, DONE, seed_losses=losses, **statistics.fields(name, of_name)))
-    evaluated, base_loss = statistics.examples, statistics.base_loss
-    return replace(result, variants=variants, seeds=statistics.seeds, evaluated=evaluated, base_loss=base_loss)
+    judged, base_loss = statistics.examples, statistics.base_loss
+    return replace(result, variants=variants, seeds=statistics.seeds, judged_examples=judged, base_loss=base_loss)
+
+
+def _folders(session: StudySession, k: int, seed: int) -> dict[str, Path]:
+    names = {name: folder if name == ALL else f"{folder}-{k}" for name, folder in FOLDERS.items()}
+    return {name: session.folder / RUNS / folder / f"seed-{seed}" for name, folder in names.items()}
+
+
+def _missing(session: StudySession, k: int, seeds: Sequence[int]) -> int:
+    """Returns the number of runs that a proof with these seeds still needs."""
+    return sum(not session.has_trial(folder) for seed in seeds for folder in _folders(session, k, seed).values())
 
 
 def _train(
     result: RowsResult, finished: FinishedRun, session: StudySession, seeds: Sequence[int]
 ) -> dict[str, list[Trial]]:
     """Trains with and without the first k rows, with as many seeds as there is time for."""
-
-    def folder(name: str, seed: int) -> Path:
-        set_of_rows = FOLDERS[name] if name == ALL else f"{FOLDERS[name]}-{result.k}"
-        return session.folder / RUNS / set_of_rows / f"seed-{seed}"
-
-    def missing(seeds: Sequence[int]) -> int:
-        return sum(not session.has_trial(folder(name, seed)) for seed in seeds for name in FOLDERS)
-
-    seconds = finished.seconds  # of one run, until the first one shows how long loading and evaluating takes
-    minutes = math.ceil(seconds * missing(seeds) / 60)
-    session.log(
-        f"{missing(seeds)} runs with and without {result.k} of {len(result.rows):,} rows, at least {minutes} min"
-    )
+    seconds = finished.seconds * result.steps / finished.steps  # of one run, until the first one shows more
+    if result.steps < finished.steps:
+        kept = f"the finished run kept the adapter of step {result.steps:,} of {finished.steps:,}"
+        session.note(f"{kept}, so the runs of the proof end there, with a shorter learning rate schedule")
+    if runs := _missing(session, result.k, seeds):
+        minutes = math.ceil(seconds * runs / 60)
+        session.log(f"{runs} runs with and without {result.k} of {len(result.rows):,} rows, at least {minutes} min")
     trials: dict[str, list[Trial]] = {name: [] for name in FOLDERS}
     for number, seed in enumerate(seeds):
-        if number >= FEWEST_SEEDS and session.seconds_left < seconds * missing([seed]):
+        if number >= FEWEST_SEEDS and session.seconds_left < seconds * _missing(session, result.k, [seed]):
             session.note(f"only {number} of {len(seeds)} seeds fit into --minutes")
             break
-        for name in FOLDERS:
-            begun, needed = session.seconds, seconds * missing(seeds[:FEWEST_SEEDS])
+        for name, folder in _folders(session, result.k, seed).items():
+            begun, needed = session.seconds, seconds * _missing(session, result.k, seeds[:FEWEST_SEEDS])
             if number == 0 and session.seconds_left < needed:
                 minutes = math.ceil(MARGIN * (begun + needed) / 60)
                 text = f"--minutes {session.minutes:g} is too short for a proof; use {minutes} or more"
                 raise ConfigError(f"{text}. Without --prove, the same command shows the scores")
             spec = spec_without(_left_out(result, name, seed), finished, seed, result.steps)
             base = trials[ALL][0].base if trials[ALL] else None  # the same in all runs
-            trial = session.trial(replace(spec, before=base), folder(name, seed))
+            trial = session.trial(replace(spec, before=base), folder)
             if not trial.done:
-                raise ConfigError(f"nothing is proven: the run {name} with seed {seed} failed ({trial.message})")
+                (folder / RESULT).unlink()
+                text = f"nothing is proven: the run {name} with seed {seed} failed ({trial.outcome}: {trial.message})"
+                remedy = "The same command repeats it; if it fails again, train with other settings and use that run"
+                raise ConfigError(f"{text}. {remedy}")
             session.log(f"{name}: seed {seed}, {trial.summary}")
             trials[name].append(trial)
             seconds = max(seconds, session.seconds - begun)
@@ -231,6 +245,6 @@ def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str,
             f"These {k} rows are harmful: the held-out loss is lower without them ({numbers}), and lower than without "
             f"random rows ({than_random}). Correct or remove them."
         )
-    if of_loss.high < 0:
-        text += f" Removing the {k} rows with the highest losses helps more ({than_loss})."
+        if of_loss.high < 0:
+            text += f" Removing the {k} rows with the highest losses helps more ({than_loss})."
     return text, proven

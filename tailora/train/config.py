@@ -26,6 +26,7 @@ GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "rloo"]
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 SHARDED_QUANTIZE = ("nf4", "fp4")  # FSDP2 can shard these; it would lose the scales of the others
 NATS_PER_TOKEN = "nats per token"  # the unit of a language model's loss
+PER_EXAMPLE = "per example"  # the unit of losses of preferences
 REWARD = "reward"  # the unit of reinforcement learning, whose loss of held-out prompts is minus their reward
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]

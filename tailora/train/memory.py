@@ -6,6 +6,7 @@ bound: it can only show that a run does not fit. `train.estimate` estimates a wh
 """
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -98,6 +99,13 @@ def return_freed_memory() -> None:
     """Returns what `keep_freed_memory` keeps to the system, before something else needs the memory."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_cached_memory() -> None:
+    """Returns what torch caches of the accelerator's memory to the system, before another process needs it."""
+    gc.collect()  # some models refer to themselves
+    if (device := torch.accelerator.current_accelerator()) is not None:
+        torch.get_device_module(device).empty_cache()
 
 
 def used_bytes(device: torch.device) -> int:

@@ -27,7 +27,7 @@ from tailora.data.dataset import Example, Examples
 from tailora.data.schemas import FEEDBACK
 from tailora.errors import ConfigError
 from tailora.kernels.loss import FORMS, Batch
-from tailora.train.config import TrainConfig
+from tailora.train.config import PER_EXAMPLE, TrainConfig
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Evaluation, Outputs, Reduce, Reference, Scores, Sums, Task
 
 # ---- Log-probabilities of replies
@@ -109,7 +109,7 @@ DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 class Preference(Task):
     """What both kinds of preferences have in common."""
 
-    loss_unit = "per example"
+    loss_unit = PER_EXAMPLE
     has_one_loss = True
 
     def hits(self, examples: Examples, evaluation: Evaluation) -> Sums | None:

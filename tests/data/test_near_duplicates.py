@@ -1,10 +1,12 @@
 """Duplicates, near duplicates and contradictions among tokenized rows."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 
-from tailora.data.dataset import Example
+from tailora.data.dataset import IGNORED, Example
+from tailora.data.images import Image
 from tailora.data.near_duplicates import SHINGLE, SIMILAR, contradictions, duplicates, near_duplicates
 
 BEGIN = list(range(1000, 1012))  # a template, in every text
@@ -44,6 +46,18 @@ def test_contradictions_have_one_prompt_and_several_replies_or_labels() -> None:
     assert contradictions(texts) == []  # they have no prompt
     labelled = [example([1, 2, 3], [], 0.0), example([1, 2, 3], [], 1.0), example([1, 2], [], 1.0)]
     assert contradictions(labelled) == [[0, 1]]
+    words, tags = np.array([1, 7, 8], np.int32), [[IGNORED, 0, 2], [IGNORED, 1, 2], [IGNORED, 0, 2]]
+    assert contradictions([Example(words, np.array(of_words, np.int32)) for of_words in tags]) == [[0, 1]]
+
+
+def test_texts_about_different_images_are_neither_contradictions_nor_near_duplicates() -> None:
+    image, other = (Image(None, sha256, 8, 8, "image") for sha256 in ("1", "2"))
+    replies = [replace(example([1, 2], [3 + n]), images=(image,)) for n in range(2)]
+    assert contradictions([*replies, replace(example([1, 2], [5]), images=(other,))]) == [[0, 1]]
+    about = [(image, 600), (other, 601), (image, 602), (other, 603)]
+    texts = [replace(text(*range(100, 140), last), images=(of_text,)) for of_text, last in about]
+    others = [text(*(np.arange(40) * 7 + 300 * number)) for number in range(1, 8)]
+    assert near_duplicates([*others, *texts]) == [[7, 9], [8, 10]]
 
 
 def shingles(example: Example) -> set[tuple[int, ...]]:

@@ -273,7 +273,7 @@ def rows() -> dict[str, Any]:
     ]
     difference = {"value": 0.04, "low": 0.01, "high": 0.07, "p_value": 0.02, "examples": 50, "seeds": 3}
     difference |= {"from_examples": 0.5}
-    names = ["all rows", "without top scores", "without random", "without top losses"]
+    names = ["all rows", "without highest scores", "without random rows", "without highest losses"]
     runs = {"changes": {}, "outcome": "done", "eval_loss": 1.9, "interval": [1.8, 2.0], "seed_losses": [1.9, 1.8]}
     variants = [{**runs, "name": name, "difference": difference} for name in names]
     variants[1]["difference"] = None
@@ -295,7 +295,7 @@ def rows() -> dict[str, Any]:
         "settings": {"train": {"model": EVIL, "r": 16}},
         "variants": variants,
         "seeds": [1, 2, 3],
-        "evaluated": 50,
+        "judged_examples": 50,
         "base_loss": 2.5,
     }
 

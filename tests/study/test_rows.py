@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +18,19 @@ from command_line import check_refused, found, output
 from tiny import chat_model, chat_tokenizer
 from tiny_run import WORDS, write_rows
 
+import tailora.study.rows
 from benchmarks.studies.planted_rows import plant, recall_at_k
 from tailora.errors import ConfigError, FormatError
 from tailora.evaluation.statistics import Difference
 from tailora.formats.io import read_json_object
+from tailora.report.blocks import Table
 from tailora.report.files import write_page
+from tailora.report.pages.rows import rows_page
 from tailora.study.config import RowsConfig
 from tailora.study.influence import FinishedRun
 from tailora.study.results import ArmResult, RowsResult
-from tailora.study.rows import ALL, LOSS, RANDOM, WORST, rows_verdict, score_rows
-from tailora.study.trial import DONE, Listen, Trial, TrialSpec, run_here
+from tailora.study.rows import ALL, LOSS, RANDOM, WORST, _texts, rows_verdict, score_rows
+from tailora.study.trial import DIVERGED, DONE, Listen, Trial, TrialSpec, run_here
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
 
@@ -126,18 +131,68 @@ def test_only_a_proof_calls_rows_harmful(finished: Finished, scored: RowsResult,
     assert "Harmful rows" in page
     assert proof.verdict in page
 
+    kept = score_rows(in_folder, study.replaced(prove=False), run_trial=not_run)
+    assert (kept.verdict, kept.seeds, kept.variants) == (proof.verdict, [1, 2, 3], proof.variants)
+    other = score_rows(in_folder, study.replaced(prove=False, k=2), run_trial=not_run)
+    assert (other.variants, other.verdict[:10]) == ([], "Not proven")
     again = score_rows(in_folder, study.replaced(seeds=2, minutes=1), run_trial=not_run)
     assert again.seeds == [1, 2]
     with pytest.raises(ConfigError, match=r"--minutes 0\.001 is too short for a proof; use 1 or more"):
         score_rows(in_folder, study.replaced(k=5, minutes=0.001), run_trial=not_run)
     helpless = partial(made_up_trial, helpful=[])
-    kept = score_rows(in_folder, study.replaced(k=3), run_trial=helpless)
-    assert not kept.proven
-    assert kept.verdict.startswith("Cannot tell whether these 3 rows are harmful: the interval of the difference")
+    with pytest.raises(
+        ConfigError, match=r"the run without highest scores with seed 1 failed \(diverged: nan\). The same command rep"
+    ):
+        score_rows(in_folder, study.replaced(k=3), run_trial=lambda *_: Trial(DIVERGED, "nan"))
+    without_effect = score_rows(in_folder, study.replaced(k=3), run_trial=helpless)
+    assert not without_effect.proven
+    assert without_effect.verdict.startswith(
+        "Cannot tell whether these 3 rows are harmful: the interval of the difference"
+    )
     harmless = score_rows(in_folder, study.replaced(k=4), run_trial=partial(made_up_trial, helpful=range(ROWS)))
     assert harmless.verdict.startswith("Cannot tell whether these 4 rows are harmful: removing them helped")
     with pytest.raises(ConfigError, match="--k 200 would remove all 200 training rows"):
         score_rows(in_folder, study.replaced(k=ROWS))
+
+
+def test_a_proof_ends_at_the_step_whose_adapter_was_kept(finished: Finished, tmp_path: Path) -> None:
+    """As after early stopping."""
+    train, _ = finished
+    shutil.copytree(train.output_dir, tmp_path / "run")
+    content = read_json_object(tmp_path / "run" / "run.json")
+    numbers = content["result"] | {"best_step": 3, "seconds": 60.0 * content["result"]["steps"]}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**content, "result": numbers}))
+    study, lines = RowsConfig(run=str(tmp_path / "run"), prove=True, seeds=1), list[str]()
+    in_folder = train.replaced(output_dir=str(tmp_path / "out"))
+    proof = score_rows(in_folder, study, lines.append, run_trial=partial(made_up_trial, helpful=[]))
+    assert proof.notes[0].startswith(f"the finished run kept the adapter of step 3 of {numbers['steps']}, so the runs")
+    assert "4 runs with and without 10 of 200 rows, at least 12 min" in lines
+    specs = [read_json_object(path) for path in tmp_path.glob("out/runs/*/seed-1/spec.json")]
+    assert [spec["settings"]["max_steps"] for spec in specs] == [3] * 4
+
+
+def test_only_removed_rows_are_on_the_page_as_harmful(scored: RowsResult) -> None:
+    def numbers(result: RowsResult) -> dict[str, list[int]]:
+        """Returns the numbers of the rows in each section."""
+        tables = {section.title: section.blocks for section in rows_page(result).sections[:2]}
+        return {
+            title: [int(row[0]) for table in blocks if isinstance(table, Table) for row in table.rows]
+            for title, blocks in tables.items()
+        }
+
+    order = [row.row for row in scored.rows]
+    proven = numbers(replace(scored, proven=True, k=12))
+    assert proven == {"Harmful rows": order[:12], "Rows with the next highest scores": order[12:]}
+    without_text = replace(scored, rows=[replace(row, text="") for row in scored.rows])
+    assert numbers(without_text)["Rows with the highest scores"] == order
+
+
+def test_texts_lose_only_the_lines_that_all_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tailora.study.rows, "preview", lambda example, _: [(example, True)])
+    run: Any = SimpleNamespace(labels=None, tokenizer=SimpleNamespace(all_special_tokens=["<s>"]))
+    examples: Any = ["<s>Be kind.\nHow to cook rice?", "<s>Be kind.\nHow do I cook?", "<s>Be kind.\nHow"]
+    assert _texts(run, examples) == ["How to cook rice?", "How do I cook?", "How"]
+    assert _texts(run, examples[2:] * 2) == ["How", "How"]
 
 
 def not_run(*_: Any) -> Trial:
@@ -157,9 +212,10 @@ def test_a_verdict_needs_several_seeds_and_mentions_what_helps_more() -> None:
     text, proven = rows_verdict(variants(0.2, 0.2, 0.2, seeds=1), 5, "nats per token")
     assert not proven
     assert "one seed does not show" in text
-    text, proven = rows_verdict(variants(-0.2, 0.2, 0.2), 5, "nats per token")
+    text, proven = rows_verdict(variants(-0.3, 0.2, -0.2), 5, "nats per token")
     assert not proven
     assert text.startswith("Keep these 5 rows: the model is worse without them")
+    assert "helps" not in text
     text, proven = rows_verdict(variants(0.2, 0.2, -0.2), 5, "nats per token")
     assert proven
     assert "Removing the 5 rows with the highest losses helps more" in text

@@ -4,7 +4,7 @@ from tailora.report.blocks import Block, Column, Number, Page, Section, Table
 from tailora.report.charts import Estimate
 from tailora.report.format import decimals, interval, one_line, plural, signed
 from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table
-from tailora.study.results import RowsResult
+from tailora.study.results import TEXTS, RowsResult
 
 REPEATED = {  # repeated rows of a result -> title
     "duplicates": "Duplicates",
@@ -18,29 +18,32 @@ def rows_page(result: RowsResult) -> Page:
     are_several = len({row.file for row in result.rows}) > 1
     cells = [
         [f"{row.file}:" * are_several + str(row.row), signed(row.score), decimals(row.loss), one_line(row.text, 150)]
-        for row in result.rows
-        if row.text
+        for row in result.rows[:TEXTS]
     ]
-    columns = [Column("row"), *numeric("score", "loss"), Column("text")]
+    text = "A score above 0 means that a step of training on this row raises the loss of held-out examples. "
+    text += f"The finished model's loss on the row is in {result.loss_unit}."
+    shown, title = (result.k, "Harmful rows") if result.proven else (len(cells), "Rows with the highest scores")
     sections = [
-        Section(
-            "Harmful rows" if result.proven else "Rows with the highest scores",
-            "A score above 0 means that a step of training on this row raises the loss of held-out examples. "
-            f"The finished model's loss on the row is in {result.loss_unit}.",
-            [Table(columns, cells[:FIRST]), Table(columns, cells[FIRST:], "More rows", folded=True, detail="page")],
-        ),
+        Section(title, text, _scores(cells[:shown])),
+        Section("Rows with the next highest scores", "", _scores(cells[shown:])),
         Section("Rows that repeat or contradict each other", "", [_groups(result, name) for name in REPEATED]),
         Section("Settings", "", [settings_table("Settings", *result.settings.items())]),
     ]
     if result.variants:
         text = f"{plural(result.steps, 'step')} in each run, {plural(len(result.seeds), 'seed')}, evaluated on "
-        text += f"{result.evaluated:,} held-out examples that had no influence on the scores."
+        text += f"{result.judged_examples:,} held-out examples that had no influence on the scores."
         sections.insert(0, Section(f"Training without {plural(result.k, 'row')}", text, _proof(result)))
     numbers = [
         Number("training rows", f"{len(result.rows):,}"),
         Number("scored on", f"{result.held_out:,}", "held-out examples"),
     ]
     return Page("rows", result.run, result.verdict, numbers, sections, result.notes)
+
+
+def _scores(cells: list[list[str]]) -> list[Block | None]:
+    columns = [Column("row"), *numeric("score", "loss"), Column("text")]
+    more = Table(columns, cells[FIRST:], "More rows", folded=True, detail="page")
+    return [Table(columns, cells[:FIRST]) if cells else None, more if cells[FIRST:] else None]
 
 
 def _proof(result: RowsResult) -> list[Block | None]:

@@ -7,7 +7,7 @@ from tailora.core.patterns import layer_index
 from tailora.evaluation.statistics import Difference
 from tailora.report.blocks import Column, Figure, Section, Table
 from tailora.report.charts import DASHED, GRID, SERIES, SOFT, Canvas, Estimate
-from tailora.report.format import NONE, decimals, interval, one_line, p_value, setting, share, signed
+from tailora.report.format import NONE, decimals, interval, p_value, setting, share, signed
 from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 from tailora.study.results import measure_of
 from tailora.study.study_store import LAUNCH, PROCESSES
@@ -67,8 +67,7 @@ def loss_figures(
     def draw_differences(canvas: Canvas) -> None:
         rows = [Estimate(name, value.value, (value.low, value.high)) for name, value in measured.items()]
         colours = [number for number, loss in enumerate(losses) if loss.name in measured]  # as in the figure of losses
-        label = f"{measure.name} − {measure.name} of {one_line(reference, 18)}"
-        label = f"{label}, {unit}" if unit != measure.name else label
+        label = f"difference in {measure.label(unit)}"
         canvas.estimates(rows, label, reference=0.0, form="+.3f", colours=colours)
         if margin is not None:
             canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
