@@ -143,7 +143,7 @@ class RowsConfig(StrictModel):
     run: str = Field(description="output folder of the run")
     prove: bool = Field(
         False,
-        description="train again without the highest-scoring rows and, for comparison, without random and high-loss rows",
+        description="train without the highest-scoring rows and, for comparison, without random and high-loss rows",
     )
     k: int | None = Field(None, ge=1, description="number of rows to remove; default: 5% of the training rows")
     seeds: int = Field(3, ge=1, le=100, description="runs with --prove for each set of rows")
