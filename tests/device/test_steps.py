@@ -174,7 +174,7 @@ class BreakingTrainer(Trainer):
         super().__init__(config)
         self.part, self.broken, self.queued = part, broken, 0
 
-    def step(self, step: Step, stop: bool = False) -> None:
+    def step(self, step: Step, started: float, stop: bool = False) -> None:
         self.queued += 1
         if self.queued == self.broken:  # and from then on
             layer = self.run.base.model.layers[0].mlp.down_proj
@@ -185,7 +185,7 @@ class BreakingTrainer(Trainer):
                 layer.register_forward_hook(lambda _module, _inputs, output: output * nan)
             else:
                 parameter.register_hook(lambda gradient: gradient * nan)
-        super().step(step, stop)
+        super().step(step, started, stop)
 
 
 def test_what_the_data_raises_is_raised_when_its_step_has_come(device: torch.device) -> None:
