@@ -44,7 +44,7 @@ class Costs:
     evaluation: float
     forgetting: float = 0.0
 
-    def trial(self, steps: float, share: float = 1.0, evaluations: int = RUNGS) -> float:
+    def trial(self, steps: float, share: float = 1.0, evaluations: float = RUNGS) -> float:
         return self.fixed + share * (steps * self.step + evaluations * self.evaluation)
 
     def final_run(self, steps: float) -> float:

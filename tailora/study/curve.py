@@ -37,6 +37,7 @@ STUDY, RUNS = "curve.json", "runs"
 PARTS = (8, 4, 2, 1)  # the subsets are the data divided by these
 RANKS = 4  # times the rank, for the second curve
 EVALUATIONS = 8  # of a run with all data that finds the best number of steps; more with less data
+EVALUATION_SHARE = 1 / 3  # of --minutes; fewer held-out examples are used if they would need more
 PATIENCE, SHORTEST = 2, 0.25  # evaluations without improvement that end such a run; after this share of its steps
 FEWEST_EXAMPLES = 32
 Point = tuple[int, int]  # rank, number of examples
@@ -130,6 +131,10 @@ def _measure(train: TrainConfig, study: CurveConfig, session: StudySession) -> C
         raise budget.no_costs(timing)
     total, held_out = timing.numbers["train_examples"], timing.numbers["held_out"]
     costs, longest = costs.on_part(held_out / len(timing.counts)), budget.longest_run(train, timing)
+    if study.minutes is not None:
+        evaluations = _needed(replace(costs, fixed=0, step=0), wanted, 0)
+        part = max(EVALUATION_SHARE * session.seconds_left / evaluations, budget.FEWEST_HELD_OUT / held_out)
+        limit = replace(limit, wanted=replace(wanted, part=min(1.0, part)))
     extent, steps = limit.choose(partial(_needed, costs), longest, held_out)
     # with few steps, the largest subset is smaller, so that each example is seen once
     per_step = train.per_device_train_batch_size * batches_per_step(train.model_dump(), session.processes)
@@ -157,9 +162,10 @@ def _measure(train: TrainConfig, study: CurveConfig, session: StudySession) -> C
 def _needed(costs: Costs, extent: Extent, steps: int) -> float:
     """Returns the seconds of all runs. extent: its tries are the subsets at the higher rank."""
     costs = costs.on_part(extent.part)
-    # the best number of steps grows about with the square root of the size
-    of_sizes = [steps / math.sqrt(part) for part in (*PARTS, *PARTS[-extent.tries :])]
-    return sum(costs.trial(of, evaluations=EVALUATIONS) + extent.seeds * costs.final_run(of) for of in of_sizes)
+    parts = (*PARTS, *PARTS[-extent.tries :])
+    # runs of small subsets often end early, but not if the learning rate is low
+    choosing = sum(costs.trial(steps, evaluations=EVALUATIONS * math.sqrt(part)) for part in parts)
+    return choosing + len(parts) * extent.seeds * costs.final_run(steps)
 
 
 # ---- The runs

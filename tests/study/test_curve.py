@@ -160,7 +160,7 @@ def test_an_interrupted_curve_resumes_and_its_folder_is_locked(train: TrainConfi
 def test_minutes_limit_the_steps_and_the_largest_subset(train: TrainConfig) -> None:
     logged: list[str] = []
     found = curve(train, CurveConfig(minutes=1, margin=0.001), log=logged.append, run_trial=(runs := MadeUp(gain=0.0)))
-    assert 34 < found.steps < 50  # 28, if smaller subsets were planned with as many
+    assert found.steps == 28
     largest = found.points[3].examples
     assert largest == found.steps * 4 < EXAMPLES  # batches of 4, each example once
     assert len(found.points) == 5
@@ -173,6 +173,29 @@ def test_minutes_limit_the_steps_and_the_largest_subset(train: TrainConfig) -> N
     ]
     with pytest.raises(ConfigError, match=r"--minutes 0.01 is too short: 5 subsets with 2 seeds each, 9 steps per run"):
         curve(train.replaced(output_dir=f"{train.output_dir}-2"), CurveConfig(minutes=0.01), run_trial=MadeUp())
+
+
+def test_runs_that_learn_to_the_end_fit_into_the_minutes(train: TrainConfig) -> None:
+    """Also with evaluations that would need all of the time: they get fewer examples."""
+
+    class Falling(MadeUp):
+        seconds = 0.0
+
+        def loss(self, spec: TrialSpec, step: int) -> float:
+            return 1 - 0.001 * step
+
+        def __call__(self, spec: TrialSpec, folder: Path, listen: Listen, **_: Any) -> Trial:
+            run = super().__call__(spec, folder, listen)
+            numbers = {**run.numbers, "held_out": 400}
+            evaluation = 0.01 * (spec.held_out or 400) / (1 + spec.choosing)
+            self.seconds += 0.5 + sum(run.step_seconds) + evaluation * len(run.curve)
+            return replace(run, numbers=numbers, evaluation_seconds=[evaluation])
+
+    found = curve(train, CurveConfig(minutes=2, seeds=2), run_trial=(runs := Falling()))
+    assert 40 < found.steps < 100
+    assert 60 < runs.seconds < 120
+    note = "of 400 held-out examples fit into --minutes or --max-steps"
+    assert any(note in text for text in found.notes)
 
 
 def test_the_verdict_names_the_flag_that_limited_the_steps(train: TrainConfig) -> None:
