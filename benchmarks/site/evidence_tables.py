@@ -176,6 +176,21 @@ def rate_regrets(content: Content, studies: Sequence[Content]) -> str:
     return text.replace("e-0", "e-")
 
 
+def forecasts(verdict: Content) -> str:
+    """Of each data set, how many hidden losses the intervals of `curve` contained; the verdict in the last row."""
+    rows = [
+        [name, f"{count}", f"{inside / count:.0%}", "", ""]
+        for name, (inside, count) in verdict["inside"].items()
+        if count
+    ]
+    share = "{value:.0%} ({low:.0%} to {high:.0%})".format(**verdict["coverage"])
+    widths = [
+        "{value:.2f} ({low:.2f} to {high:.2f})".format(**verdict["ratios"][name]) for name in ("no change", "line")
+    ]
+    rows.append(["all", str(verdict["cases"]), share, *widths])
+    return table(["data set", "cases", "inside", "width / no change", "width / line"], rows)
+
+
 def span(values: Sequence[float], form: str) -> str:
     low, high = f"{min(values):{form}}", f"{max(values):{form}}"
     return low if low == high else f"{low} to {high}"

@@ -1,8 +1,8 @@
-"""Measures how the held-out loss depends on the amount of data, and forecasts what twice the data would bring.
+"""Measures how the held-out loss depends on the amount of data, and whether the data or the rank is the bottleneck.
 
     time a few steps                                     -> steps that fit, sizes of the subsets
     one run per subset, evaluated several times          on the selection half -> its best number of steps
-    final runs of that many steps, per seed              on the evaluation half -> points, forecast, verdict
+    final runs of that many steps, per seed              on the evaluation half -> points, curve, verdict
 
 The subsets are an eighth, a quarter, a half and all of the data, nested for each seed; the runs are repeated at RANKS
 times the rank, with --minutes only for the largest. Each size has its best number of steps, as in studies of data

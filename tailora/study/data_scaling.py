@@ -18,12 +18,12 @@ from numpy.typing import ArrayLike
 from tailora.evaluation.statistics import Floats, Interval
 
 LEVEL = 0.9  # of the intervals
-FORECASTS = True  # whether `curve` shows what more data would bring; benchmarks/studies/scaling_rules.py decides
+FORECASTS = False  # whether `curve` shows them: not until the intervals pass benchmarks/studies/scaling_rules.py
 DRAWS = 4000
 PRIORS = {"power law": 0.6, "power law to zero": 0.1, "log-linear": 0.1, "flat": 0.2}
-ALPHAS = np.linspace(-0.6, 1.8, 41)
+ALPHAS = np.linspace(-1.0, 1.8, 57)
 ALPHA_MEAN, ALPHA_SPREAD = 0.4, 0.4  # of the normal prior of alpha
-DEVIATION = 0.1  # standard deviation of a point from the curve, as a share of g
+DEVIATION = 0.15  # standard deviation of a point from the curve, as a share of g
 GAINS, NOISES = 61, 25  # points of the grid
 
 

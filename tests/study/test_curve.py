@@ -78,6 +78,11 @@ def train(small_run: TrainConfig, tmp_path: Path) -> TrainConfig:
     return small_run.replaced(output_dir=str(tmp_path / "out"))
 
 
+@pytest.fixture
+def with_forecasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_scaling, "FORECASTS", True)
+
+
 def test_a_larger_subset_contains_the_smaller_ones(small_run: TrainConfig) -> None:
     tokenizer, accelerator = AutoTokenizer.from_pretrained(small_run.model), Accelerator(cpu=True)
 
@@ -98,6 +103,7 @@ def test_a_larger_subset_contains_the_smaller_ones(small_run: TrainConfig) -> No
     assert rows(5) != rows(5, seed=1)
 
 
+@pytest.mark.usefixtures("with_forecasts")
 def test_each_subset_has_its_best_number_of_steps(train: TrainConfig) -> None:
     runs = MadeUp()
     found = curve(train, CurveConfig(), run_trial=runs)
@@ -216,6 +222,7 @@ def test_the_verdict_names_the_flag_that_limited_the_steps(train: TrainConfig) -
     assert [any(text.startswith(note) for text in notes) for notes in again] == [False, True]
 
 
+@pytest.mark.usefixtures("with_forecasts")
 def test_the_report_and_its_page(train: TrainConfig) -> None:
     found = curve(train, SMALL, run_trial=MadeUp(of_rank=0.3))
     report = json.loads((Path(train.output_dir) / "report.json").read_text())
@@ -287,10 +294,8 @@ def test_the_verdict(
     assert measured == text
 
 
-def test_without_forecasts_the_page_shows_the_measured_points(
-    train: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data_scaling, "FORECASTS", False)
+def test_without_forecasts_the_page_shows_the_measured_points(train: TrainConfig) -> None:
+    assert not data_scaling.FORECASTS
     found = curve(train, SMALL, run_trial=MadeUp())
     assert found.doubling is None
     assert found.half.change == pytest.approx(0.2 * (2**0.5 - 1), abs=0.03)
@@ -310,8 +315,9 @@ def test_the_command(
     words = ["--model", small_run.model, "--data", str(small_run.data), "--r", "4", "--seeds", "2"]
     assert main(["curve", *words, "--output-dir", str(tmp_path / "out"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    low, high = result["doubling"]["interval"]
-    assert low <= result["doubling"]["change"] <= high < 0
+    assert result["doubling"] is None
+    low, high = result["half"]["interval"]
+    assert 0 < low <= result["half"]["change"] <= high
     assert result["settings"]["train"]["num_train_epochs"] == 2
     assert main(["report", str(tmp_path / "out")]) == 0
 

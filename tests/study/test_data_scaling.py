@@ -39,7 +39,7 @@ def slow_start(random: np.random.Generator, _: float) -> Callable[[Floats], Floa
 FAMILIES = (power_law, to_zero, log_linear, flat, slow_start)
 
 
-def synthetic(number: int, sizes: int, seeds: int, deviation: float = 0.15) -> Floats:
+def synthetic(number: int, sizes: int, seeds: int, deviation: float = 0.3) -> Floats:
     """Returns losses (sizes + 1, seeds): the sizes to fit, and the next one to predict.
 
     Seeds differ from each other at all sizes and at each; every size also deviates from the curve, in all seeds.
