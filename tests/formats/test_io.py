@@ -162,5 +162,5 @@ def test_nothing_is_kept_of_a_file_that_was_read(tmp_path: Path) -> None:
     before = sys.getallocatedblocks()
     for _ in range(10):
         read_safetensors(tmp_path / "x.safetensors")
-    # safe_open would keep 10,000: two numbers of each tensor. Threads of other tests allocate a few hundred meanwhile
+    # safe_open keeps about 7,000, for its two numbers of each tensor. Threads of other tests may add a few hundred
     assert sys.getallocatedblocks() - before < 2000
