@@ -177,7 +177,7 @@ def rate_regrets(content: Content, studies: Sequence[Content]) -> str:
 
 
 def forecasts(verdict: Content) -> str:
-    """Of each data set, how many hidden losses the intervals of `curve` contained; the verdict in the last row."""
+    """The share of hidden losses inside the intervals of `curve`, by data set and in total."""
     rows = [
         [name, f"{count}", f"{inside / count:.0%}", "", ""]
         for name, (inside, count) in verdict["inside"].items()

@@ -131,9 +131,10 @@ def _measure(train: TrainConfig, study: CurveConfig, session: StudySession) -> C
         raise budget.no_costs(timing)
     total, held_out = timing.numbers["train_examples"], timing.numbers["held_out"]
     costs, longest = costs.on_part(held_out / len(timing.counts)), budget.longest_run(train, timing)
-    if study.minutes is not None:
+    seconds = session.seconds_left  # infinite without --minutes
+    if _needed(costs, wanted, longest) > budget.SAFETY * seconds:
         evaluations = _needed(replace(costs, fixed=0, step=0), wanted, 0)
-        part = max(EVALUATION_SHARE * session.seconds_left / evaluations, budget.FEWEST_HELD_OUT / held_out)
+        part = max(EVALUATION_SHARE * seconds / evaluations, budget.FEWEST_HELD_OUT / held_out)
         limit = replace(limit, wanted=replace(wanted, part=min(1.0, part)))
     extent, steps = limit.choose(partial(_needed, costs), longest, held_out)
     # with few steps, the largest subset is smaller, so that each example is seen once
@@ -288,7 +289,7 @@ def evaluate_curve(
 
 
 def curve_verdict(curve: LearningCurve, margin: float, limit: str) -> str:
-    """Returns the sentences about twice the data, a quarter of it, a higher rank and more steps.
+    """Returns the sentences about more data, a quarter of it, a higher rank and more steps.
 
     limit: the flag that limits the steps.
     """
@@ -296,12 +297,14 @@ def curve_verdict(curve: LearningCurve, margin: float, limit: str) -> str:
     helps, may_help, hardly_helps = "would help", "may help", "would hardly help"
     what = f"twice the {largest.examples:,} examples would change"
     if curve.doubling is None:
-        helps, may_help, hardly_helps = "helped", "may have helped", "hardly helped"
+        helps, may_help, hardly_helps = "helped", "helped, but perhaps by less than the margin", "hardly helped"
         what = f"the last doubling, to {largest.examples:,} examples, changed"
     low, high = change.interval
     text = f"More data {helps if change.helps(margin) else may_help}"
     if -margin < low and high < margin:
         text = f"More data {hardly_helps}"
+    elif low > 0:  # no forecast
+        text = "More data did not help"
     elif high >= 0:
         text = "Cannot tell the curve from a flat one"
     low, high = curve.quarter.interval

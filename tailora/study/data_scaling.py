@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from tailora.evaluation.statistics import Floats, Interval
 
 LEVEL = 0.9  # of the intervals
-FORECASTS = False  # whether `curve` shows them: not until the intervals pass benchmarks/studies/scaling_rules.py
+FORECASTS = False  # whether `curve` shows forecasts: only if they pass benchmarks/studies/scaling_rules.py
 DRAWS = 4000
 PRIORS = {"power law": 0.6, "power law to zero": 0.1, "log-linear": 0.1, "flat": 0.2}
 ALPHAS = np.linspace(-1.0, 1.8, 57)

@@ -286,12 +286,18 @@ def test_the_verdict(
     measured = curve_verdict(replace(result, doubling=None, half=-more), 0.02, "--minutes")
     for forecast, measurement in (
         ("would help", "helped"),
-        ("may help:", "may have helped:"),
+        ("may help:", "helped, but perhaps by less than the margin:"),
         ("would hardly help", "hardly helped"),
         ("twice the 200 examples would change", "the last doubling, to 200 examples, changed"),
     ):
         text = text.replace(forecast, measurement)
     assert measured == text
+
+
+def test_a_last_doubling_that_raised_the_loss_did_not_help() -> None:
+    read = TypeAdapter(LearningCurve).validate_python(CONTENTS["curve"]())
+    result = replace(read, doubling=None, half=Change(-0.05, (-0.07, -0.03)))
+    assert curve_verdict(result, 0.02, "--minutes").startswith("More data did not help: the last doubling, to 200")
 
 
 def test_without_forecasts_the_page_shows_the_measured_points(train: TrainConfig) -> None:

@@ -11,6 +11,8 @@ from tailora.study.results import LearningCurve
 
 def curve_page(curve: LearningCurve) -> Page:
     largest, doubling = curve.largest, curve.doubling
+    more = doubling or -curve.half
+    interval_90 = f"90% interval {interval(more.interval, signed)}"
     changes = {f"{2 * largest.examples:,} examples (forecast)": doubling} if doubling else {}
     changes |= {
         f"{largest.examples // 2:,} examples": curve.half,
@@ -26,7 +28,7 @@ def curve_page(curve: LearningCurve) -> Page:
         Section(
             "Loss by amount of data",
             f"Nested subsets, {seeds}, evaluated on {curve.judged_examples:,} held-out examples. Each subset has its "
-            f"best number of steps, up to {curve.steps:,}, so only the data differs.",
+            f"best number of steps, up to {curve.steps:,}. All other settings are equal.",
             [_figure(curve), Table(numeric("examples", "rank", "best steps", "held-out loss"), points)],
         ),
         Section(
@@ -35,7 +37,7 @@ def curve_page(curve: LearningCurve) -> Page:
         Section("Settings", "", [settings_table("Settings", *curve.settings.items())]),
     ]
     numbers = [
-        Number("twice the data" if doubling else "half of the data", rows[0][1], f"90% interval {rows[0][2]}"),
+        Number("twice the data" if doubling else "last doubling", signed(more.change), interval_90),
         Number(f"held-out loss, {count(largest.examples)} examples", f"{largest.eval_loss:.3f}"),
         Number("held-out loss, base", f"{curve.base_loss:.3f}", "before training"),
     ]
@@ -48,7 +50,8 @@ def _figure(curve: LearningCurve) -> Figure:
         sizes, losses, low, high = zip(*curve.band, strict=True)
         axes.fill_between(sizes, low, high, color=series_colour(0), alpha=0.15, linewidth=0)
         axes.plot(sizes, losses, color=series_colour(0), linewidth=1.6)
-        axes.axvline(curve.largest.examples, color=SOFT, linewidth=1, linestyle=DASHED)
+        if curve.doubling:
+            axes.axvline(curve.largest.examples, color=SOFT, linewidth=1, linestyle=DASHED)
         for number, (rank, group) in enumerate(groupby(curve.points, key=lambda point: point.r)):
             points, colour = list(group), series_colour(number)
             means = [point.eval_loss for point in points]
