@@ -185,7 +185,8 @@ def curve(
     """Measure whether more data, or a higher rank, would help.
 
     Trains on an eighth, a quarter, a half and all of the data with several seeds, and repeats this at four times the
-    rank. Reports what the last doubling of the data changed. After Ctrl-C, the same command resumes.
+    rank; with --minutes, only for all of the data. Reports what the last doubling of the data changed. After Ctrl-C,
+    the same command resumes.
     """
     require_packages("scipy", extra="study")
     curve_config = CurveConfig(**{**study_settings(config, CurveConfig), **(study or {})})

@@ -96,10 +96,8 @@ def curve(
         session.check_processes(plan.processes)
         session.note_minutes(plan.minutes, f"runs have at most {plan.max_steps} steps")
         session.log(f"subsets of {', '.join(map(str, plan.sizes))} examples, at most {plan.max_steps} steps")
-        used = {"training": (plan.sizes[-1], plan.train_examples), "held-out": (plan.held_out, plan.examples)}
-        for name, (part, total) in used.items():
-            if part and part < total:
-                session.note(f"only {part:,} of {total:,} {name} examples fit into --minutes or --max-steps")
+        if plan.held_out:
+            session.note(f"only {plan.held_out:,} of {plan.examples:,} held-out examples fit into --minutes")
         steps, runs = CurveRuns(train, study, session, plan).complete()
         session.note_data(runs[plan.points[0]][0])
         result = evaluate_curve(study.margin, plan, steps, runs, notes=session.notes, settings=settings)
@@ -285,7 +283,11 @@ def evaluate_curve(
         loss_unit=first.loss_unit,
         **fields,
     )
-    return replace(result, verdict=curve_verdict(result, margin, plan.limit))
+    verdict = curve_verdict(result, margin, plan.limit)
+    if sizes[-1] < plan.train_examples:
+        verdict += f" Only {sizes[-1]:,} of {plan.train_examples:,} examples were used, so this does not show whether "
+        verdict += f"{plan.train_examples:,} are enough: use a higher {plan.limit} and a different --output-dir."
+    return replace(result, verdict=verdict)
 
 
 def curve_verdict(curve: LearningCurve, margin: float, limit: str) -> str:
@@ -314,8 +316,8 @@ def curve_verdict(curve: LearningCurve, margin: float, limit: str) -> str:
         (False, True): "The rank is the bottleneck, not the data",
         (True, True): "Both the data and the rank limit the result",
         (False, False): "Neither the data nor the rank is a bottleneck",
-        (True, None): "The data is a bottleneck, and the rank may be another",
-        (None, True): "The rank is a bottleneck, and the data may be another",
+        (True, None): "The data is a bottleneck; cannot tell whether the rank is one, too",
+        (None, True): "The rank is a bottleneck; cannot tell whether the data is one, too",
     }
     unknown = "Cannot tell whether the data or the rank is the bottleneck"
     bottleneck = bottlenecks.get((change.helps(margin), curve.high_rank.helps(margin)), unknown)
@@ -323,7 +325,8 @@ def curve_verdict(curve: LearningCurve, margin: float, limit: str) -> str:
         f"{text}: {what} the held-out loss by {change}, in {curve.loss_unit}. A quarter of the data {few}: "
         f"{curve.quarter}. {bottleneck}: {RANKS} times the rank changes the loss by {curve.high_rank}."
     )
-    if largest.steps == curve.steps:
-        verdict += f" With all examples, the loss was still falling at the last of {curve.steps} steps, so more steps "
-        verdict += f"may help as well: use a higher {limit} and a different --output-dir."
+    if curve.steps - largest.steps <= curve.steps / EVALUATIONS:
+        verdict += f" The loss with {largest.examples:,} examples was lowest after {largest.steps:,} of at most "
+        verdict += f"{curve.steps:,} steps, so more steps may help as well: use a higher {limit} and a different "
+        verdict += "--output-dir."
     return verdict

@@ -400,13 +400,13 @@ def get_trial(
 
 
 def _identity(spec: TrialSpec) -> dict[str, Any]:
-    """Returns the part of a spec that identifies a trial, as read from a file.
+    """Returns the part of a spec that identifies a trial, as read from a file, with defaults that were not given.
 
     The number of processes does not change the result if --gradient-accumulation-steps keeps the batches per step.
     """
     content: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
     identity = {name: value for name, value in content.items() if name not in IGNORED_FIELDS}
-    settings = identity["settings"]
+    settings = TrainConfig(**identity["settings"]).model_dump(mode="json")
     return {**identity, "settings": {**settings, ACCUMULATION: batches_per_step(settings, spec.processes)}}
 
 

@@ -116,7 +116,7 @@ def test_each_subset_has_its_best_number_of_steps(train: TrainConfig) -> None:
     assert {spec.settings["seed"] for spec in finals} == {1, 2, 3}
     assert all("eval_steps" not in spec.settings for spec in finals)
     assert {spec.subset for spec in finals} == {25, 50, 100, None}
-    assert "still falling" not in found.verdict
+    assert "more steps may help" not in found.verdict
     assert found.doubling.change == pytest.approx(0.2 * (2**-0.5 - 1), abs=0.03)
     assert found.doubling.interval[1] < 0
     assert "The data is the bottleneck, not the rank" in found.verdict
@@ -171,7 +171,7 @@ def test_minutes_limit_the_steps_and_the_largest_subset(train: TrainConfig) -> N
     assert largest == found.steps * 4 < EXAMPLES  # batches of 4, each example once
     assert len(found.points) == 5
     assert found.points[-1].r == 16
-    assert f"only {largest} of 200 training examples fit into --minutes or --max-steps" in found.notes
+    assert f"Only {largest} of 200 examples were used, so this does not show whether 200 are enough" in found.verdict
     assert "Cannot tell the curve from a flat one" in found.verdict
     assert [spec.subset for spec in runs.ran[1:6]] == [
         largest,
@@ -200,7 +200,7 @@ def test_runs_that_learn_to_the_end_fit_into_the_minutes(train: TrainConfig) -> 
     found = curve(train, CurveConfig(minutes=2, seeds=2), run_trial=(runs := Falling(gain=0.0)))
     assert 40 < found.steps < 100
     assert 60 < runs.seconds < 120
-    note = "of 400 held-out examples fit into --minutes or --max-steps"
+    note = "of 400 held-out examples fit into --minutes"
     assert any(note in text for text in found.notes)
 
 
@@ -214,8 +214,8 @@ def test_the_verdict_names_the_flag_that_limited_the_steps(train: TrainConfig) -
         study = CurveConfig(seeds=2, minutes=minutes)
         found = curve(limited, study, run_trial=Falling())
         flag = name.replace("epochs", "num-train-epochs")
-        assert f"last of {found.steps} steps" in found.verdict
-        assert found.verdict.endswith(f"may help as well: use a higher --{flag} and a different --output-dir.")
+        assert f"after {found.steps} of at most {found.steps} steps" in found.verdict
+        assert f"may help as well: use a higher --{flag} and a different --output-dir." in found.verdict
     assert 9 < found.steps < 60
     note = f"runs have at most {found.steps} steps, as planned for --minutes 1; for longer runs, use a different --outp"
     again = [curve(limited, study.replaced(minutes=more), run_trial=Falling()).notes for more in (1, 2)]

@@ -375,6 +375,8 @@ def test_a_trial_with_other_settings_is_refused(small_run: TrainConfig, tmp_path
     spec = TrialSpec(settings(small_run))
     get_trial(spec, tmp_path, run_trial=none_done)
     get_trial(replace(spec, before=([1.0], [1])), tmp_path, run_trial=not_run)  # no setting
+    default = {"lr_scheduler_type": TrainConfig(model="x", data="x").lr_scheduler_type}
+    get_trial(replace(spec, settings=settings(small_run, **default)), tmp_path, run_trial=not_run)
     with pytest.raises(ConfigError, match="a trial with different settings"):
         get_trial(replace(spec, settings=settings(small_run, r=2)), tmp_path, run_trial=not_run)
 
