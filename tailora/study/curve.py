@@ -283,17 +283,13 @@ def evaluate_curve(
         loss_unit=first.loss_unit,
         **fields,
     )
-    verdict = curve_verdict(result, margin, plan.limit)
-    if sizes[-1] < plan.train_examples:
-        verdict += f" Only {sizes[-1]:,} of {plan.train_examples:,} examples were used, so this does not show whether "
-        verdict += f"{plan.train_examples:,} are enough: use a higher {plan.limit} and a different --output-dir."
-    return replace(result, verdict=verdict)
+    return replace(result, verdict=curve_verdict(result, margin, plan.limit, plan.train_examples))
 
 
-def curve_verdict(curve: LearningCurve, margin: float, limit: str) -> str:
+def curve_verdict(curve: LearningCurve, margin: float, limit: str, train_examples: int) -> str:
     """Returns the sentences about more data, a quarter of it, a higher rank and more steps.
 
-    limit: the flag that limits the steps.
+    limit: the flag that limits the steps.    train_examples: number of training examples in total.
     """
     largest, change = curve.largest, curve.doubling or -curve.half
     helps, may_help, hardly_helps = "would help", "may help", "would hardly help"
@@ -325,8 +321,13 @@ def curve_verdict(curve: LearningCurve, margin: float, limit: str) -> str:
         f"{text}: {what} the held-out loss by {change}, in {curve.loss_unit}. A quarter of the data {few}: "
         f"{curve.quarter}. {bottleneck}: {RANKS} times the rank changes the loss by {curve.high_rank}."
     )
+    limits = []
     if curve.steps - largest.steps <= curve.steps / EVALUATIONS:
-        verdict += f" The loss with {largest.examples:,} examples was lowest after {largest.steps:,} of at most "
-        verdict += f"{curve.steps:,} steps, so more steps may help as well: use a higher {limit} and a different "
-        verdict += "--output-dir."
-    return verdict
+        steps = f"was lowest after {largest.steps:,} of at most {curve.steps:,} steps"
+        limits.append(f"The loss with {largest.examples:,} examples {steps}, so more steps may help as well.")
+    if largest.examples < train_examples:
+        used = f"Only {largest.examples:,} of {train_examples:,} examples were used"
+        limits.append(f"{used}, so this does not show whether {train_examples:,} are enough.")
+    if limits:
+        limits.append(f"Use a higher {limit} and a different --output-dir.")
+    return " ".join([verdict, *limits])
