@@ -29,7 +29,7 @@ from tailora.report.files import read_page, write_page, write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.study.config import FULL, LORA, CompareConfig, CurveConfig, RowsConfig, SearchConfig
 from tailora.study.search_space import STEP_CHOICE
-from tailora.train.config import TrainConfig
+from tailora.train.config import GRPO_FIELDS, TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.launch import count_processes, world_size
 
@@ -170,7 +170,8 @@ def rows(
 
 
 CURVE_DEFAULTS = {"output_dir": "outputs/curve", "num_train_epochs": 2}  # one epoch is rarely the best number
-CurveTrainFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - EXCLUDED, defaults=CURVE_DEFAULTS)
+CURVE_FIELDS = FIELDS.keys() - EXCLUDED - {"adapter", *GRPO_FIELDS}
+CurveTrainFlags: Any = flags_of(TrainConfig, only=CURVE_FIELDS, defaults=CURVE_DEFAULTS)
 CurveFlags: Any = flags_of(CurveConfig, sections={"seeds": "Learning curve"})
 
 

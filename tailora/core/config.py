@@ -149,7 +149,8 @@ def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> s
         return ""
     shown = f"--{name.replace('_', '-')}{value and f' {value}'}" if is_flag else f"{name}{value and f': {value}'}"
     if name not in known:
-        return f"other commands call this {shown}, but this one does not support it"
+        others = "have it" if name == theirs else f"call this {shown}"
+        return f"other commands {others}, but this one does not support it"
     return f"use {shown}{OTHER_UNITS.get(theirs, '')}"
 
 

@@ -235,7 +235,7 @@ class ScoredRow:
     """row: number in the file.    score: above 0, training on the row raises the held-out loss.
 
     loss: of the finished run on this row, in its unit.    examples: indices of its training examples.
-    text: of the first `TEXTS` rows.
+    text: of the first `TEXTS` rows, and of the first row of each group in `RowsResult.repeated`.
     """
 
     row: int
@@ -247,18 +247,26 @@ class ScoredRow:
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """Rows that repeat or contradict each other. rows: their locations.    text: of the first one."""
+
+    rows: list[str]
+    text: str
+
+
+@dataclass(frozen=True)
 class RowsResult:
     """proven: whether removing the first k rows lowered the held-out loss more than removing random rows. Only then
     are they called harmful.
 
-    rows: with the highest scores first.    repeated: "duplicates", "near_duplicates" and "contradictions" -> groups of
-    locations.    held_out: examples that rows were scored on.    steps: of each run.
+    rows: with the highest scores first.    repeated: "duplicates", "near_duplicates" and "contradictions" -> groups.
+    held_out: examples that rows were scored on.    steps: of each run.
     variants: of a proof; differences are from the runs without the first k rows.
     """
 
     run: str
     rows: list[ScoredRow]
-    repeated: dict[str, list[list[str]]]
+    repeated: dict[str, list[RowGroup]]
     held_out: int
     steps: int
     loss_unit: str

@@ -31,7 +31,7 @@ from tailora.formats.run_folder import ADAPTER, ADAPTER_WEIGHTS, write_report
 from tailora.study.budget import FEWEST_SEEDS, MARGIN
 from tailora.study.config import RowsConfig, trial_settings
 from tailora.study.influence import FinishedRun, row_scores
-from tailora.study.results import TEXTS, ArmResult, RowsResult, ScoredRow
+from tailora.study.results import TEXTS, ArmResult, RowGroup, RowsResult, ScoredRow
 from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import PLAN, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import (
@@ -54,7 +54,7 @@ STUDY, RUNS = "rows.json", "runs"
 SHARE = 0.05  # of the rows to remove, unless the number is set
 ALL, WORST, RANDOM, LOSS = "all rows", "without highest scores", "without random rows", "without highest losses"
 FOLDERS = {ALL: "all", WORST: "score", RANDOM: "random", LOSS: "loss"}
-HALF = 150  # characters that are shown of a text's beginning, and of its end
+HALF = 80  # characters that are shown of a text's beginning, and of its end
 LOCATION = re.compile(r"(.*?)(?::|, item )(\d+)$")
 
 
@@ -113,17 +113,19 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         scores, losses = row_scores(run, rows, held_out, log)
         scored: list[ScoredRow] = []
         order = np.argsort(-scores, kind="stable").tolist()
-        texts = _texts(run, [firsts[index] for index in order[:TEXTS]])
+        repeated = {find.__name__: find(firsts) for find in (duplicates, near_duplicates, contradictions)}
+        shown = [*order[:TEXTS], *(group[0] for groups in repeated.values() for group in groups)]
+        texts = dict(zip(shown, _texts(run, [firsts[index] for index in shown]), strict=True))
         for index in order:
             file, number = LOCATION.findall(locations[rows[index][0]])[0]
-            text = texts[len(scored)] if len(scored) < TEXTS else ""
-            scored.append(ScoredRow(int(number), file, float(scores[index]), float(losses[index]), rows[index], text))
+            numbers, text = (float(scores[index]), float(losses[index])), texts.get(index, "")
+            scored.append(ScoredRow(int(number), file, *numbers, rows[index], text))
         return RowsResult(
             run=finished.settings.output_dir,
             rows=scored,
             repeated={
-                find.__name__: [[locations[rows[index][0]] for index in group] for group in find(firsts)]
-                for find in (duplicates, near_duplicates, contradictions)
+                name: [RowGroup([locations[rows[index][0]] for index in of], texts[of[0]]) for of in groups]
+                for name, groups in repeated.items()
             },
             held_out=len(held_out),
             steps=finished.best_step,
@@ -132,15 +134,20 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
 
 
 def _texts(run: Run, examples: Iterable[Example]) -> list[str]:
-    """Returns the text and the label of each, without special tokens and without the lines that all begin with."""
+    """Returns the text and the label of each, without the lines that all begin with.
+
+    Special tokens become " | ": they separate the turns of a chat.
+    """
     show = preview if run.labels is None else Labels.from_dict(run.labels).preview
     texts = ["".join(text for text, _ in show(example, run.tokenizer)) for example in examples]
-    for token in run.tokenizer.all_special_tokens:
-        texts = [text.replace(token, "") for text in texts]
     lines = [text.splitlines(keepends=True)[:-1] for text in (min(texts), max(texts))]
     begin = sum(len(line) for line, other in takewhile(lambda pair: pair[0] == pair[1], zip(*lines, strict=False)))
-    texts = [text[begin:].strip() for text in texts]
-    return [text if len(text) <= 2 * HALF else f"{text[:HALF]} ... {text[-HALF:]}" for text in texts]
+    special = re.compile("|".join(map(re.escape, run.tokenizer.all_special_tokens)) or "$^")
+    texts = [" | ".join(filter(None, map(str.strip, special.split(text[begin:])))) for text in texts]
+    return [
+        text if len(text) <= 2 * HALF else f"{text[:HALF].rpartition(' ')[0]} … {text[-HALF:].partition(' ')[2]}"
+        for text in texts
+    ]
 
 
 # ---- Proof
@@ -236,7 +243,7 @@ def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str,
     if with_all.high < 0:
         text = f"Keep these {k} rows: the model is worse without them ({numbers})."
     elif with_all.low <= 0:
-        text = f"{begin} the interval of the difference contains 0 ({numbers})."
+        text = f"{begin} the interval of the difference contains 0 ({numbers}). More seeds (--seeds) narrow it."
     elif of_random.low <= 0:
         text = f"{begin} removing them helped ({numbers}), but not more than removing random rows ({than_random})."
     else:

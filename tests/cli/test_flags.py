@@ -258,8 +258,8 @@ def test_lora_config_in_python_names_the_setting_too() -> None:
     assert "unknown setting 'lr'; other commands call this learning_rate, but this one does not support it" in str(
         caught.value
     )
-    for name, ours in {"load_in_4bit": "quantize: nf4", "learning_rate": "learning_rate"}.items():
-        with pytest.raises(ConfigError, match=f"other commands call this {ours}, but") as caught:
+    for name, ours in {"load_in_4bit": "call this quantize: nf4", "learning_rate": "have it"}.items():
+        with pytest.raises(ConfigError, match=f"other commands {ours}, but") as caught:
             LoRAConfig(**{name: 1})
         assert "did you mean" not in str(caught.value)
 

@@ -282,8 +282,8 @@ def rows() -> dict[str, Any]:
         "run": "outputs/run",
         "rows": [{**row, "text": EVIL} for row in listed[:20]] + listed[20:],
         "repeated": {
-            "duplicates": [["chats.jsonl:1", "chats.jsonl:4"]],
-            "near_duplicates": [[f"{EVIL}:{number}" for number in range(1, 20)]],
+            "duplicates": [{"rows": ["chats.jsonl:1", "chats.jsonl:4"], "text": EVIL}],
+            "near_duplicates": [{"rows": [f"{EVIL}:{number}" for number in range(1, 20)], "text": EVIL}],
             "contradictions": [],
         },
         "held_out": 50,

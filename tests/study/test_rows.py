@@ -193,6 +193,8 @@ def test_texts_lose_only_the_lines_that_all_begin_with(monkeypatch: pytest.Monke
     examples: Any = ["<s>Be kind.\nHow to cook rice?", "<s>Be kind.\nHow do I cook?", "<s>Be kind.\nHow"]
     assert _texts(run, examples) == ["How to cook rice?", "How do I cook?", "How"]
     assert _texts(run, examples[2:] * 2) == ["How", "How"]
+    turns: Any = ["<s>Hi\nyou<s><s>me\nyes", f"<s>{'word ' * 100}"]
+    assert _texts(run, turns) == ["Hi\nyou | me\nyes", f"{'word ' * 15}word … {'word ' * 15}word"]
 
 
 def not_run(*_: Any) -> Trial:

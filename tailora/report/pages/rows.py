@@ -11,21 +11,24 @@ REPEATED = {  # repeated rows of a result -> title
     "near_duplicates": "Near duplicates: rows that share most of their text",
     "contradictions": "Same prompt, different replies: normal for open-ended chats",
 }
-FIRST, MOST, NAMED = 10, 8, 8  # rows in a terminal; groups; rows of a group
+FIRST, MOST, NAMED = 10, 8, 8  # rows in a terminal, at least; groups; rows of a group
+TEXT = 200  # characters, more than a text has
 
 
 def rows_page(result: RowsResult) -> Page:
     are_several = len({row.file for row in result.rows}) > 1
     cells = [
-        [f"{row.file}:" * are_several + str(row.row), signed(row.score), decimals(row.loss), one_line(row.text, 150)]
+        [f"{row.file}:" * are_several + str(row.row), signed(row.score), decimals(row.loss), one_line(row.text, TEXT)]
         for row in result.rows[:TEXTS]
     ]
-    text = "A score above 0 means that a step of training on this row raises the loss of held-out examples. "
+    harmful = sum(row.score > 0 for row in result.rows)
+    text = "A score above 0 means that a step of training on this row raises the loss of held-out examples "
+    text += f"({harmful:,} of {plural(len(result.rows), 'row')}). "
     text += f"The finished model's loss on the row is in {result.loss_unit}."
     shown, title = (result.k, "Harmful rows") if result.proven else (len(cells), "Rows with the highest scores")
     sections = [
-        Section(title, text, _scores(cells[:shown])),
-        Section("Rows with the next highest scores", "", _scores(cells[shown:])),
+        Section(title, text, _scores(cells[:shown], max(FIRST, result.k))),
+        Section("Rows with the next highest scores", "", _scores(cells[shown:], FIRST)),
         Section("Rows that repeat or contradict each other", "", [_groups(result, name) for name in REPEATED]),
         Section("Settings", "", [settings_table("Settings", *result.settings.items())]),
     ]
@@ -40,10 +43,10 @@ def rows_page(result: RowsResult) -> Page:
     return Page("rows", result.run, result.verdict, numbers, sections, result.notes)
 
 
-def _scores(cells: list[list[str]]) -> list[Block | None]:
+def _scores(cells: list[list[str]], first: int) -> list[Block | None]:
     columns = [Column("row"), *numeric("score", "loss"), Column("text")]
-    more = Table(columns, cells[FIRST:], "More rows", folded=True, detail="page")
-    return [Table(columns, cells[:FIRST]) if cells else None, more if cells[FIRST:] else None]
+    more = Table(columns, cells[first:], "More rows", folded=True, detail="page")
+    return [Table(columns, cells[:first]) if cells else None, more if cells[first:] else None]
 
 
 def _proof(result: RowsResult) -> list[Block | None]:
@@ -56,7 +59,7 @@ def _proof(result: RowsResult) -> list[Block | None]:
         ends = interval(variant.interval)
         rows.append([variant.name, f"{variant.eval_loss:.3f}", ends, *difference_cells(variant.difference, p)])
     columns = [Column("trained on"), *numeric("held-out loss"), INTERVAL, *numeric("difference"), INTERVAL]
-    note = f"Differences from the runs {reference}. Above 0: removing these rows is better."
+    note = f"Differences are from the runs {reference}. Above 0: the runs {reference} are better."
     figures = loss_figures(losses, result.base_loss, differences, reference, None, result.loss_unit)
     return [*figures, Table([*columns, Column("p", numeric=True, priority=1)], rows, note=note)]
 
@@ -64,8 +67,9 @@ def _proof(result: RowsResult) -> list[Block | None]:
 def _groups(result: RowsResult, name: str) -> Table | None:
     groups, rows = result.repeated[name], []
     for group in groups[:MOST]:
-        names = ", ".join(location.rpartition("/")[2] for location in group[:NAMED])
-        more = f" and {len(group) - NAMED:,} more" if len(group) > NAMED else ""
-        rows.append([f"{len(group):,}", f"{names}{more}"])
+        names = ", ".join(location.rpartition("/")[2] for location in group.rows[:NAMED])
+        more = f" and {len(group.rows) - NAMED:,} more" if len(group.rows) > NAMED else ""
+        rows.append([f"{len(group.rows):,}", f"{names}{more}", one_line(group.text, TEXT)])
     note = f"{plural(len(groups), 'group')} in total; report.json has all of them"
-    return Table([*numeric("rows"), Column("where")], rows, REPEATED[name], note) if rows else None
+    columns = [*numeric("rows"), Column("where"), Column("text of the first")]
+    return Table(columns, rows, REPEATED[name], note) if rows else None
