@@ -1,7 +1,7 @@
 """Does `tailora rows` find wrong rows, and does training without them undo the damage?
 
     python -m benchmarks.studies.planted_rows run      writes results/planted_rows.json, cell by cell; resumes
-    python -m benchmarks.studies.planted_rows judge    evaluates the stored measurements, also a part of them
+    python -m benchmarks.studies.planted_rows judge    adds the verdict to that file, also for a part of the cells
 
 These rules were written before the runs and must not change afterwards.
 
@@ -92,6 +92,7 @@ KINDS_OF = {
 SHARES, SEEDS, ROWS, HELD_OUT, EPOCHS = (0.1, 0.05), 3, 240, 200, 2
 QUICK_ROWS, QUICK_HELD_OUT, QUICK_STEPS = 20, 8, 2
 OTHER_SEED, DRAWS, LEAST_COST = 100, 1000, 0.01
+RANKINGS = ("score", "loss", "length", "chance")
 OTHER_LABEL = {"positive": "negative", "negative": "positive"}
 SPANISH = {"positive": "positivo", "negative": "negativo"}
 SENTENCES = """Hola, ¿qué tal estás hoy?|No lo sé, quizás mañana.|Me gusta mucho el cine.|Ayer fui a la playa.
@@ -251,50 +252,66 @@ def share_recovered(of_seeds: Any) -> float:
     return float(undone / cost)
 
 
-def judge(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the findings as lines."""
+def judge(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the verdict; intervals as [value, low, high].
+
+    recall: "all", a kind, a data set or a share -> interval of each ranking and of its difference from the score.
+    retraining: the cells of 10%.    recovered: over those that count; None if there are none.
+    """
     by_cell: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
     for cell in measured:
         key = cell["cell"]
         by_cell.setdefault((key["data"], key["kind"], key["share"]), []).append(cell["result"])
-    recalls = {}
-    for key, results in by_cell.items():
-        places = [result["places"] for result in results]
-        of = {name: [np.mean(np.array(p[name]) < len(p[name])) for p in places] for name in places[0]}
-        of["length"] = max(of.pop("longest"), of.pop("shortest"), key=np.mean)
-        recalls[key] = {**of, "chance": [key[2]] * len(places)}
-    lines = [f"{len(measured)} of {len(cells(False))} cells"]
-    groups = {"all": [*recalls]} | {
-        str(value): [key for key in recalls if value in key] for value in sorted({*sum(recalls, ())}, key=str)
-    }
+    recalls = {key: recalls_of(results, key[-1]) for key, results in by_cell.items()}
+    groups = {"all": [*recalls]}
+    for part, values in enumerate(zip(*recalls, strict=True)):
+        groups |= {str(value): [key for key in recalls if key[part] == value] for value in dict.fromkeys(values)}
+    of_groups = {}
     for group, keys in groups.items():
-        lines.append(f"recall at k, {group} ({len(keys)} cells)")
-        for name in ("score", "loss", "length", "chance"):
-            mean, low, high = interval([recalls[key][name] for key in keys])
-            text = f"    {name:7} {mean:.2f} ({low:.2f} to {high:.2f})"
-            if name != "score":
-                differences = [np.subtract(recalls[key]["score"], recalls[key][name]).tolist() for key in keys]
-                text += "    score - {}: {:+.2f} ({:+.2f} to {:+.2f})".format(name, *interval(differences))
-            lines.append(text)
-    counted = []
-    for key, results in by_cell.items():
-        if "sums" not in results[0]:
-            continue
-        counts = results[0]["counts"]
-        a, b, c = (np.array([result["sums"][name] for result in results]) for name in ("all", "found", "planted"))
-        cost = difference_over_seeds(c, a, counts)
-        counts_here = cost.low > 0 and cost.value >= LEAST_COST
-        losses = np.stack([(a - b).sum(1), (a - c).sum(1)], axis=1) / np.sum(counts)
-        lines.append(
-            f"{key[0]}, {key[1]}: cost {cost.value:+.3f} ({cost.low:+.3f} to {cost.high:+.3f}), undone "
-            f"{losses[:, 0].mean():+.3f}{f', recovered {share_recovered(losses):.2f}' if counts_here else ''}"
-        )
-        if counts_here:
-            counted.append(losses.tolist())
-    if counted:
-        share, low, high = interval(counted, share_recovered)
-        lines.append(f"recovered: {share:.2f} ({low:.2f} to {high:.2f}) over {len(counted)} cells")
-    return lines
+        of_groups[group] = {name: interval([recalls[key][name] for key in keys]) for name in RANKINGS}
+        for name in RANKINGS[1:]:
+            differences = [np.subtract(recalls[key]["score"], recalls[key][name]).tolist() for key in keys]
+            of_groups[group][f"score - {name}"] = interval(differences)
+    retrained = {key: retraining(results) for key, results in by_cell.items() if "sums" in results[0]}
+    counted = [cell["undone and cost"] for cell in retrained.values() if cell["counts"]]
+    return {
+        "cells": len(measured),
+        "recall": of_groups,
+        "retraining": [{"data": key[0], "kind": key[1], **cell} for key, cell in retrained.items()],
+        "recovered": interval(counted, share_recovered) if counted else None,
+    }
+
+
+def recalls_of(results: Sequence[Mapping[str, Any]], share: float) -> dict[str, list[float]]:
+    """Returns the recall of each ranking with each seed."""
+    places = [result["places"] for result in results]
+    recalls = {name: [float(np.mean(np.array(p[name]) < len(p[name]))) for p in places] for name in places[0]}
+    recalls["length"] = max(recalls.pop("longest"), recalls.pop("shortest"), key=lambda values: float(np.mean(values)))
+    return {**recalls, "chance": [share] * len(places)}
+
+
+def retraining(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what the planted rows cost, what was undone, and whether the cell counts."""
+    counts = results[0]["counts"]
+    a, b, c = (np.array([result["sums"][name] for result in results]) for name in ("all", "found", "planted"))
+    cost = difference_over_seeds(c, a, counts)
+    losses = np.stack([(a - b).sum(1), (a - c).sum(1)], axis=1) / np.sum(counts)  # (seeds, 2)
+    does_count = cost.low > 0 and cost.value >= LEAST_COST
+    return {
+        "cost": [cost.value, cost.low, cost.high],
+        "undone": float(losses[:, 0].mean()),
+        "counts": bool(does_count),
+        "recovered": share_recovered(losses) if does_count else None,
+        "undone and cost": losses.tolist(),
+    }
+
+
+def report(path: Path) -> None:
+    """Prints the verdict, and adds it to the file."""
+    stored = json.loads(path.read_text())
+    verdict = judge(stored["cells"])
+    print(json.dumps(verdict, indent=1))
+    path.write_text(json.dumps({**stored, "verdict": verdict}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
@@ -302,4 +319,4 @@ if __name__ == "__main__":
     if command == "run":
         measure.main("planted_rows", str(__doc__), cells, run_cell)
     else:
-        print("\n".join(judge(json.loads((measure.RESULTS / "planted_rows.json").read_text())["cells"])))
+        report(measure.RESULTS / "planted_rows.json")

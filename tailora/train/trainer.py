@@ -129,8 +129,8 @@ class Trainer:
                     is_stopped = state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set()
                     if is_stopped and self.can_be_resumed:
                         raise Interrupted(self.save_checkpoint())
-                    started = time.perf_counter()  # sampling completions belongs to the time of their step
-                    self.step(next(steps), started, signals.stop.is_set())
+                    step_started = time.perf_counter()  # sampling completions belongs to the time of their step
+                    self.step(next(steps), step_started, signals.stop.is_set())
                     done = self.submitted_steps
                     if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
                         self.evaluate_and_keep_best()

@@ -253,6 +253,7 @@ def test_numbers_of_a_step_add_up(settings: Any) -> None:
     assert sum(event.supervised_tokens for event in reports) == result.supervised_tokens
     assert result.supervised_tokens == 2 * int(result.data.train.supervised.sum())
     assert reports[-1].eta_seconds == 0
+    assert result.seconds > sum(event.seconds for event in reports)
     assert reports[-1].memory_bytes >= reports[0].memory_bytes > 0
 
 
