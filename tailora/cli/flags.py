@@ -13,7 +13,7 @@ Flags override `--config run.yaml`, which overrides the defaults of the command.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin
@@ -151,13 +151,17 @@ def merge_settings(
         config.lora()
     except ConfigError as error:
         origin = f"--config {config_file}{' and the flags' if typed else ''}: " if in_file else ""
-        text = str(error)
-        for name in typed:  # name flags as flags
-            text = re.sub(rf"(?m)^((?:  - )?){name} = ", rf"\1--{name.replace('_', '-')} ", text)
-        raise ConfigError(f"{origin}{text}") from None
+        raise ConfigError(f"{origin}{name_flags(str(error), typed)}") from None
     if config.adapter is None or "model" in config.model_fields_set:
         return config
     return config.replaced(model=base_model_name(None, [find_adapter(config.adapter)]))  # to train it further
+
+
+def name_flags(text: str, typed: Iterable[str]) -> str:
+    """Writes the typed settings of an error message as flags: r = '0' becomes --r '0'."""
+    for name in typed:
+        text = re.sub(rf"(?m)^((?:  - )?){name} = ", rf"\1--{name.replace('_', '-')} ", text)
+    return text
 
 
 def merge_with_run(

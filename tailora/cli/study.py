@@ -2,10 +2,10 @@
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
@@ -16,6 +16,7 @@ from tailora.cli.flags import (
     NprocPerNode,
     flags_of,
     merge_settings,
+    name_flags,
     parse_pairs,
     parse_settings,
 )
@@ -35,6 +36,7 @@ from tailora.train.launch import count_processes, world_size
 
 EXCLUDED = {"resume_from_checkpoint", "samples", "passport", "report_to", "save_steps", "streaming", "method"}
 EXCLUDED |= STEP_CHOICE
+Study = TypeVar("Study", bound=StrictModel)
 
 # ---- `tailora compare`
 
@@ -84,7 +86,7 @@ def compare(
             raise ConfigError("--arm: two variants have the same name; use different names")
         in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
     train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)
-    comparison = CompareConfig(**{**in_file, **(study or {})})
+    comparison = read_study(CompareConfig, in_file, study)
     check_sources_of_run(train, comparison.forgetting_data)
     log("loading the model and data")
     from tailora.study.compare import compare as run
@@ -120,7 +122,7 @@ def search(
     in_file, typed = study_settings(config, SearchConfig), dict(study or {})
     if "space" in typed:
         typed["space"] = {**in_file.get("space", {}), **parse_pairs("--space", typed["space"])}
-    search_config = SearchConfig(**{**in_file, **typed})
+    search_config = read_study(SearchConfig, in_file, typed)
     defaults = LR_ONLY_DEFAULTS if search_config.lr_only else SEARCH_DEFAULTS
     train = merge_settings(flags, config, defaults=defaults, ignore=SearchConfig.model_fields)
     check_sources_of_run(train)
@@ -156,7 +158,7 @@ def rows(
     same command resumes.
     """
     require_packages("scipy", extra="study")
-    config = RowsConfig(run=str(run), **(study or {}))
+    config = read_study(RowsConfig, {"run": str(run)}, study)
     log("loading the run")
     from tailora.study.influence import FinishedRun
     from tailora.study.rows import score_rows
@@ -190,7 +192,7 @@ def curve(
     the same command resumes.
     """
     require_packages("scipy", extra="study")
-    curve_config = CurveConfig(**{**study_settings(config, CurveConfig), **(study or {})})
+    curve_config = read_study(CurveConfig, study_settings(config, CurveConfig), study)
     train = merge_settings(flags, config, defaults=CURVE_DEFAULTS, ignore=CurveConfig.model_fields)
     check_sources_of_run(train)
     log("loading the model and data")
@@ -206,6 +208,14 @@ def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[
     """Returns the settings in the file that belong to the study, not to its training runs."""
     content = read_config_file(config_file) if config_file else {}
     return {name: value for name, value in content.items() if name in schema.model_fields}
+
+
+def read_study(schema: type[Study], in_file: Mapping[str, Any], flags: Mapping[str, Any] | None) -> Study:
+    """Returns the settings of a study; flags override the file. Raises ConfigError with all problems."""
+    try:
+        return schema(**{**in_file, **(flags or {})})
+    except ConfigError as error:
+        raise ConfigError(name_flags(str(error), flags or {})) from None
 
 
 def run_study(

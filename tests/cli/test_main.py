@@ -84,7 +84,7 @@ WRONG = {
     "train --adapter outt": "outt is not a folder; did you mean out?",
     "compare --data nope.jsonl": "data nope.jsonl: no such file",
     "compare --forgetting-data nope.jsonl": "data nope.jsonl: no such file",
-    "compare --minutes ten": "minutes = 'ten': input should be a valid number\n",
+    "compare --minutes ten": "--minutes 'ten': input should be a valid number\n",
     "search --data nope.jsonl": "data nope.jsonl: no such file",
     "search --space r=four": "space: r=four: input should be a valid integer\n",
     "search --space r=4,four": "space: r=4,four: r = 'four': input should be a valid integer\n",

@@ -253,6 +253,7 @@ def test_the_command_lists_rows_in_order_of_harm(finished: Finished, tmp_path: P
     assert "Not proven: scores are estimates." in said
     assert "Rows with the highest scores" in said
     check_refused("contains no run.json", "rows", tmp_path)
+    check_refused("--k '0': input should be", "rows", tmp_path, "--k", "0")
 
 
 def test_a_run_that_cannot_be_scored_is_refused(finished: Finished, tmp_path: Path) -> None:
