@@ -81,7 +81,8 @@ def curve(
     processes: number of processes in each run.    Raises ConfigError, and any error of a run.
     """
     wrong = {"--task grpo": train.task == GRPO, "--streaming": train.streaming, "--method full": train.method == "full"}
-    wrong["--adapter"] = bool(train.adapter)  # its rank is fixed
+    wrong |= {"--adapter": bool(train.adapter), "--target-r": bool(train.target_r)}  # they fix the rank
+    wrong["--rank-pattern"] = bool(train.rank_pattern)
     wrong |= {name: bool(getattr(train, name)) for name in STEP_CHOICE}  # each run has its best number of steps
     wrong |= {f"--data {source}": source.weight != 1 for source in parse_sources(train.data)}
     if given := " and ".join(name for name, is_given in wrong.items() if is_given):
@@ -179,7 +180,7 @@ class CurveRuns:
 
     def complete(self) -> tuple[dict[Point, int], dict[Point, list[Trial]]]:
         """Returns the best number of steps of each point, and its final runs, with the same seeds at each point."""
-        # the largest first: its run is complete, so it has the base's losses for the others
+        # the largest first: a complete run has the base's losses for the others
         steps = {point: self._best_steps(point) for point in reversed(self.plan.points)}
         return steps, self._final_runs(steps)
 
@@ -201,9 +202,10 @@ class CurveRuns:
         if run.done:
             self.base[choosing] = run.base
         elif run.outcome != trial.PRUNED:
+            (self._path(point, name) / trial.RESULT).unlink()
             raise ConfigError(
-                f"the run with {size} examples at rank {rank} failed ({run.outcome}: {run.message}); change the "
-                "settings and use a different --output-dir"
+                f"the run with {size} examples at rank {rank} failed ({run.outcome}: {run.message}). The same command "
+                "repeats it; if it fails again, change the settings and use a different --output-dir"
             )
         return run
 
@@ -261,7 +263,8 @@ def evaluate_curve(
         difference = difference_over_seeds(sums[largest], sums[point], counts)
         half_width = (difference.high - difference.low) / 2 * math.sqrt(difference.from_examples)
         error = half_width / t_quantile(LEVEL, difference.examples - 1)
-        return Change.of(fit.difference(difference.value, error, difference.seeds)), error
+        ends = fit.difference(difference.value, error, difference.seeds)
+        return Change(difference.value, (ends.low, ends.high)), error
 
     half, error = compared((rank, sizes[-2]))
     # the choice of held-out examples affects the next doubling about as much as the last one

@@ -40,9 +40,12 @@ NOT_NEEDED = ("optim", "report_to", "fsdp", "fsdp_reshard_after_forward", "fsdp_
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """settings: with the run's folder as output_dir.    best_step: of its adapter.    data_sha256: of its data."""
+    """settings: with the run's folder as output_dir.    best_step: of its adapter.    seconds: of its steps.
+    data_sha256: of its data.
+    """
 
     settings: TrainConfig
+    processes: int
     steps: int
     best_step: int
     seconds: float
@@ -67,8 +70,9 @@ class FinishedRun:
             for is_wrong, reason in problems:
                 if is_wrong:
                     raise ConfigError(f"the rows of the run in {folder} cannot be scored: {reason}")
-            result, data = content["result"], content["data"]
-            return cls(settings, result["steps"], result["best_step"], result["seconds"], data["sha256"])
+            result, sha256 = content["result"], content["data"]["sha256"]
+            seconds = result["train_tokens"] / result["tokens_per_second"]  # also before the run was resumed
+            return cls(settings, content["processes"], result["steps"], result["best_step"], seconds, sha256)
         except (KeyError, TypeError) as error:
             raise FormatError(f"{folder / RUN} was not written by this version ({error!r}); train again") from None
 
@@ -90,7 +94,7 @@ def row_scores(
     """
     buffers = run.updates.buffers
     direction = [torch.zeros_like(buffer.gradient) for buffer in buffers]
-    scores, losses = np.zeros(len(rows)), np.zeros(len(rows))
+    scores, losses, counts = np.zeros(len(rows)), np.zeros(len(rows)), run.task.counts(run.data.known)
     kernels = replace(run.kernels, recomputes=False)  # one example keeps little, and recomputing takes a fifth longer
     checkpointed = run.config.gradient_checkpointing
     with evaluating(run.model), use_kernels(run.base, run.layout, kernels, checkpointed=checkpointed):
@@ -100,8 +104,8 @@ def row_scores(
                 for part, buffer in zip(direction, buffers, strict=True):
                     part.add_(buffer.gradient / (norm * len(held_out)))
         for index, of_row in enumerate(rows):
-            examples = [run.data.known[i] for i in of_row]
-            losses[index] = _compute_gradient(run, examples) / sum(map(run.task.divisor, examples))
+            total = _compute_gradient(run, [run.data.known[i] for i in of_row])
+            losses[index] = total / counts[[*of_row]].sum()
             products = zip(direction, buffers, strict=True)
             scores[index] = -sum(float((part * buffer.gradient).sum()) for part, buffer in products)
             if (index + 1) * 4 // len(rows) > index * 4 // len(rows):

@@ -3,7 +3,7 @@
     score    each row, by gradients of the selection half of the held-out examples (influence.py); find rows that repeat
              or contradict each other (data/near_duplicates.py)
     prove    train with all rows, and without the k rows of the highest scores, the highest losses, or at random
-             -> differences on the evaluation half, which had no influence on the scores; verdict
+             -> differences on the evaluation half, which rows were not scored on; verdict
 
 All runs have the settings of the finished run, but other seeds, and as many steps as led to the adapter that it kept.
 Removed rows stay in their batches with weight 0: without them, each of the others would be used more often in the same
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import Example, group_equal
 from tailora.data.labels import Labels
 from tailora.data.near_duplicates import contradictions, duplicates, near_duplicates
@@ -73,6 +74,9 @@ def score_rows(
     Raises ConfigError, and any error of a run except divergence and lack of memory.
     """
     finished, folder = FinishedRun.read(Path(study.run)), Path(train.output_dir)
+    if study.prove and processes != finished.processes:
+        text = f"the run had {finished.processes} processes, but each run of the proof would have {processes}"
+        raise ConfigError(f"{text}; use --nproc-per-node {finished.processes}")
     adapter = hashlib.sha256((Path(study.run) / ADAPTER / ADAPTER_WEIGHTS).read_bytes()).hexdigest()[:12]
     settings = study_settings(finished.settings, processes, rows={"adapter_sha256": adapter})
     with locked(folder, STUDY, wait=False):
@@ -81,7 +85,7 @@ def score_rows(
         scored = session.plan(lambda: _scored(finished, log), RowsResult)
         return_cached_memory()  # the proof's runs are other processes on the same device
         k = study.k or max(1, round(SHARE * len(scored.rows)))
-        if k >= len(scored.rows):
+        if study.prove and k >= len(scored.rows):
             raise ConfigError(f"--k {k} would remove all {len(scored.rows)} training rows; use a lower number")
         result = replace(scored, run=study.run, k=k, settings=settings, notes=session.notes)
         first = finished.settings.seed + 1
@@ -108,14 +112,14 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         held_out = run.data.held_out.select(selection_half(len(run.data.held_out)))
         examples, locations = [*run.data.known], run.data.prepared.locations
         rows = group_equal([location.encode() for location in locations])
-        firsts = [examples[of_row[0]] for of_row in rows]
+        whole = [_whole([examples[index] for index in of_row]) for of_row in rows]
         log(f"scoring {len(rows):,} rows by their gradients on {len(held_out):,} held-out examples")
         scores, losses = row_scores(run, rows, held_out, log)
         scored: list[ScoredRow] = []
         order = np.argsort(-scores, kind="stable").tolist()
-        repeated = {find.__name__: find(firsts) for find in (duplicates, near_duplicates, contradictions)}
+        repeated = {find.__name__: find(whole) for find in (duplicates, near_duplicates, contradictions)}
         shown = [*order[:TEXTS], *(group[0] for groups in repeated.values() for group in groups)]
-        texts = dict(zip(shown, _texts(run, [firsts[index] for index in shown]), strict=True))
+        texts = dict(zip(shown, _texts(run, [whole[index] for index in shown]), strict=True))
         for index in order:
             file, number = LOCATION.findall(locations[rows[index][0]])[0]
             numbers, text = (float(scores[index]), float(losses[index])), texts.get(index, "")
@@ -133,6 +137,12 @@ def _scored(finished: FinishedRun, log: Log) -> RowsResult:
         )
 
 
+def _whole(examples: Sequence[Example]) -> Example:
+    """Returns a row as one example: long rows have several."""
+    ids, labels = (np.concatenate(parts) for parts in zip(*((e.input_ids, e.labels) for e in examples), strict=True))
+    return replace(examples[0], input_ids=ids, labels=labels)
+
+
 def _texts(run: Run, examples: Iterable[Example]) -> list[str]:
     """Returns the text and the label of each, without the lines that all begin with.
 
@@ -142,12 +152,15 @@ def _texts(run: Run, examples: Iterable[Example]) -> list[str]:
     texts = ["".join(text for text, _ in show(example, run.tokenizer)) for example in examples]
     lines = [text.splitlines(keepends=True)[:-1] for text in (min(texts), max(texts))]
     begin = sum(len(line) for line, other in takewhile(lambda pair: pair[0] == pair[1], zip(*lines, strict=False)))
-    special = re.compile("|".join(map(re.escape, run.tokenizer.all_special_tokens)) or "$^")
+    special = re.compile("|".join(map(re.escape, ChatTokenizer.of(run.tokenizer).special_tokens)) or "$^")
     texts = [" | ".join(filter(None, map(str.strip, special.split(text[begin:])))) for text in texts]
-    return [
-        text if len(text) <= 2 * HALF else f"{text[:HALF].rpartition(' ')[0]} … {text[-HALF:].partition(' ')[2]}"
-        for text in texts
-    ]
+    return [text if len(text) <= 2 * HALF else _without_middle(text) for text in texts]
+
+
+def _without_middle(text: str) -> str:
+    """Cuts at spaces, except in languages without them."""
+    begin, end = re.sub(r"\s\S{0,20}$", "", text[:HALF]), re.sub(r"^\S{0,20}\s", "", text[-HALF:])
+    return f"{begin} … {end}"
 
 
 # ---- Proof
@@ -239,11 +252,12 @@ def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str,
     )
     if with_all.seeds == 1:
         return one_seed(f"training with or without these {k} rows", numbers), False
+    more = "More held-out examples" if with_all.from_examples > 0.5 else "More seeds (--seeds)"
     begin, proven = f"Cannot tell whether these {k} rows are harmful:", False
     if with_all.high < 0:
         text = f"Keep these {k} rows: the model is worse without them ({numbers})."
     elif with_all.low <= 0:
-        text = f"{begin} the interval of the difference contains 0 ({numbers}). More seeds (--seeds) narrow it."
+        text = f"{begin} the interval of the difference contains 0 ({numbers}). {more} narrow it."
     elif of_random.low <= 0:
         text = f"{begin} removing them helped ({numbers}), but not more than removing random rows ({than_random})."
     else:

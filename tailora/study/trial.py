@@ -523,7 +523,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         "held_out": held_out,
         "train_examples": None if result.data is None else len(result.data.train),
         "parts": parts,
-        "all_steps": None if result.data is None else epoch_steps(config, result.data.train.epoch_size),
+        "all_steps": None if result.data is None else epoch_steps(config, result.data.train.epoch_size, spec.processes),
         "data_warnings": {} if result.data is None else warnings_of(result.data.report.to_dict()),
         **seconds,
     }

@@ -137,7 +137,7 @@ def test_only_a_proof_calls_rows_harmful(finished: Finished, scored: RowsResult,
     assert (other.variants, other.verdict[:10]) == ([], "Not proven")
     again = score_rows(in_folder, study.replaced(seeds=2, minutes=1), run_trial=not_run)
     assert again.seeds == [1, 2]
-    with pytest.raises(ConfigError, match=r"--minutes 0\.001 is too short for a proof; use 1 or more"):
+    with pytest.raises(ConfigError, match=r"--minutes 0\.001 is too short for a proof; use \d+ or more"):
         score_rows(in_folder, study.replaced(k=5, minutes=0.001), run_trial=not_run)
     helpless = partial(made_up_trial, helpful=[])
     with pytest.raises(
@@ -153,6 +153,8 @@ def test_only_a_proof_calls_rows_harmful(finished: Finished, scored: RowsResult,
     assert harmless.verdict.startswith("Cannot tell whether these 4 rows are harmful: removing them helped")
     with pytest.raises(ConfigError, match="--k 200 would remove all 200 training rows"):
         score_rows(in_folder, study.replaced(k=ROWS))
+    with pytest.raises(ConfigError, match=r"the run had 1 processes, .* would have 2; use --nproc-per-node 1"):
+        score_rows(in_folder, study, processes=2)
 
 
 def test_a_proof_ends_at_the_step_whose_adapter_was_kept(finished: Finished, tmp_path: Path) -> None:
@@ -160,7 +162,10 @@ def test_a_proof_ends_at_the_step_whose_adapter_was_kept(finished: Finished, tmp
     train, _ = finished
     shutil.copytree(train.output_dir, tmp_path / "run")
     content = read_json_object(tmp_path / "run" / "run.json")
-    numbers = content["result"] | {"best_step": 3, "seconds": 60.0 * content["result"]["steps"]}
+    numbers = content["result"] | {
+        "best_step": 3,
+        "tokens_per_second": content["result"]["train_tokens"] / 60 / content["result"]["steps"],
+    }
     (tmp_path / "run" / "run.json").write_text(json.dumps({**content, "result": numbers}))
     study, lines = RowsConfig(run=str(tmp_path / "run"), prove=True, seeds=1), list[str]()
     in_folder = train.replaced(output_dir=str(tmp_path / "out"))
@@ -189,12 +194,13 @@ def test_only_removed_rows_are_on_the_page_as_harmful(scored: RowsResult) -> Non
 
 def test_texts_lose_only_the_lines_that_all_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tailora.study.rows, "preview", lambda example, _: [(example, True)])
-    run: Any = SimpleNamespace(labels=None, tokenizer=SimpleNamespace(all_special_tokens=["<s>"]))
+    run: Any = SimpleNamespace(labels=None, tokenizer=chat_tokenizer(["Hi"] * 3, eos_token="<s>"))
     examples: Any = ["<s>Be kind.\nHow to cook rice?", "<s>Be kind.\nHow do I cook?", "<s>Be kind.\nHow"]
     assert _texts(run, examples) == ["How to cook rice?", "How do I cook?", "How"]
     assert _texts(run, examples[2:] * 2) == ["How", "How"]
-    turns: Any = ["<s>Hi\nyou<s><s>me\nyes", f"<s>{'word ' * 100}"]
-    assert _texts(run, turns) == ["Hi\nyou | me\nyes", f"{'word ' * 15}word … {'word ' * 15}word"]
+    turns: Any = ["<s>Hi\nyou<s><s>me\nyes", f"<s>{'word ' * 100}", f"<s>{'字' * 200}"]
+    shortened = [f"{'word ' * 15}word … {'word ' * 15}word", f"{'字' * 80} … {'字' * 80}"]
+    assert _texts(run, turns) == ["Hi\nyou | me\nyes", *shortened]
 
 
 def not_run(*_: Any) -> Trial:

@@ -19,11 +19,11 @@ def rows_page(result: RowsResult) -> Page:
     are_several = len({row.file for row in result.rows}) > 1
     cells = [
         [f"{row.file}:" * are_several + str(row.row), signed(row.score), decimals(row.loss), one_line(row.text, TEXT)]
-        for row in result.rows[:TEXTS]
+        for row in result.rows[: max(TEXTS, result.k)]
     ]
-    harmful = sum(row.score > 0 for row in result.rows)
-    text = "A score above 0 means that a step of training on this row raises the loss of held-out examples "
-    text += f"({harmful:,} of {plural(len(result.rows), 'row')}). "
+    positive = sum(row.score > 0 for row in result.rows)
+    text = "A score above 0 means that a step of training on this row probably raises the loss of held-out examples "
+    text += f"({positive:,} of {plural(len(result.rows), 'row')}). "
     text += f"The finished model's loss on the row is in {result.loss_unit}."
     shown, title = (result.k, "Harmful rows") if result.proven else (len(cells), "Rows with the highest scores")
     sections = [
@@ -34,7 +34,7 @@ def rows_page(result: RowsResult) -> Page:
     ]
     if result.variants:
         text = f"{plural(result.steps, 'step')} in each run, {plural(len(result.seeds), 'seed')}, evaluated on "
-        text += f"{result.judged_examples:,} held-out examples that had no influence on the scores."
+        text += f"{result.judged_examples:,} held-out examples that rows were not scored on."
         sections.insert(0, Section(f"Training without {plural(result.k, 'row')}", text, _proof(result)))
     numbers = [
         Number("training rows", f"{len(result.rows):,}"),
@@ -65,9 +65,9 @@ def _proof(result: RowsResult) -> list[Block | None]:
 
 
 def _groups(result: RowsResult, name: str) -> Table | None:
-    groups, rows = result.repeated[name], []
+    groups, are_several, rows = result.repeated[name], len({row.file for row in result.rows}) > 1, []
     for group in groups[:MOST]:
-        names = ", ".join(location.rpartition("/")[2] for location in group.rows[:NAMED])
+        names = ", ".join(row if are_several else row.rpartition("/")[2] for row in group.rows[:NAMED])
         more = f" and {len(group.rows) - NAMED:,} more" if len(group.rows) > NAMED else ""
         rows.append([f"{len(group.rows):,}", f"{names}{more}", one_line(group.text, TEXT)])
     note = f"{plural(len(groups), 'group')} in total; report.json has all of them"
