@@ -1,6 +1,7 @@
 """Tokenized examples, stored end to end in two flat arrays; the split into train and held-out; the report."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -425,8 +426,9 @@ def length_histogram(lengths: Int64, bins: int = 10) -> list[dict[str, int]]:
     return [{"low": start, "high": stop - 1, "examples": number} for (start, stop), number in counts]
 
 
-def dataset_hash(*parts: Examples) -> str:
-    digest = hashlib.sha256()
+def dataset_hash(*parts: Examples, columns: Sequence[Mapping[str, Any]] = ()) -> str:
+    """columns: what reward functions get of each prompt."""
+    digest = hashlib.sha256(json.dumps(columns, sort_keys=True, default=str).encode() if columns else b"")
     for part in parts:
         for array in (part.starts, part.input_ids, part.labels):
             digest.update(np.ascontiguousarray(array).tobytes())

@@ -281,6 +281,7 @@ def _report(
     trained = loaded[: len(sources)]
     mappings = [part.mapping for part in trained]
     lengths = np.concatenate([train.lengths, evaluated.lengths])
+    prompts = [sample for part in chain(*sides) for sample in part.samples if isinstance(sample, Prompt)]
     return DataReport(
         source=", ".join(str(part.source) for part in trained),
         sources=sources,
@@ -302,7 +303,7 @@ def _report(
         flagged={name: flagged.numbers[name] for name in WARNINGS},
         rows_of={name: locations for name, locations in flagged.locations.items() if locations},
         lengths=dataset.length_histogram(lengths),
-        sha256=dataset.dataset_hash(train, evaluated),
+        sha256=dataset.dataset_hash(train, evaluated, columns=[prompt.columns for prompt in prompts]),
         labels={} if labels is None else labels.counts(train),
         eval_labels={} if labels is None else labels.counts(evaluated),
     )

@@ -144,6 +144,8 @@ FREE = {
     "activation_memory",  # compared with the kernels
     "resume_from_checkpoint",
     "report_to",
+    "passport",
+    "reward_seconds",
     "samples",
     "save_steps",
     "save_total_limit",

@@ -90,7 +90,7 @@ class TrainResult:
     trainable_parameters: int
     total_parameters: int
     peak_memory_bytes: int
-    seconds: float  # of everything, loading included
+    seconds: float  # of everything, loading included, since the start or the resume
     model: Trainable = field(metadata=IN_MEMORY)
     tokenizer: PreTrainedTokenizerBase = field(metadata=IN_MEMORY)
     data: PreparedData | None = field(metadata=IN_MEMORY)  # None when streaming without eval_data

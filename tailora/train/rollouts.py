@@ -26,14 +26,14 @@ from tailora.core.attach import evaluating
 from tailora.data.dataset import Example, Examples
 from tailora.data.prepare import PreparedData
 from tailora.engine.continuous_batching import cache_bytes
-from tailora.errors import DataError
+from tailora.errors import DataError, DivergedError
 from tailora.kernels.loss import FORMS
 from tailora.train import grpo, run_log
 from tailora.train.config import TrainConfig
 from tailora.train.grpo import GRPO, Rewards, group_means, mean_and_error, with_target
 from tailora.train.loss import BatchLayout, Evaluation, make_batch
 from tailora.train.rewards import Reward, RewardProcess
-from tailora.train.sampler import Sample, Sampler
+from tailora.train.sampler import ADVICE, Sample, Sampler
 from tailora.train.step import Step, StepShape, split_by_tokens
 from tailora.train.trainable import FullModel, Trainable
 
@@ -48,6 +48,7 @@ class Rollouts:
     rewards: whose weighted sum is the reward.    judges: that only judge held-out completions.    names: of both.
     """
 
+    memory_advice = ADVICE  # if training needs too much
     sampler: Sampler  # this and the rest: from `connect` on
     model: Trainable
     layout: BatchLayout
@@ -88,6 +89,17 @@ class Rollouts:
         self.task.drift.limit, self.task.drift.warn = grpo.DRIFT_LIMITS.get(self.sampler.base.dtype, math.inf), note
         self._scorer = stack.enter_context(RewardProcess(self.rewards + self.judges, self.config.reward_seconds))
 
+    def _sample(self, *arguments: Any) -> list[Sample]:
+        """Calls the sampler. Raises DivergedError on all ranks if the logits of one are not finite."""
+        samples, problem = list[Sample](), ""
+        try:
+            samples = self.sampler.sample(*arguments)
+        except DivergedError as error:
+            problem = str(error)
+        if problem := max(gather_object([problem])):
+            raise DivergedError(problem)
+        return samples
+
     def _scores(self, samples: Sequence[Sample]) -> Floats:
         """Returns (names, samples), by the names of `GRPO.score_names` without kl. NaN: None. Raises RewardError."""
         scores = self._scorer.score([sample.for_rewards() for sample in samples]).T
@@ -122,7 +134,7 @@ class Rollouts:
         config, shape = self.config, self.shape
         own, indices = range(shape.rank, shape.examples_per_step, shape.world), self.prompts_of(number)
         prompts = [self.prompts[indices[position]] for position in own]
-        samples = self.sampler.sample(prompts, [[config.seed, number, position] for position in own])
+        samples = self._sample(prompts, [[config.seed, number, position] for position in own])
         scores = np.concatenate(gather_object([self._scores(samples)]), 1)  # of all ranks
         scores = scores.reshape(len(scores), -1, config.num_generations)  # (names, groups, completions)
         advantages = grpo.advantages_of(scores[0], config.loss or "grpo", config.scale_rewards)
@@ -223,7 +235,7 @@ class Rollouts:
         own = np.array_split(examples.source_indices, state.num_processes)[state.process_index].tolist()
         seeds = [[self.config.seed, 2**31, number] for number in own]
         prompts = [self.held_out[number] for number in own]
-        samples = self.sampler.sample(prompts, seeds, lambda done: progress(done, len(own)))
+        samples = self._sample(prompts, seeds, lambda done: progress(done, len(own)))
         scores = np.array([*self._scores(samples), self._log_ratios(samples)])
         scores = scores.reshape(len(scores), -1, generations).swapaxes(0, 1)
         scores[:, -1] /= scores[:, -3].mean(1, keepdims=True)  # per token

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 import tailora
 from tailora.data.readers import RowProblem
-from tailora.errors import CheckpointError, ConfigError
+from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
 from tailora.formats.run_folder import (
     ADAPTER,
@@ -92,6 +92,8 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
         raise ConfigError(
             "--overwrite would delete the run that --resume-from-checkpoint resumes; use only one of these flags"
         )
+    if overwrite and config.adapter and Path(config.adapter).resolve().is_relative_to(output_dir.resolve()):
+        raise ConfigError(f"--overwrite would replace --adapter {config.adapter}; use a different --output-dir")
     is_resumed_here = resumed == "latest" or (resumed and Path(resumed).resolve().parent == output_dir.resolve())
     checkpoints = [path.name for path in checkpoints_in(output_dir)]
     names = [*(text for name, text in RESULTS.items() if (output_dir / name).exists()), *checkpoints[-1:]]
@@ -109,11 +111,13 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
 def set_aside(output_dir: Path) -> Path | None:
     """Moves the files of an earlier run to the folder earlier-run next to them and returns it; None if there are none.
 
-    If that folder exists, the files are from a failed run that should have replaced it: they are deleted.
+    If that folder has a run, the files are from a failed run that should have replaced it: they are deleted.
     """
     aside, partial = output_dir / EARLIER, output_dir / f".{EARLIER}"
     files = [path for name in FILES if (path := output_dir / name).exists()] + checkpoints_in(output_dir)
     with wrap_os_error(aside):
+        if aside.exists() and not _read_run(aside):  # what a run left that failed before it wrote run.json
+            shutil.rmtree(aside)
         if aside.exists():
             for path in files:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -173,7 +177,10 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
 
 
 def add_result(output_dir: Path, **numbers: Any) -> None:
+    """Raises WriteError if the run could not write its own result."""
     content = _read_run(output_dir)
+    if not content.get("result"):
+        raise WriteError(f"{output_dir / RUN} has no result")
     write_run(output_dir, content, {**content["result"], **numbers})
 
 

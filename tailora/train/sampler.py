@@ -28,7 +28,6 @@ from tailora.errors import DivergedError
 from tailora.kernels.attention import use_attention
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.divergence import REMEDIES
 from tailora.train.memory import explain_out_of_memory, return_freed_memory
 from tailora.train.rewards import Completion
 from tailora.train.trainable import Trainable
@@ -131,7 +130,7 @@ class Sampler:
         tokens, finish = [event for event in events if isinstance(event, Token)], events[-1]
         reason, message = cast(Finish, finish).reason, cast(Finish, finish).message
         if message == OVERFLOW:
-            raise DivergedError(f"sampling failed: the logits of a completion are not finite; {REMEDIES}")
+            raise DivergedError("the logits of a completion are not finite")
         if reason in ("error", "cancelled"):
             raise RuntimeError(f"sampling failed: {message or reason}")
         ids = [token.id for token in tokens]

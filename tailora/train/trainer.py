@@ -20,7 +20,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -130,7 +130,9 @@ class Trainer:
                     if is_stopped and self.can_be_resumed:
                         raise Interrupted(self.save_checkpoint())
                     step_started = time.perf_counter()  # sampling completions belongs to the time of their step
-                    self.step(next(steps), step_started, signals.stop.is_set())
+                    with self.sampling():
+                        step = next(steps)
+                    self.step(step, step_started, signals.stop.is_set())
                     done = self.submitted_steps
                     if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
                         self.evaluate_and_keep_best()
@@ -356,11 +358,12 @@ class Trainer:
     def evaluate(self, examples: Examples, task: Task, what: str = "held-out examples") -> Evaluation:
         """Evaluates this rank's share of the examples and joins the shares. what: the examples, for the progress."""
         if (rollouts := self.run.data.rollouts) is not None:
-            return rollouts.evaluate(
-                examples,
-                self.state.step,
-                lambda done, total: self.run.report(events.EvaluationProgress(done, total, "held-out prompts")),
-            )
+            with self.sampling():
+                return rollouts.evaluate(
+                    examples,
+                    self.state.step,
+                    lambda done, total: self.run.report(events.EvaluationProgress(done, total, "held-out prompts")),
+                )
         run, accelerator, counts = self.run, self.run.accelerator, task.counts(examples)
         budget, ranks, rank = run.data.largest_size.tokens, accelerator.num_processes, accelerator.process_index
         shares = [np.arange(first, len(examples), ranks) for first in range(ranks)]
@@ -421,7 +424,8 @@ class Trainer:
         }
         if isinstance(run.model, FullModel):
             tensors |= {file: run.model.gather(tensors[file]) for file in checkpoint.BY_PARAMETER if file in tensors}
-        if broken := broadcast_object_list([checkpoint.not_finite(tensors)])[0]:
+        numbers = {file: content for file, content in tensors.items() if file != "evaluations"}  # NaN: not known
+        if broken := broadcast_object_list([checkpoint.not_finite(numbers)])[0]:
             raise self.diverged(f"in step {state.step}: values became NaN or infinite ({'; '.join(broken)})")
         random_states = gather_object([random_state()])
         if run.is_main:
@@ -437,9 +441,14 @@ class Trainer:
         return folder
 
     def accept_checkpoint(self) -> None:
-        """Deletes the oldest checkpoints beyond the limit, now that the weights of the newest gave a finite loss."""
+        """Deletes the oldest checkpoints beyond the limit, now that the weights of the newest gave a finite loss.
+
+        Deletes those of later steps as well: this run was resumed before them, so they do not belong to it.
+        """
         if self.state.unproven is not None and self.run.is_main:
-            for old in checkpoints_in(self.run.output_dir)[: -self.config.save_total_limit]:
+            saved = checkpoints_in(self.run.output_dir)
+            newest = saved.index(self.state.unproven) + 1
+            for old in saved[newest:] + saved[:newest][: -self.config.save_total_limit]:
                 shutil.rmtree(old)
         self.state.unproven = None
 
@@ -545,6 +554,14 @@ class Trainer:
         parameters = {name: p for buffer in run.updates.buffers for name, p in buffer.parameters.items()}
         return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
 
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Saves the last good parameters if those of now cannot sample."""
+        try:
+            yield
+        except DivergedError as error:
+            raise self.diverged(f"after step {self.state.step}: {error}") from None
+
     def diverged(self, cause: str, *, parameters_are_good: bool = False) -> DivergedError:
         """Restores the last good parameters, saves them unless a best adapter is kept, and returns the error.
 
@@ -554,7 +571,7 @@ class Trainer:
         run.updates.restore_last_good()
         sync_parameters(run.model)
         folder = trainable.folder_of(run.model, run.output_dir)
-        saved = f"the best adapter so far is in {folder}"
+        saved = f"{'the best' if state.best else 'an earlier'} adapter is in {folder}"
         if not broadcast_object_list([folder.exists()])[0]:
             saved = f"the last weights with a finite loss are in {folder}"
             self.save_model()

@@ -17,11 +17,12 @@ from tailora.errors import CheckpointError, ConfigError, DataError, DivergedErro
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.loss import FORMS
 from tailora.train import divergence
+from tailora.train.config import TrainConfig
 from tailora.train.divergence import broken_gradients, broken_loss
 from tailora.train.events import Event, Note, Stepped
 from tailora.train.failures import Interrupted
 from tailora.train.loss import CAUSAL_LM, BatchLayout
-from tailora.train.run_log import has_diverged, lock
+from tailora.train.run_log import check_run_folder, has_diverged, lock
 from tailora.train.trainer import Trainer, run
 
 
@@ -155,6 +156,9 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_whole(settings: An
     with pytest.raises(DataError):
         run(config.replaced(data="no such data"), overwrite=True)
     assert adapter(config) == before
+    with pytest.raises(ConfigError, match="--overwrite would replace --adapter"):
+        check_run_folder(TrainConfig(adapter=str(folder / "adapter"), output_dir=str(folder)), overwrite=True)
+    (folder / "earlier-run").mkdir()  # of a run that failed before it wrote run.json
     other = config.replaced(seed=1)
     for _ in range(2):  # the second finds the earlier run set aside, and what the first has left
         with pytest.raises(Interrupted):

@@ -150,6 +150,18 @@ def two_checkpoints(finished_run: TrainConfig, tmp_path: Path) -> TrainConfig:
     return changed(finished_run, output_dir=str(tmp_path / "out"), resume_from_checkpoint="latest")
 
 
+def test_checkpoints_after_the_resumed_one_are_deleted(two_checkpoints: TrainConfig) -> None:
+    folder, found = Path(two_checkpoints.output_dir), dict[int, list[str]]()
+    changes = {"resume_from_checkpoint": str(folder / "checkpoint-2"), "save_steps": 1, "save_total_limit": 1}
+
+    def look(event: events.Event) -> None:
+        if isinstance(event, events.Stepped):
+            found[event.step] = [path.name for path in checkpoints_in(folder)]
+
+    run(changed(two_checkpoints, **changes), look)
+    assert found[4] == ["checkpoint-3"]
+
+
 FILES = ["adapter.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"]
 HARMS = [(name, "changed") for name in FILES] + [("adapter.safetensors", "cut"), ("state.json", "missing")]
 REST = [(name, harm) for name in FILES for harm in ("cut", "missing") if (name, harm) not in HARMS]

@@ -263,7 +263,7 @@ def test_a_failing_reward_ends_the_run_with_its_name(grpo: Any) -> None:
 def test_held_out_prompts_without_rewards_are_left_out_of_the_mean(grpo: Any) -> None:
     notes: list[str] = []
     trainer = Trainer(
-        with_reward(grpo(validation_split=0.5, max_steps=2, eval_steps=1), "of_even"),
+        with_reward(grpo(validation_split=0.5, max_steps=2, eval_steps=1, save_steps=1), "of_even"),
         lambda event: notes.append(event.text) if isinstance(event, Note) else None,
     )
     result = trainer.train()
@@ -296,7 +296,9 @@ def test_a_rank_may_have_no_held_out_prompt(grpo: Any, monkeypatch: pytest.Monke
         state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
         with monkeypatch.context() as patch:
             patch.setattr("tailora.train.rollouts.PartialState", lambda: state)
-            patch.setattr("tailora.train.rollouts.gather_object", lambda own: [other, *own])
+            patch.setattr(
+                "tailora.train.rollouts.gather_object", lambda own: own if isinstance(own[0], str) else [other, *own]
+            )
             found.append(rollouts.evaluate(held_out.select(np.array([0])), 0, lambda *_: None))
 
     trainer.on_ready = evaluate_on_two_ranks
@@ -324,8 +326,12 @@ def test_logits_that_are_not_finite_are_divergence(grpo: Any) -> None:
     def overflow(model: Any, *_: Any) -> None:
         model.base_model.get_output_embeddings().weight.data.fill_(float("inf"))
 
-    with pytest.raises(DivergedError, match="sampling failed: the logits of a completion are not finite; try a tenth"):
-        run(grpo(), on_ready=overflow)
+    config = grpo()
+    with pytest.raises(DivergedError, match=r"after step 0: the logits of a completion are not finite\. the last"):
+        run(config, on_ready=overflow)
+    content = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert content["diverged"]
+    assert (Path(config.output_dir) / "adapter").is_dir()
 
 
 @pytest.mark.parametrize(
