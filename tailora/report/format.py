@@ -25,7 +25,7 @@ def one_line(text: str, longest: int) -> str:
 def count(number: float) -> str:
     """1,234 -> '1,234'; 4,884,480 -> '4.88M'."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if abs(number) >= unit:
+        if abs(number) >= 0.9995 * unit:  # which would be shown as 1000 of the smaller unit
             return f"{number / unit:.3g}{letter}"
     return f"{number / 1e3:.3g}k" if abs(number) >= 1e5 else f"{number:,.0f}"
 

@@ -40,7 +40,9 @@ from tailora.study.lr_range import LearningRateSearch
 from tailora.study.results import Comparison, measure_of
 from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import (
+    CLOCK,
     DAMAGED,
+    TEXTS,
     TIMING,
     Log,
     Settings,
@@ -67,7 +69,7 @@ from tailora.study.trial import (
 from tailora.study.verdict import evaluate_arms
 from tailora.train.config import TASK_TYPES, TrainConfig
 
-STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"
+STUDY, RUNS = "compare.json", "runs"
 FEWEST_TRIES = 3  # learning rates: the best one, a lower and a higher one
 Run = tuple[str, str, dict[str, Any]]  # arm, name of its folder, settings
 ADJUSTABLE = {"seeds", "rate_tries", "minutes", "margin", "workers"}  # may change when a comparison is resumed
@@ -216,7 +218,7 @@ class _Comparison:
             keep=final and self.study.method(arm) != FULL,  # a full model for every seed would fill the disk
             choosing=choosing,
             before=self.base.get((arm, choosing)),
-            texts=str(self.folder / "texts.json"),
+            texts=str(self.folder / TEXTS),
             held_out=held_out or self.plan.held_out,
         )
         path = self._path(arm, name)

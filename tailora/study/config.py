@@ -90,7 +90,7 @@ def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **fixed: An
     leave_out = {"learning_rate"}
     if study.method(arm) == FULL:
         leave_out |= ADAPTER_SETTINGS
-    return trial_settings(train, study.arms[arm], leave_out, **fixed)
+    return trial_settings(train, {"method": study.method(arm), **study.arms[arm]}, leave_out, **fixed)
 
 
 class CurveConfig(StrictModel):

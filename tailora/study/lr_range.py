@@ -20,7 +20,7 @@ from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs, measure_costs, no_costs, too_short
 from tailora.study.config import SearchConfig, trial_settings
-from tailora.study.study_store import TIMING, Log, StudySession, locked, open_folder, study_settings
+from tailora.study.study_store import TIMING, TRIALS, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import RESULT, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
 from tailora.train.config import GRPO, NATS_PER_TOKEN, TrainConfig
 
@@ -107,12 +107,15 @@ def find_range(
         return "diverging" if event.loss > losses[0] + max(gain, 0.1) else None
 
     with locked(folder, STUDY):
-        begun = (folder / RISING / RESULT).exists()
+        begun = (folder / RISING / RESULT).exists() or (folder / TRIALS).exists()  # the second is a search
         open_folder(folder, STUDY, settings, begun=begun)
         steps = session.plan(lambda: RangePlan(_steps_that_fit(train, session)), RangePlan).steps
         log(f"up to {steps} steps with learning rates from {LOWEST:g} to {HIGHEST:g}, until the improvement is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)
         trial = session.trial(spec, folder / RISING, stop)
+        if len(trial.curve) < 2:  # before training and one more
+            (folder / RISING / RESULT).unlink()
+            raise ConfigError(f"the run ended before its first evaluation ({trial.outcome}): {trial.message}")
     rates = read_range(trial, steps, settings)
     write_report(folder, KIND, {"verdict": rates.verdict, **rates.to_dict()})
     return rates

@@ -9,6 +9,7 @@ plan -> Plan          (study/plan_result.py)
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -37,8 +38,8 @@ from tailora.study.model_layout import adapted_modules, trained_groups, unadapte
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
 from tailora.study.trial import FEWEST_HALVED
 from tailora.train import estimate
-from tailora.train.config import TASK_TYPES, TrainConfig
-from tailora.train.dataloader import epoch_steps, largest_forward, read_data
+from tailora.train.config import GRPO, TASK_TYPES, TrainConfig
+from tailora.train.dataloader import epoch_steps, largest_forward, read_data, steps_per_epoch
 from tailora.train.estimate import Memory
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
 from tailora.train.kernel_choice import asks_for_compiled_layers
@@ -167,10 +168,11 @@ def plan(
 def read_shape(config: TrainConfig) -> tuple[PretrainedConfig, Labels | None]:
     """Returns config.json of the model, with the labels of the data for tasks that have some, and the labels."""
     shape = read_config(config.model)
+    if config.task in (*TASK_TYPES, GRPO) and "data" not in config.model_fields_set:
+        what = "prompts" if config.task == GRPO else "labels"
+        raise ConfigError(f"--task {config.task} needs the {what} of the data; add --data")
     if config.task not in TASK_TYPES:
         return shape, None
-    if "data" not in config.model_fields_set:
-        raise ConfigError(f"--task {config.task} needs the labels of the data; add --data")
     labels, _ = find_labels(config)
     set_labels(shape, cast(Labels, labels), load_tokenizer(config.model))
     return shape, labels
@@ -344,7 +346,9 @@ def read_batches(
         data = replace(data, shape=replace(data.shape, token_limit=limit))
         task, largest = data.task, data.largest
         if (rollouts := data.rollouts) is not None:
-            steps, tokens_of_step = data.max_steps, float(step.examples_per_step * rollouts.tokens_of_group)
+            per_epoch = steps_per_epoch(rollouts.train.epoch_size, replace(step, world=nproc))
+            steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch * config.num_iterations)
+            tokens_of_step = float(step.examples_per_step * rollouts.tokens_of_group)
             notes = ["every completion is assumed to have --max-completion-length tokens"]
         elif data.prepared is None or config.streaming:
             steps, tokens_of_step = data.max_steps, float(data.largest_size.tokens * config.gradient_accumulation_steps)
@@ -424,10 +428,16 @@ def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches
 
 def full_fine_tuning(
     config: TrainConfig, shape: PretrainedConfig, batches: Batches, place: Place, available: int
-) -> FullFineTuning:
-    """Returns the plan of the same run with all weights trained (without offloading, which needs frozen weights)."""
+) -> FullFineTuning | None:
+    """Returns the plan of the same run with all weights trained (without offloading, which needs frozen weights).
+
+    None if the run has settings that need an adapter.
+    """
     settings = config.model_dump(exclude_unset=True, exclude={*ADAPTER_SETTINGS, "fsdp_offload_params"})
-    full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
+    try:
+        full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
+    except ConfigError:
+        return None
     with estimate.fake_model(full, shape, place.device, batches.task) as fake:
         memory = place.memory_of(full, fake, largest_step(full, fake, batches))
         parameters = fake.model.summary().trainable_parameters

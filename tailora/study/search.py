@@ -52,6 +52,7 @@ from tailora.study.study_store import (
     DAMAGED,
     PLAN,
     TIMING,
+    TRIALS,
     Log,
     StudySession,
     locked,
@@ -349,7 +350,7 @@ class _Search:
                     return f"in the worse half at step {event.step}"
             return "out of time" if self.session.seconds > until else None
 
-        result = self.session.trial(spec, self.folder / "trials" / f"{trial.number:04d}", stop)
+        result = self.session.trial(spec, self.folder / TRIALS / f"{trial.number:04d}", stop)
         self.base[True] = self.base[True] or result.base
         losses = [loss for step, loss in result.curve if step > 0]
         return Candidate(

@@ -16,19 +16,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from tailora.core.config import ALIASES, ALL_LINEAR, OUR_NAMES, suggestion
+from tailora.core.config import ALIASES, ALL_LAYERS, ALL_LINEAR, OUR_NAMES, suggestion
 from tailora.errors import ConfigError, listing
-from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
+from tailora.train.config import GRPO, GRPO_FIELDS, PREFERENCE_FIELDS, TrainConfig
 
 FIELDS = TrainConfig.model_fields
 STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # would select a step on the evaluation half
 SHARED_BY_RUNS = STEP_CHOICE | {  # in any study
     *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "streaming", "max_steps"),
     *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"),
-    *("system", "assistant_only_loss", "completion_only_loss", "documents"),  # would change the evaluation
+    *("system", "assistant_only_loss", "completion_only_loss", "documents"),  # these would change the evaluation
+    *("field", "max_length", "reward", "eval_reward"),
     *("task", *PREFERENCE_FIELDS),  # their losses are not comparable
 }
-SHARED = SHARED_BY_RUNS | {"field", "save_total_limit", "adapter", "method", "max_length"}
+SHARED = SHARED_BY_RUNS | {"save_total_limit", "adapter", "method"}
 SHARED |= {"quantize", "dtype", "packing"}  # would change the base
 SCALE = "scale"  # alpha/r, instead of alpha
 TARGETS = (ALL_LINEAR, "attention", "mlp")  # words whose meaning depends on the model
@@ -52,9 +53,10 @@ class Range:
 
 
 Axis = Range | tuple[Any, ...]
+DEFAULT_RANKS = (2, 4, 8, 16, 32, 64)
 DEFAULT: dict[str, Axis] = {
     "learning_rate": Range(5e-5, 1e-2),
-    "r": (2, 4, 8, 16, 32, 64),
+    "r": DEFAULT_RANKS,
     "lora_alpha": (8.0, 16.0, 32.0, 64.0),
     "target_modules": TARGETS,
     "lora_dropout": (0.0, 0.05, 0.1),
@@ -123,6 +125,7 @@ def _value(name: str, value: Any) -> Any:
     if name == SCALE:
         name = "lora_alpha"  # equal to the scale if r = 1
     required = {"target_r": 1} if name in ADALORA_SETTINGS else {}  # otherwise TrainConfig rejects them
+    required |= {"task": GRPO, "reward": ["math"]} if name in GRPO_FIELDS else {}
     return getattr(TrainConfig(**{"learning_rate": 1e-4, **required, name: value}), name)
 
 
@@ -145,6 +148,8 @@ def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis
         raise ConfigError("scale is alpha/r; keep only one of lora_alpha and scale in --space")
     omitted = fixed | ({"lora_alpha"} if SCALE in given else set())
     space = {**{name: axis for name, axis in default.items() if name not in omitted}, **given}
+    if train.target_r is not None and "r" in space and "r" not in given:
+        space["r"] = tuple(r for r in DEFAULT_RANKS if r >= train.target_r) or (train.target_r,)
     if all(not isinstance(axis, Range) and len(axis) < 2 for axis in space.values()):
         raise ConfigError("nothing to search, because every setting has one value; add a second value with --space")
     return space
@@ -154,9 +159,10 @@ def first_values(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any
     """Returns the values of the first trial: the run's own, or the nearest ones in the space."""
     values = {}
     for name, axis in space.items():
-        current = train.lora_alpha / train.r if name == SCALE else getattr(train, name)
+        scale = train.lora_alpha / (math.sqrt(train.r) if train.use_rslora else train.r)
+        current = scale if name == SCALE else getattr(train, name)
         if isinstance(axis, Range):
-            values[name] = min(max(current, axis.low), axis.high)
+            values[name] = axis.low if current is None else min(max(current, axis.low), axis.high)
         elif current in axis:
             values[name] = current
         elif isinstance(current, bool) or not isinstance(current, int | float):
@@ -212,7 +218,7 @@ def settings_of(values: Mapping[str, Any], groups: Mapping[str, list[str] | str]
         changes["lora_alpha"] = changes.pop(SCALE) * (math.sqrt(r) if rslora else r)
     if "target_modules" in changes:
         word = changes["target_modules"]
-        changes["target_modules"] = groups.get(word, word if word == ALL_LINEAR else word.split("+"))
+        changes["target_modules"] = groups.get(word, word if word in ALL_LAYERS else word.split("+"))
     return changes
 
 

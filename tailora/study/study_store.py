@@ -28,7 +28,8 @@ from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, Trial
 from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step
 from tailora.train.launch import device_asked_for, threads_per_process
 
-PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
+PLAN, LOCK, TIMING, TRIALS = "plan.json", ".lock", "probe", "trials"
+TEXTS, CLOCK = "texts.json", "seconds.json"  # of a comparison: what measures forgetting, and the time of all runs
 LAUNCH, PROCESSES = "launch", "nproc_per_node"  # section and name of the number of processes in a study's settings
 STUDIES = {
     "compare.json": "comparison",
@@ -102,7 +103,8 @@ def open_folder(
     elif file.exists():
         for entry in RESULT_FOLDERS:
             shutil.rmtree(folder / entry, ignore_errors=True)
-        (folder / PLAN).unlink(missing_ok=True)
+        for entry in (PLAN, TEXTS, CLOCK):
+            (folder / entry).unlink(missing_ok=True)
     write_file(file, json.dumps(settings, indent=1).encode())
 
 

@@ -209,8 +209,9 @@ class Trial:
     @property
     def summary(self) -> str:
         """For the log of a final run: the loss on the evaluation half, or the outcome."""
-        loss = self.loss(evaluation_half(len(self.counts)))
-        return measure_of(self.loss_unit).text(loss) if self.done else self.outcome
+        if not self.done:
+            return self.outcome
+        return measure_of(self.loss_unit).text(self.loss(evaluation_half(len(self.counts))))
 
 
 def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosses | None, **results: Any) -> Trial:

@@ -326,13 +326,16 @@ def search_verdict(
     value = f"held-out {measure.name} {measure.sign * best.eval_loss:.3f}"
     use_best = f"Use trial {best.number}: {value} (95% interval {low:.3f} to {high:.3f})."
     if len(finalists) == 1:
-        return f"{use_best} {_no_smaller_finalist(best, trials)}"
+        return f"{use_best} {_no_smaller_finalist(best, trials, margin)}"
     compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
     difference = compared.difference
     assert difference is not None  # only the best has none
     words = format_difference(difference, unit)
     times = best.trainable_parameters / max(compared.trainable_parameters, 1)
     fewer = f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
+    if cheapest is best and difference.seeds == 1:
+        numbers = f"trial {compared.number} - trial {best.number} = {words}"
+        return f"{use_best} {one_seed(f'trial {compared.number} or trial {best.number}', numbers)}"
     if cheapest is best:
         return (
             f"{use_best} The smaller trials are worse: the closest, trial {compared.number} with {fewer}, differs by "
@@ -350,10 +353,14 @@ def search_verdict(
     return f"{unclear(both, difference, numbers, margin, unit)} Trial {cheapest.number} has {fewer}."
 
 
-def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate]) -> str:
+def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate], margin: float) -> str:
     """Returns why the best is the only finalist. Trials that ended early were not compared at full length."""
     smaller = [trial for trial in trials if 0 < (trial.trainable_parameters or 0) < best.trainable_parameters]
     early = [trial for trial in smaller if trial.state != DONE]
+    within_reach = best.choosing_loss + REACH * margin
+    if near := [trial for trial in smaller if trial.state == DONE and loss_of(trial) <= within_reach]:
+        close = f"trial {near[0].number} came close with fewer trained parameters, but was not compared"
+        return f"It may not be the cheapest: {close}. Use --finalists 2 or more."
     if smaller and len(early) == len(smaller):
         ends = "; ".join(f"trial {trial.number} {trial.state}" for trial in early)
         return f"All trials with fewer trained parameters ended early, so none was compared at full length ({ends})."

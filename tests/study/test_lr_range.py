@@ -149,7 +149,7 @@ def test_the_command_shows_what_was_found_before(
     command = ["search", "--lr-only", "--model", train.model, "--data", train.data, "--dtype", "float32", "--r", "4"]
     command += ["--validation-split", "0.3", "--per-device-train-batch-size", "4", "--num-train-epochs", "2"]
     assert main([*command, "--output-dir", train.output_dir]) == 0
-    assert f"tailora train --learning-rate {rates.suggestion:.1e}" in capsys.readouterr().out
+    assert f"--learning-rate {rates.suggestion:.1e}" in capsys.readouterr().out
     assert main([*command, "--output-dir", train.output_dir, "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert math.isclose(said["suggestion"], rates.suggestion)

@@ -64,6 +64,7 @@ def test_settings_that_have_a_value_are_not_search_axes() -> None:
     assert search_axes({}, TrainConfig()) == DEFAULT
     assert list(search_axes({}, TrainConfig(adapter="there"))) == ["learning_rate"]
     assert "lora_alpha" not in search_axes(read_space({"scale": "1,2"}), TrainConfig())
+    assert search_axes({}, TrainConfig(target_r=8))["r"] == (8, 16, 32, 64)
     with pytest.raises(ConfigError, match="set to a fixed value and also listed in --space"):
         search_axes(read_space({"r": "4,8"}), TrainConfig(r=8))
     with pytest.raises(ConfigError, match="compare"):
@@ -83,6 +84,8 @@ def test_a_trial_has_the_settings_that_its_words_mean() -> None:
     assert settings_of({"scale": 2.0, "r": 4}, groups, train)["lora_alpha"] == 8.0
     assert settings_of({"target_modules": "q_proj+v_proj"}, groups, train)["target_modules"] == ["q_proj", "v_proj"]
     assert settings_of({"target_modules": "all-linear"}, groups, train)["target_modules"] == "all-linear"
+    word = {"target_modules": "language-model"}
+    assert settings_of(word, groups, train) == word
     assert settings_of({"scale": 2.0, "r": 4}, groups, TrainConfig(use_rslora=True))["lora_alpha"] == 4.0
 
 
@@ -90,6 +93,9 @@ def test_a_search_begins_with_the_settings_of_the_run_or_the_nearest() -> None:
     space = read_space({"r": "2,4", "lr": "1e-3..1e-2", "targets": "mlp,attention", "dropout": "0,0.1"})
     begins = {"r": 4, "learning_rate": 1e-3, "target_modules": "mlp", "lora_dropout": 0.0}
     assert first_values(space, TrainConfig()) == begins
+    scale = read_space({"scale": "0.5..20"})
+    assert first_values(scale, TrainConfig(r=16, lora_alpha=32, use_rslora=True)) == {"scale": 8.0}
+    assert read_space({"temperature": "0.7,1.3"}) == {"temperature": (0.7, 1.3)}
 
 
 def test_ranks_that_the_model_has_no_room_for_are_left_out_or_refused() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, difference_over_seeds
 from tailora.report.files import page_of
 from tailora.report.html import html
@@ -347,6 +348,15 @@ def test_what_it_would_take_is_of_the_larger_source_if_anybody_can_run_it(
     assert sample_size_advice(Difference(0, low, -low, 0.5, examples, seeds, from_examples), 0.02) == text
 
 
+def test_a_failed_run_has_a_summary() -> None:
+    assert Trial("diverged", "nan").summary == "diverged"
+
+
+def test_arms_are_evaluated_on_the_same_tokens() -> None:
+    with pytest.raises(ConfigError, match="variant 'short' changes max_length, which must be the same"):
+        CompareConfig(arms={"lora": {}, "short": {"max_length": 64}})
+
+
 def test_of_two_equal_arms_the_smaller_one_is_recommended() -> None:
     large = arm(-0.01, 0.01, name="r64", parameters=2_000_000)
     verdict, _ = verdict_of(FULL, large)
@@ -369,6 +379,11 @@ EARLY = "All trials with fewer trained parameters ended early, so none was compa
 @pytest.mark.parametrize(
     ("smaller", "words"),
     [
+        (
+            {0: "close"},
+            "It may not be the cheapest: trial 0 came close with fewer trained parameters, but was not compared. "
+            "Use --finalists 2 or more.",
+        ),
         ({}, f"No trial with fewer trained parameters came close, {WHOLE}"),
         ({0: "done", 3: "pruned"}, f"No trial with fewer trained parameters came close (1 of 2 ended early), {WHOLE}"),
         ({1: "pruned", 3: "out of memory"}, f"{EARLY} (trial 1 pruned; trial 3 out of memory)."),
@@ -378,6 +393,7 @@ EARLY = "All trials with fewer trained parameters ended early, so none was compa
 def test_a_smaller_trial_that_ended_early_is_not_called_worse(smaller: dict[int, str], words: str) -> None:
     best = Finalist(2, {}, 1000, 2.0, 2.0, (1.9, 2.1), None, None, 1.0, 1, [])
     trials = [Candidate(2, "done", {}, 2.0, 1000), Candidate(4, "pruned", {}, 2.5, 1000), Candidate(5, "diverged", {})]
-    trials += [Candidate(number, state, {}, 2.4, 100) for number, state in smaller.items()]
+    trials += [Candidate(number, state, {}, 2.4, 100) for number, state in smaller.items() if state != "close"]
+    trials += [Candidate(number, "done", {}, 2.01, 100) for number, state in smaller.items() if state == "close"]
     verdict = search_verdict([best], best, 0.02, "nats per token", trials)
     assert verdict == f"Use trial 2: held-out loss 2.000 (95% interval 1.900 to 2.100). {words}"

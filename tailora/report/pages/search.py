@@ -269,6 +269,6 @@ def lr_range_page(rates: RateRange) -> Page:
         Number("held-out loss, base", f"{rates.base_loss:.3f}", "before training"),
         Number("steps", f"{rates.steps:,}"),
     ]
-    command = f"{train_command(rates.settings)} --learning-rate {rates.suggestion:.1e}"
-    conclusion = Section("Train with it", "", [Code(command)])
+    command = Code(f"--learning-rate {rates.suggestion:.1e}")
+    conclusion = Section("Train with it", "Add this to the command of your run:", [command])
     return Page("learning rates", "Learning rates", rates.verdict, numbers, sections, conclusion=conclusion)
