@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from tailora.data.images import Image
 from tailora.errors import DataError
 
+FOLDERS = re.compile(r".*/(?=[^/]*(:|, item )\d+( \(|$))")  # before FILE:ROW or FILE:ROW (label)
 IGNORED = -100  # the label of a token that is read but not trained
 
 Int32 = NDArray[np.int32]
@@ -27,7 +29,7 @@ class Example:
 
     `of_text` creates the labels of a language model. In other tasks the labels are the tags of words, or the text that
     a decoder predicts from its first token on.
-    source_index: its index among the usable rows of its source.
+    source_index: position of its row in its source, from 0.
     second_start: start of the second sequence, such as the rejected reply after the chosen one; 0 if there is none.
     target: training target for the example as a whole, for tasks that have one.
     weight: relative weight of its loss in training.
@@ -414,7 +416,7 @@ def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
 
 def named_rows(locations: Sequence[str], count: int) -> str:
     """Returns ": a.jsonl:3, a.jsonl:7 and 8 more", or "" without locations. count: number of all rows."""
-    first = [location.rpartition("/")[2] for location in locations[:MOST_NAMED]]
+    first = [FOLDERS.sub("", location, count=1) for location in locations[:MOST_NAMED]]
     more = f" and {count - len(first):,} more" if count > len(first) else ""
     return f": {', '.join(first)}{more}" if first else ""
 

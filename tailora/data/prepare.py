@@ -207,16 +207,18 @@ def prepare(
     settings: DataSettings | None = None,
     *,
     eval_source: str | None = None,
+    split: str = "train",
 ) -> PreparedData:
     """Reads, checks and tokenizes all data; holds out a part of all sources unless there is an `eval_source`.
 
+    split: which to read, of sources that have several.
     Raises DataError with the file, row and cause of every problem.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer, settings)
     settings = chat_tokenizer.settings
-    loaded = _load_sources([Source(source)] if isinstance(source, str) else source, "train", chat_tokenizer)
+    loaded = _load_sources([Source(source)] if isinstance(source, str) else source, split, chat_tokenizer)
     check_settings([part.mapping for part in loaded], settings)
-    first = loaded[0].mapping.schema
+    first, whole = loaded[0].mapping.schema, loaded
     if eval_source is None:
         trained, held_out = _split(loaded, settings)
         everything = loaded
@@ -225,7 +227,9 @@ def prepare(
         trained, held_out = loaded, _load_sources([Source(eval_source)], "validation", of_task)
         everything = [*trained, *held_out]
     _check_same_task(everything)
-    trained_rows = {sample_hash(sample) for part in trained for sample in part.samples}
+    # blocks of a single text have no samples, but the text has
+    parts = [part if part.samples else text for part, text in zip(trained, whole, strict=True)]
+    trained_rows = {sample_hash(sample) for part in parts for sample in part.samples}
     trained, held_out = ([part.in_blocks(settings) for part in side] for side in (trained, held_out))
     train, evaluated = (Examples.of(e for part in side for e in part.examples) for side in (trained, held_out))
     if any(part.source.weight != 1 for part in trained):

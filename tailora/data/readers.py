@@ -165,10 +165,10 @@ def _read_folder(folder: Path, split: str) -> Rows:
 
 
 def _split_of(path: Path) -> str | None:
-    """Returns the split in the file name: train.jsonl, train-00000-of-2.parquet, train/x.csv."""
-    for name in (path.stem, path.parent.name):
-        if match := re.match(r"(train|validation|valid|dev|eval|test)(?![a-z])", name.lower()):
-            return {"valid": "validation", "dev": "validation", "eval": "validation"}.get(match[1], match[1])
+    """Returns the split that a word of the path names: train.jsonl, squad_train-00000-of-2.parquet, test/2024/x.csv."""
+    for name in (path.stem, *reversed(path.parent.parts)):
+        if match := re.search(r"(?<![a-z])(train|val|dev|eval|test)(ing|id|idation|uation)?(?![a-z])", name.lower()):
+            return match[1] if match[1] in ("train", "test") else "validation"
     return None
 
 

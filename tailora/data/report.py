@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -80,6 +80,7 @@ class RowCounts:
     """
 
     rows: int = 0
+    last: int = 0  # position of the last one among all rows, from 1
     examples: int = 0
     parts: int = 0
     split_examples: int = 0
@@ -95,9 +96,11 @@ class RowCounts:
 
     def add(self, encoded: EncodedSample, max_length: int) -> None:
         example = encoded.example
-        if (example.source_index + 1, encoded.part + 1) <= (self.rows, self.parts):
+        position = example.source_index + 1
+        if (position, encoded.part + 1) <= (self.last, self.parts):
             return
-        self.rows, self.parts = example.source_index + 1, encoded.part + 1
+        self.rows += position > self.last
+        self.last, self.parts = position, encoded.part + 1
         self.examples += 1
         self.split_examples += encoded.parts > 1
         self.tokens += len(example.input_ids)
@@ -174,8 +177,9 @@ def sample_hash(sample: AnySample) -> bytes:
     def plain(value: Any) -> Any:
         if isinstance(value, Image):
             return value.sha256
-        is_set = isinstance(value, frozenset)
-        return sorted(value) if is_set else {f.name: getattr(value, f.name) for f in fields(value) if f.compare}
+        if is_dataclass(value):
+            return {f.name: getattr(value, f.name) for f in fields(value) if f.compare}
+        return sorted(value) if isinstance(value, frozenset) else str(value)
 
     return hashlib.sha256(json.dumps(sample, sort_keys=True, default=plain).encode()).digest()[:8]
 

@@ -608,7 +608,7 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
 
 def weight_of(row: Row, mapping: ColumnMapping) -> float:
     """Returns the row's weight, by default 1. Raises DataError unless it is a number >= 0, in CSV as text."""
-    value = row.fields.get(mapping.columns.get(WEIGHT, ""))
+    value = row.fields.get(mapping.columns[WEIGHT]) if WEIGHT in mapping.columns else None
     if value is None or value == "":
         return 1.0
     try:

@@ -175,15 +175,19 @@ def _of_counts(data: LabelOutputs) -> Statistic:
     """Returns the statistic of classes, labels or types of entities. Raises ConfigError if seqeval is missing."""
     names, counts = _entity_counts(data) if data.has_entities else _class_counts(data)
     right, of_labels = data.by_row(_hits(data)), _scores_and_truth(data)
+    exists = counts[..., 1:].sum((0, 2)) > 0  # (names,), in the data; perhaps not in a draw
 
     def statistic(times: Floats) -> dict[str, Floats]:
         of_names = np.moveaxis(np.tensordot(times, counts, 1), 2, 0)  # (3, draws, names)
         f1, (hits, guessed, there) = _f1(*of_names), of_names.sum(2)
+        f1 = np.where(exists & (of_names[1] + of_names[2] == 0), math.nan, f1)
+        known = ~np.isnan(f1)
         values = {"accuracy": times @ right / (times @ data.counts)}
         if data.has_entities:
             values |= {"f1": _f1(hits, guessed, there)}
             values |= {"precision": _ratio(hits, guessed), "recall": _ratio(hits, there)}
-        values["f1_macro"] = f1.mean(1) if names else np.zeros(len(times))
+        macro = _ratio(np.where(known, f1, 0).sum(1), known.sum(1), math.nan)
+        values["f1_macro"] = macro if names else np.zeros(len(times))
         if data.labels.several:
             values["f1_micro"] = _f1(hits, guessed, there)
         elif not data.has_entities:

@@ -63,7 +63,7 @@ def read_texts(source: str, model: Any, tokenizer: Any, *, count: int = 64, leng
     """
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     data = resolve_demo(source, "eval_data")
-    examples = prepare(data, tokenizer, DataSettings(max_length=length), eval_source=data).eval
+    examples = prepare(data, tokenizer, DataSettings(max_length=length), eval_source=data, split="validation").eval
     first_blocks = np.unique(examples.source_indices, return_index=True)[1]
     return [examples[int(i)].sequences[0].input_ids.tolist() for i in first_blocks[:count]]
 

@@ -40,10 +40,11 @@ PREFERENCE_METRICS = {  # of a run on preferences
 }
 METRIC_ALIASES = {"ppl": "perplexity", "em": "exact_match", "acc": "accuracy", "acc_norm": "accuracy_norm"}
 OF_CLASS = re.compile(r"f1\[.+\]")
+COMMA = re.compile(r",(?![^\[]*\])")  # not within f1[NAME]
 CHANGE = "_change"  # loss_change: tuned - base
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-GATE = re.compile(r"\s*(?P<metric>[^<>=\s]+)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[^<>=\s]+)\s*")
+GATE = re.compile(r"\s*(?P<metric>f1\[.+\](_change)?|[^<>=\s]+)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[^<>=\s]+)\s*")
 QUOTES_HINT = "put it in quotes, because the shell interprets < and >: --gate 'loss<1.3'"
 
 
@@ -70,7 +71,7 @@ class Gate:
 def parse_metrics(texts: Iterable[str]) -> list[str]:
     """Returns the names in texts such as "loss,acc", each once. Raises ConfigError for all unknown names."""
     known = METRICS | LABEL_METRICS
-    names = [_full_name(part.strip()) for text in texts for part in text.split(",") if part.strip()]
+    names = [_full_name(part.strip()) for text in texts for part in COMMA.split(text) if part.strip()]
     if unknown := [name for name in dict.fromkeys(names) if name not in known and not OF_CLASS.fullmatch(name)]:
         raise ConfigError(listing([f"--metrics: {_unknown_metric(name, known)}" for name in unknown]))
     return list(dict.fromkeys(names))
@@ -79,7 +80,7 @@ def parse_metrics(texts: Iterable[str]) -> list[str]:
 def parse_gates(texts: Sequence[str]) -> list[Gate]:
     """Returns the gates in texts such as "loss<1.3,acc>.5". Raises ConfigError for all invalid ones."""
     gates, problems = [], []
-    for text in (part for argument in texts for part in argument.split(",")):
+    for text in (part for argument in texts for part in COMMA.split(argument)):
         match, bound = GATE.fullmatch(text), math.nan
         with suppress(ValueError):
             bound = float(match["bound"]) if match else math.nan

@@ -69,8 +69,11 @@ def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: i
 
 
 def log_likelihoods(model: Trainable, choices: TokenizedChoices, layout: BatchLayout, *, token_budget: int) -> Floats:
-    """Returns the log-likelihood of every reply given its prompt, in nats: (examples,)."""
-    return -evaluate(model, choices.examples, layout=layout, token_budget=token_budget).sums
+    """Returns the log-likelihood of every reply given its prompt, in nats: (examples,). Raises DataError for NaN."""
+    values = -evaluate(model, choices.examples, layout=layout, token_budget=token_budget).sums
+    if np.isnan(values).any():
+        raise DataError("the model's log-likelihoods are not numbers; use --dtype float32 or bfloat16")
+    return values
 
 
 def right_is_likeliest(choices: TokenizedChoices, values: Floats) -> NDArray[np.bool_]:

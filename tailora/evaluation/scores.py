@@ -6,6 +6,7 @@ get the scores of all examples. `loss_on_data` is the plain loss, for other comm
 """
 
 import math
+import re
 import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -332,6 +333,7 @@ NORMALIZE: dict[str, Normalize] = {  # applied in this order, whatever the order
     "strip": str.strip,
 }
 INCOMPLETE = "\ufffd"  # decoded from an incomplete character
+THOUGHT = re.compile(r"\A\s*<think>.*?(</think>\s*|$)", re.DOTALL)  # before the answer; rows have only the answer
 
 
 def normalizer(names: Sequence[str]) -> Normalize:
@@ -370,7 +372,8 @@ def match_answer(
 
     def answer_in(output: Tensor) -> str:
         new = new_tokens(model, output[0], prompt.ids)
-        return str(tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return THOUGHT.sub("", str(text), count=1)
 
     def is_wrong(output: Tensor, _scores: Any) -> Tensor:
         """Is called after every token, and returns whether to stop: (1,)."""
@@ -430,7 +433,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     rows, task = (SEQ2SEQ, SEQ2SEQ_TASK) if is_seq2seq(model) else (AUTO, language_model_task(tokenizer))
     settings = replace(data_settings(config), task=rows, validation_split=0.0, for_evaluation=True)
-    prepared = prepare(resolved_sources(config, "eval_data"), tokenizer, settings)
+    prepared = prepare(resolved_sources(config, "eval_data"), tokenizer, settings, split="validation")
     if prepared.report.task == PREFERENCE:
         log("evaluating only the chosen replies of the pairs, with the language modeling loss")
     examples = prepared.train.distinct()

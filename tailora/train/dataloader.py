@@ -219,7 +219,7 @@ def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tr
     eval_data = held_out = None
     if config.eval_data is not None:
         source = resolve_demo(config.eval_data, "eval_data")
-        eval_data = prepare(source, tokenizer, settings, eval_source=source)
+        eval_data = prepare(source, tokenizer, settings, eval_source=source, split="validation")
         held_out = eval_data.eval
     shape = replace(shape, task=language_model_task(tokenizer))
     counts = RowCounts(held_out=frozenset(held_out.hashes() if held_out else ()))

@@ -93,6 +93,8 @@ def test_rows_bring_their_weights(bytes_tokenizer, jsonl, tmp_path: Path) -> Non
     table.write_text("prompt,completion,importance\na,b,2\nc,d,\ne,f,.5\n")
     field = {"weight": "importance"}
     assert prepare(str(table), bytes_tokenizer(), field=field, validation_split=0).train.weights.tolist() == [2, 1, 0.5]
+    table.write_text(",prompt,completion\n0,a,b\n1,c,d\n")  # with the index of a pandas DataFrame
+    assert prepare(str(table), bytes_tokenizer(), validation_split=0).train.weights.tolist() == [1, 1]
     without = prepare(jsonl(PAIRS[:6]), bytes_tokenizer(), validation_split=0)
     assert (without.train.weights == 1).all()
     assert without.train.hashes()[:2] == prepared.train.hashes()[:2]

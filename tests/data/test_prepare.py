@@ -1,4 +1,5 @@
 import json
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,8 @@ from tailora.data.dataset import IGNORED, Examples, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, check_vocabulary, read_eval_data
 from tailora.data.readers import Source
-from tailora.data.report import RowCounts
-from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Pair, Text
+from tailora.data.report import RowCounts, sample_hash
+from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Conversation, Pair, Text
 from tailora.errors import DataError
 
 
@@ -61,6 +62,18 @@ def test_rows_of_training_are_known_again_in_an_evaluation(
     for trained_rows, number in ((prepared.trained_rows, len(prepared.train)), ([], 0), (None, None)):
         report, _ = read_eval_data(str(other), ChatTokenizer.of(tokenizer, settings), trained_rows=trained_rows)
         assert report.trained_on == number
+
+
+def test_a_single_text_is_known_again_although_it_is_split(bytes_tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("word " * 100)
+    prepared = prepare(str(tmp_path / "text.txt"), bytes_tokenizer(), max_length=50)
+    assert len(prepared.trained_rows) == 1
+
+
+def test_dates_in_messages_are_hashed() -> None:
+    """They come from Parquet files."""
+    first, second = (Conversation(({"role": "user", "content": "a", "at": datetime(2026, 1, n)},)) for n in (1, 2))
+    assert sample_hash(first) != sample_hash(second)
 
 
 def test_the_same_data_and_seed_give_the_same_hash_and_split(bytes_tokenizer, jsonl) -> None:
@@ -300,6 +313,7 @@ def test_bad_rows_are_skipped_on_request_and_kept_with_their_reasons(bytes_token
         prepare(str(path), bytes_tokenizer(), validation_split=0)
     prepared = prepare(str(path), bytes_tokenizer(), validation_split=0, skip_bad_rows=True)
     assert prepared.train.source_indices.tolist() == [0, 3]
+    assert prepared.report.rows == 2
     assert [(problem.number, problem.content) for problem in prepared.skipped] == [
         (2, "nonsense\n"),
         (3, {"prompt": "c"}),

@@ -10,7 +10,17 @@ import pyarrow.parquet
 import pytest
 
 from tailora.data import readers
-from tailora.data.readers import Row, RowProblem, Source, data_error, parse_sources, read_file, read_hub, read_rows
+from tailora.data.readers import (
+    Row,
+    RowProblem,
+    Source,
+    _split_of,
+    data_error,
+    parse_sources,
+    read_file,
+    read_hub,
+    read_rows,
+)
 from tailora.errors import DataError
 
 # ---- Files
@@ -214,6 +224,20 @@ def texts(source: str, **options) -> list[str]:
 def test_the_files_of_a_split_are_known_by_their_names(folder: Path, split: str) -> None:
     assert [text.startswith(split) for text in texts(str(folder), split=split)] == [True]
     assert texts(f"{folder}[{split}]") == texts(str(folder), split=split)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("squad_train.jsonl", "train"),
+        ("val.jsonl", "validation"),
+        ("test/2024/a.jsonl", "test"),
+        ("evaluation-1.csv", "validation"),
+        ("contest.jsonl", None),
+    ],
+)
+def test_a_split_is_a_word_of_the_path(name: str, split: str | None) -> None:
+    assert _split_of(Path(name)) == split
 
 
 def test_a_missing_split_is_named_with_the_files_in_the_folder(folder: Path) -> None:

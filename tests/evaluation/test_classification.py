@@ -125,6 +125,12 @@ def test_intervals_hold_the_value_and_are_the_same_each_time(labels: Labels) -> 
     assert scores == label_scores(outputs_of(labels))
 
 
+def test_a_class_that_is_missing_in_a_draw_does_not_lower_its_mean_f1() -> None:
+    truth = np.repeat(np.arange(3), [90, 8, 2])[:, None]
+    perfect = label_scores(LabelOutputs(CLASSES, 9.0 * (truth == np.arange(3)), truth, np.ones(100, dtype=np.int64)))
+    assert (perfect["f1_macro"].low, perfect["f1_macro"].high) == (1, 1)
+
+
 def test_intervals_have_the_width_of_95_percent() -> None:
     """That of a mean over rows, or of a ratio of two, in the limit of many rows."""
     numbers, tags = outputs_of(NUMBER), outputs_of(TAGS)

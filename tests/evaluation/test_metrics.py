@@ -17,6 +17,7 @@ from tailora.evaluation.metrics import METRICS, Gate, check_gates, parse_gates, 
         ("acc_norm>6e-1", Gate("accuracy_norm", ">", 0.6)),
         ("ppl_change<-1", Gate("perplexity_change", "<", -1)),
         ("hellaswag/acc_norm,none>0", None),
+        ("f1[very bad, a]>=.5", Gate("f1[very bad, a]", ">=", 0.5)),
         ("arc_easy/acc>.2", Gate("arc_easy/acc", ">", 0.2)),
     ],
 )

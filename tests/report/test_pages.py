@@ -127,14 +127,12 @@ def test_the_same_numbers_give_the_same_page(kind: str, written_page: Callable[[
     assert made(CONTENTS[kind](), tmp_path) == written_page(kind).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("kind", ["search", "learning-rates"])
-def test_the_command_that_trains_has_the_processes_of_the_study(kind: str, tmp_path: Path) -> None:
-    content = CONTENTS[kind]()
+def test_the_command_that_trains_has_the_processes_of_the_study(tmp_path: Path) -> None:
+    content = CONTENTS["search"]()
     content["settings"]["launch"] = {"nproc_per_node": 2}
     text = Outline(made(content, tmp_path)).text
     assert "tailora train --nproc-per-node 2 --" in text
     assert "tailora train --config" not in text
-    assert "tailora train --learning-rate" not in text
 
 
 def test_a_part_of_the_memory_that_no_method_needs_has_no_row(tmp_path: Path) -> None:
