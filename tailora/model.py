@@ -366,7 +366,10 @@ class LoRAModel(nn.Module):
         return self._adapter_set.activated_by_row(names)
 
     def set_scale(self, name: str, strength: float) -> None:
-        """Sets the strength of an adapter: 1 is as trained, 0 is off. Merging uses it, but it is not saved."""
+        """Sets the strength of an adapter's updates: 1 is as trained, 0 is off. Merging uses it, but it is not saved.
+
+        Modules trained in full (`modules_to_save`) keep their full strength.
+        """
         self._merge_state.check_unmerged("change a strength")
         self._adapter_set.set_strength(name, strength)
 

@@ -239,6 +239,7 @@ def extract(
     base, other = (load_base(name, "stored", chosen)[0] for name in (model, tuned))
     adapted, report = LoRAModel.from_difference(base, other, config, r=r, energy=energy)
     adapted.save_adapter(output_dir)
+    write_system_message(output_dir, read_system_message(Path(tuned)))
     left_over = {name: change if isfinite(change) else None for name, change in report.left_over.items()}
     payload = {"model": model, "tuned": tuned, "left_over": left_over}
     lines = [*poor_fit_advice(report.error), *_left_over_lines(report.left_over)]

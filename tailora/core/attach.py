@@ -47,13 +47,13 @@ class Adapted(Swapped):
 
     adapter_parts: tuple[AdapterPart, ...]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = cast(nn.Module, self)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        layer, x = cast(nn.Module, self), args[0] if args else next(iter(kwargs.values()))  # input=x
         if len(self.adapter_parts) == 1 and (whole := getattr(self.adapter_parts[0], "whole_output", None)):
             result: Tensor | None = whole(x, layer)
             if result is not None:
                 return result
-        output: Tensor = self.plain.forward(layer, x, *args, **kwargs)  # W x + b
+        output: Tensor = self.plain.forward(layer, *args, **kwargs)  # W x + b
         y = output
         for part in self.adapter_parts:
             y = part.add_to(y, output, x, layer)

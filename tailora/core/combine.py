@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, trained_copy
+from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig, StrictModel
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
@@ -121,7 +121,9 @@ def build_adapter(
     for path, change in (bias_changes or {}).items():
         bias = layers[path].lora_bias if layers[path].bias is None else layers[path].bias
         cast(nn.Parameter, bias).add_(change)  # unscaled, because s = 1
-    return Adapter(config, layers, dict(saved or {}))
+    copies = dict(saved or {})
+    share_parameters({path: base_model.get_submodule(path) for path in copies}, copies)
+    return Adapter(config, layers, copies)
 
 
 def _equal_ranks_in_attention(factors: Mapping[str, Factors], base_model: nn.Module) -> dict[str, Factors]:
@@ -218,6 +220,9 @@ def combine_adapters(
                 "one adapter has lora_bias on layers without a bias, another adapts an embedding, and no file format "
                 "supports both; remove one of these adapters"
             )
+    parts = [path for path, of_layer in updates.items() if of_layer[0].layer.output_slice]
+    if bias_changes and parts:
+        problems.append(f"no file format supports biases next to parts of fused layers ({', '.join(parts[:5])})")
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
     results = {path: _combine_layer(layer_updates, settings) for path, layer_updates in updates.items()}

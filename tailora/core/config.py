@@ -115,6 +115,7 @@ Init = Annotated[
 
 
 LAYER_RANGE = re.compile(r"(\d{1,4})-(\d{1,4})")
+MOST_LAYERS = 100_000  # a hostile file could list ranges without end
 
 
 def layer_numbers(value: Any) -> Any:
@@ -124,6 +125,8 @@ def layer_numbers(value: Any) -> Any:
         text = str(item).strip("{}")
         match = LAYER_RANGE.fullmatch(text)
         numbers += range(int(match[1]), int(match[2]) + 1) if match else [text]
+        if len(numbers) > MOST_LAYERS:
+            raise ValueError(f"expected at most {MOST_LAYERS:,} layer numbers")
     return numbers if isinstance(value, list | str) else value
 
 

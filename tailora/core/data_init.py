@@ -118,9 +118,9 @@ class InputVariances:
         self.products, self.sums = torch.zeros_like(self.A), torch.zeros_like(self.A[:1])
         self.squares, self.count = self.A.new_zeros((), dtype=self.wide), 0
 
-    def add_inputs(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def add_inputs(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
-        x = inputs[0].detach().to(self.A.dtype)
+        x = (args[0] if args else next(iter(kwargs.values()))).detach().to(self.A.dtype)
         with torch.enable_grad():
             A = self.A.requires_grad_()
             h = self.layer_type.update(layer, x, A, self.identity)
@@ -154,7 +154,10 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
     """Returns at least `count` leading components of each layer's inputs. run: a forward over all data."""
     variances = {path: InputVariances(target, count) for path, target in targets.items()}
     for _ in range(INPUT_PASSES):
-        hooks = [target.layer.register_forward_pre_hook(variances[path].add_inputs) for path, target in targets.items()]
+        hooks = [
+            target.layer.register_forward_pre_hook(variances[path].add_inputs, with_kwargs=True)
+            for path, target in targets.items()
+        ]
         try:
             run()
         finally:

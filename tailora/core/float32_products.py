@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tailora.core.cache import cache_folder
 from tailora.core.device import HALF, device_name
@@ -199,7 +200,7 @@ def _pays(tokens: int, *operands: Any) -> bool:
     """True for 16-bit operands on a CPU if the first one has enough rows."""
     first = operands[0]
     return (
-        all(isinstance(operand, Tensor) and operand.dtype in HALF for operand in operands)
+        all(isinstance(o, Tensor) and o.dtype in HALF and not is_traceable_wrapper_subclass(o) for o in operands)
         and first.device.type == "cpu"
         and first.numel() >= tokens * first.shape[-1]
     )

@@ -171,7 +171,10 @@ def comparison_ids(base_model: Any) -> Tensor:
             "or merge, which work for every module"
         )
     ids = torch.arange(1, BATCH * LENGTH + 1, device="cpu") * 7919 % vocabulary  # a prime: no pattern
-    return ids.view(BATCH, LENGTH).to(next(base_model.parameters()).device)
+    ids = ids.view(BATCH, LENGTH)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
+        ids[:, -1] = config.eos_token_id  # where classifiers of such models read
+    return ids.to(next(base_model.parameters()).device)
 
 
 @torch.no_grad()
@@ -190,7 +193,10 @@ def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
             handles.append(module.register_forward_hook(partial(_undo, parameters, undo), always_call=True))
     try:
         with evaluating(model):
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+            config: Any = getattr(model, "config", None)
+            inputs = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+            output = model(input_ids=ids, use_cache=False, **inputs)
+            logits: Tensor = output["logits"] if "logits" in output else output[0]  # of a model without a head
     finally:
         for handle in handles:
             handle.remove()

@@ -107,6 +107,10 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
     for layer_path, name in names.items():
         if f"{name}.lora_a" in tensors:
             A, B = tensors[f"{name}.lora_a"].float(), tensors[f"{name}.lora_b"].float()
+            heads = _paired_heads(name, base_model)
+            if A.ndim != 2 or B.ndim != 2 or (heads and len(B) % (2 * heads)):
+                shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+                raise FormatError(f"{path}: the factors of {name} have shapes {shapes}, which do not fit the model")
             factors[layer_path] = from_gguf(A, B, name, base_model)
     scales = {layer_path: float(alpha) / B.shape[1] if alpha else 1.0 for layer_path, (_, B) in factors.items()}
     return as_stored_adapter(folder, factors, scales)

@@ -304,6 +304,7 @@ def upload(
             card_with_tags = ModelCard.load(path)
             card_with_tags.data.tags = list(dict.fromkeys((*(card_with_tags.data.tags or ()), *tags)))
             card_with_tags.save(path)
+            path.write_text(signed(SIGNATURE.sub("", path.read_text(encoding="utf-8"))), encoding="utf-8")
         ignored = CARD if keeps_card else None
         options = {"commit_message": "Upload LoRA adapter", **options, "ignore_patterns": ignored}
         commit: CommitInfo = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **options)
@@ -452,8 +453,13 @@ def model_card(settings: Mapping[str, Any], about: str, license_name: str | None
     rows |= parts.pop("more_settings", {})
     named_base = f"{repository or name}{remark}" if name else ""
     card = card_template().render(card_data=data.to_yaml(), about=about, base=named_base, settings=rows, **parts)
+    return signed(card)
+
+
+def signed(card: str) -> str:
+    """Returns the card with a line, invisible to readers, by which tailora recognizes it."""
     text = card.rstrip()
-    return f"{text}\n\n<!-- written by tailora: {_digest(text)} -->\n"  # invisible to readers
+    return f"{text}\n\n<!-- written by tailora: {_digest(text)} -->\n"
 
 
 @cache

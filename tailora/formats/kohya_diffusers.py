@@ -60,6 +60,8 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     for path, layer in layers.items():
         if missing := [slot for slot in "AB" if slot not in layer]:
             problems.append(f"{path}: missing factor {' and '.join(missing)}")
+        if flat := [slot for slot in "AB" if slot in layer and (layer[slot].ndim < 2 or not layer[slot].numel())]:
+            problems.append(f"{path}: expected a matrix as factor {' and '.join(flat)}")
         if "alpha" in layer and layer["alpha"].numel() != 1:
             problems.append(f"{path}: expected a single number as alpha, got {layer['alpha'].numel()}")
     fold_scale.raise_problems(str(file), problems)

@@ -23,6 +23,7 @@ from tailora.core.adapter import Adapter
 from tailora.core.config import LoRAConfig, with_known_init
 from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING, Shape
+from tailora.core.patterns import exactly
 from tailora.core.targets import task_heads
 from tailora.errors import DivergedError, FormatError, TailoraWarning
 from tailora.formats.fingerprint import LayerFingerprint, fingerprint, vocabulary_size
@@ -289,9 +290,10 @@ def as_stored_adapter(
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": list(factors),
-        "rank_pattern": {re.escape(path): rank for path, rank in ranks.items() if rank != r},
-        "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
+        # names would also match the end of longer paths
+        "target_modules": "|".join(map(re.escape, factors)),
+        "rank_pattern": {exactly(path): rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {exactly(path): value for path, value in alphas.items() if value != alpha},
     }
     tensors = {
         f"{path}{SUFFIXES[slot]}": tensor

@@ -165,7 +165,8 @@ def ollama_files(serving: Serving, source: ExportSource) -> dict[str, str]:
     lines += [f'TEMPLATE """{template}"""' if template else NO_TEMPLATE]
     lines += [f'SYSTEM """{serving.system}"""'] if serving.system and '"""' not in serving.system else []
     lines += [] if serving.context_length is None else [f"PARAMETER num_ctx {serving.context_length}"]
-    lines += [f'PARAMETER stop "{text}"' for text in serving.stop_tokens.values()]  # Ollama knows no escapes
+    stops = [text for text in serving.stop_tokens.values() if len(text.splitlines()) == 1]
+    lines += [f'PARAMETER stop "{text}"' for text in stops]  # Ollama knows no escapes
     return {MODELFILE: "\n".join(lines) + "\n"}
 
 
@@ -309,6 +310,8 @@ def script(serving: Serving) -> str:
         *([] if serving.prepare is None else [ABSOLUTE_LLAMA_CPP]),
         'cd "$(dirname "$0")"',
     ]
+    # a line break in a token of a hostile model would end the comment
+    lines = [" ".join(line.splitlines()) for line in lines]
     if serving.prepare is not None:
         command, file = serving.prepare
         converter = f': "${{LLAMA_CPP:?set it to the folder of llama.cpp with {CONVERTER}}}"'

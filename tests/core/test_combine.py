@@ -46,6 +46,17 @@ def test_adapters_of_other_layers_are_combined_where_they_are(tmp_path: Path) ->
     torch.testing.assert_close(loaded(x), model(x))
 
 
+def test_tied_modules_stay_tied_and_layers_can_be_called_by_keyword() -> None:
+    tied = ["embed_tokens", "lm_head"]
+    model = stirred_model(chat_model(tie_word_embeddings=True), LoRAConfig(r=2, modules_to_save=tied), "a")
+    model.combine({"a": 1}, name="same")
+    embedding, head = (model.adapter("same").saved[path] for path in ("model.embed_tokens", "lm_head"))
+    assert embedding.weight is head.weight
+    layer: Any = model.base_model.get_submodule("model.layers.0.mlp.up_proj")
+    x = torch.randn(2, layer.in_features)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 def test_a_combination_shares_nothing_with_its_sources() -> None:
     model = two()
     before = delta(model, "a", "2")

@@ -47,6 +47,12 @@ def test_every_format_computes_what_the_live_model_does(tmp_path: Path, to: str,
     torch.testing.assert_close(logits(again), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForSequenceClassification", "LlamaModel"])
+def test_other_models_than_causal_ones_are_exported(tmp_path: Path, name: str) -> None:
+    model = stirred_model(tiny_model(name), LoRAConfig(r=2))
+    assert model.export(tmp_path / "out", "peft").logits.difference <= 1e-4
+
+
 def test_portable_needs_only_r_and_alpha(tmp_path: Path) -> None:
     model = adapted(SETTINGS["rslora, patterns"])
     report = model.export(tmp_path / "out", "portable")

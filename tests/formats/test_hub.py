@@ -18,7 +18,7 @@ from tiny_adapters import adapted, logits, token_ids
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
-from tailora.formats.hub import DEMO_MODEL, OF_DEMO, check_model_exists, check_nothing_private
+from tailora.formats.hub import DEMO_MODEL, OF_DEMO, check_model_exists, check_nothing_private, is_written_by_tailora
 from tailora.formats.io import safetensors_bytes
 
 hub = hub_server.hub  # the fixture
@@ -33,6 +33,7 @@ def test_an_adapter_is_pushed_and_comes_back(hub: Any) -> None:
     assert (created["name"], created["organization"], created["visibility"]) == ("adapter", "user", "private")
     assert any(b'"summary": "First"' in body for _, _, body in hub.requests)
     assert ModelCard(hub.files["README.md"].decode()).data.tags == ["lora", "tailora", "poems"]
+    assert is_written_by_tailora(hub.files["README.md"])
 
     loaded = LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
     assert torch.equal(logits(loaded), logits(model))

@@ -153,6 +153,12 @@ def test_a_base_in_a_folder_is_named_by_its_whole_path(tmp_path: Path, monkeypat
     assert "--remote" not in serving.prepare[0]
 
 
+def test_a_token_with_a_line_break_runs_nothing(tmp_path: Path) -> None:
+    settings = ServingSettings(base="owner/base", stop_tokens={2: "</s>\npython evil #"})
+    export_for(tmp_path / "out", "vllm", {}, settings)
+    assert [command[0] for command in written_commands(tmp_path / "out", tmp_path)] == ["vllm"]
+
+
 def test_ollama_gets_a_modelfile(tmp_path: Path) -> None:
     settings = ServingSettings(base="owner/base", stop_tokens={2: "<|im_end|>", 0: '<|"end"|>'})
     export_for(tmp_path / "out", "ollama", PATTERNS, settings)
