@@ -4,6 +4,7 @@ Answers go to stdout, everything else to stderr.
 """
 
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -108,6 +109,8 @@ def chat(
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])
     log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; type /help for the commands")
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # each Ctrl-C ends one answer, or the chat
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:

@@ -168,7 +168,7 @@ def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> 
     """Returns the messages to answer, from `messages` or `prompt`, with the system message in the settings."""
     from tailora.data.chat_template import with_system
     from tailora.data.messages import parsed_list, read_messages
-    from tailora.data.schemas import Conversation
+    from tailora.data.schemas import IMAGE_COLUMNS, Conversation
 
     keys = {key: field.get(key, key) for key in ("messages", "prompt")}
     key = next((key for key, column in keys.items() if column in row.fields), None)
@@ -181,6 +181,8 @@ def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> 
             messages = messages[:-1]
         if not messages or not str(messages[-1]["content"] or "").strip():
             raise DataError(f"{key} is empty")
+        if left_out := [name for name in ("tools", *IMAGE_COLUMNS) if row.fields.get(field.get(name, name))]:
+            raise DataError(f"predict does not support {' and '.join(left_out)} in rows; use `tailora eval`")
         chat = with_system(Conversation(messages), tokenizer)
     except DataError as error:
         return row.problem(error)

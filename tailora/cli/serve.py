@@ -73,7 +73,7 @@ def serve(
         check_writes_text(str(path), label_task_of_adapter(path))
     tasks = {name: task for name, path in in_folder.items() if (task := label_task_of_adapter(path)) is not None}
     in_folder = skip_adapters(in_folder, tasks, "they predict labels instead of generating text")
-    folders |= in_folder
+    folders = in_folder | folders  # a name that was given wins
     model = base_model_name(model, list(folders.values()))
     with listen(host, port) as listener:  # before loading the model, which takes long
         log("loading the model")

@@ -193,7 +193,7 @@ class ChatTokenizer:
 
     def chat_ids(self, text: str) -> list[int]:
         """Returns the ids of a rendered chat. Processors add the BOS that a template omits, tokenizers do not."""
-        ids = self.token_ids(text)
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # a server sees many
         return ids if self.processor is None or ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
 
     def render(self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> str:

@@ -224,7 +224,7 @@ class ContinuousEngine(Engine):
         tokens = next_tokens(logits[: len(requests)], requests, self.eos_token_ids)
         for running in requests:  # a client that got its last token may have submitted the id again
             if running is not None and running.is_finished and self._requests.get(running.name) is running:
-                del self._requests[running.name]
+                self._requests.pop(running.name, None)  # unless `cancel` was faster
                 if running.ends_early:
                     self._manager.cancel_request(running.name)
         return tokens + [0] * (len(logits) - len(requests))
@@ -244,8 +244,19 @@ class ContinuousEngine(Engine):
         if self._manager.background_thread_status.can_accept_new_requests() is not None:
             self._manager.join(time.perf_counter())  # it is about to end
         if not self._manager.is_running():
+            self._free_manager()
             self._manager = self._new_manager()
         return self._manager
+
+    def _free_manager(self) -> None:
+        """Frees the cache of a manager that has ended, before the next one needs as much.
+
+        The server has frozen all objects, so cycles are no longer collected; the error's traceback holds tensors, too.
+        """
+        if (processor := self._manager.batch_processor) is not None:
+            vars(processor.scheduler).pop("schedule_batch", None)
+        self._manager.batch_processor = None
+        self._manager.background_thread_status.fatal_error = RuntimeError("the manager has ended")
 
     def _new_manager(self) -> Any:
         model: Any = self.adapter_set.base_model
@@ -337,6 +348,10 @@ def make_engine(
     def new(engine: type[ContinuousEngine | PaddedEngine], requests: int = max_requests) -> Engine:
         return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=requests)
 
+    base: Any = adapter_set.base_model
+    rope = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # one longer request would change the frequencies of its whole batch
+        max_positions = min(max_positions, rope["original_max_position_embeddings"])
     if name == "auto":
         problem = obstacle(adapter_set.base_model) or trial_obstacle(new(ContinuousEngine, 1), new(PaddedEngine, 1))
         if problem:

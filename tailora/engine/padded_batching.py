@@ -71,6 +71,7 @@ class PaddedEngine(Engine):
     def cancel(self, request_id: str) -> None:
         with self._changed:
             requests = [running for running in [*self._waiting, *self._running] if running.request.id == request_id]
+            self._waiting = deque(running for running in self._waiting if running.request.id != request_id)
         for running in requests:
             running.finish(Finish("cancelled"))
 
@@ -121,7 +122,11 @@ class PaddedEngine(Engine):
             request = running.request
             if running.is_finished:
                 continue
-            fits = len(batch) < self.max_requests and pixels + pixel_count(request.images) <= PIXELS_OF_REQUEST
+            # rows that have ended go on until the last one ends, so that all need positions
+            together = [*(other.request for other in batch), request]
+            tokens = max(len(r.prompt_ids) for r in together) + max(r.params.max_tokens for r in together)
+            fits = len(batch) < self.max_requests and tokens <= self.max_positions
+            fits = fits and pixels + pixel_count(request.images) <= PIXELS_OF_REQUEST
             if not batch or (fits and self._whole(request.adapter) == self._whole(batch[0].request.adapter)):
                 batch.append(running)
                 pixels += pixel_count(request.images)

@@ -232,7 +232,7 @@ HERMES = {  # the format of Qwen and SmolLM, for tokenizers without a response t
             "content": "json",
             "transform": {"type": "function", "function": "{content}"},
         },
-        "content": {"content": "text"},
+        "content": {"content": "text", "repeats": True, "join": "\n"},  # before and after the calls
     },
 }
 
@@ -245,23 +245,26 @@ def response_template(tokenizer: Any) -> Json | None:
     return HERMES if template is None and is_hermes else template
 
 
-def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[str, Any]]) -> schemas.AssistantMessage:
+def parse_tool_calls(tokenizer: Any, answer: Piece, prompt: str, tools: list[Json]) -> schemas.AssistantMessage:
     """Splits an answer into content, reasoning and tool calls; it is all content if the template cannot parse them."""
+    text, template = answer.text, response_template(tokenizer)
+    if template is not HERMES:  # the tokenizer's own, which may be about special tokens
+        text = str(tokenizer.decode([token.id for token in answer.tokens], skip_special_tokens=False))
     try:
-        parsed = tokenizer.parse_response(text, response_template(tokenizer), prefix=prompt, tools=tools)
+        parsed = tokenizer.parse_response(text, template, prefix=prompt, tools=tools)
         calls = []
         for function in (call["function"] for call in parsed.get("tool_calls") or []):
             arguments = function["arguments"]
             arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             function = {"name": function["name"], "arguments": arguments}
             calls.append({"id": new_id("call"), "type": "function", "function": function})
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         calls = []
     if not calls:
-        return schemas.AssistantMessage(content=text)
+        return schemas.AssistantMessage(content=answer.text)
     reasoning = parsed.get("reasoning_content") or parsed.get("thinking")
     return schemas.AssistantMessage(
-        content=parsed.get("content") or None, reasoning_content=reasoning, tool_calls=calls
+        content=(parsed.get("content") or "").strip() or None, reasoning_content=reasoning, tool_calls=calls
     )
 
 
@@ -299,7 +302,7 @@ class ChatAnswer:
         reason: FinishReason = answer.finish_reason or "stop"
         if self.has_calls:
             tools = [tool.model_dump(exclude_none=True) for tool in self.body.tools or ()]
-            message = parse_tool_calls(self.tokenizer, answer.text, self.prompt, tools)
+            message = parse_tool_calls(self.tokenizer, answer, self.prompt, tools)
             reason = "tool_calls" if message.tool_calls else reason
         logprobs = self.logprobs(answer.tokens)
         return schemas.ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=reason)
@@ -335,6 +338,8 @@ class ChatAnswer:
             for answer in await complete_answers(self.pieces, len(self.generation.answers)):
                 choice = self.choice(answer)
                 delta: Json = {"content": choice.message.content}
+                if choice.message.reasoning_content:
+                    delta["reasoning_content"] = choice.message.reasoning_content
                 if calls := choice.message.tool_calls:
                     delta["tool_calls"] = [{**call, "index": number} for number, call in enumerate(calls)]
                 yield self.event(answer.index, delta, None, answer.tokens)

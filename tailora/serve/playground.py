@@ -70,8 +70,12 @@ def add_page(app: FastAPI) -> None:
 
 def playground_app(url: str) -> FastAPI:
     """Returns an app that serves the page and forwards its requests to `url`. Raises ConfigError for an invalid one."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # such as http://[::1, or a port above 65535
+        is_address = False
+    if not is_address:
         raise ConfigError(f"--url: expected a server address such as http://127.0.0.1:8000, got {url!r}")
     server = url.rstrip("/").removesuffix("/v1")
 

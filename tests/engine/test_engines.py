@@ -34,6 +34,7 @@ from tailora.engine import continuous_batching
 from tailora.engine.continuous_batching import ContinuousEngine, make_engine
 from tailora.engine.interface import Engine, Finish, Request, SamplingParams, Token
 from tailora.engine.padded_batching import PaddedEngine
+from tailora.engine.sampling import RunningRequest
 from tailora.errors import AdapterError, ConfigError
 
 EOS = 7
@@ -478,3 +479,21 @@ def test_padded_batches_wait_for_all_requests_that_come_while_the_engine_is_paus
                 time.sleep(0.02)  # the engine's thread sees the first ones
         answers.wait()
     assert sizes == [6]
+
+
+def test_padded_rows_need_positions_until_the_last_one_ends() -> None:
+    engine = PaddedEngine(AdapterSet(base_model(), {}), {EOS}, max_positions=40, max_requests=8)
+    for name, prompt, tokens in (("long", 30, 5), ("many", 5, 30), ("short", 3, 8)):
+        engine._waiting.append(
+            RunningRequest(Request(name, (3,) * prompt, None, SamplingParams(tokens)), lambda *_: None)
+        )
+    assert [running.request.id for running in engine._take_batch()] == ["long", "short"]
+    engine.cancel("many")
+    assert not engine._waiting
+
+
+def test_the_context_of_longrope_ends_where_its_frequencies_change() -> None:
+    adapter_set = AdapterSet(base_model(), {})
+    config: Any = adapter_set.base_model.config
+    config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    assert make_engine(adapter_set, {EOS}, "padded", max_positions=512).max_positions == 32

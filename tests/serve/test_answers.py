@@ -5,9 +5,18 @@ import random
 from typing import Any
 
 import pytest
+from tiny import chat_tokenizer
 
 from tailora.engine.interface import Finish, Request, SamplingParams, Token
-from tailora.serve.answers import Answer, Detokenizer, Generation, StopStrings, completion_logprobs
+from tailora.serve.answers import (
+    Answer,
+    Detokenizer,
+    Generation,
+    Piece,
+    StopStrings,
+    completion_logprobs,
+    parse_tool_calls,
+)
 from tailora.serve.registry import AdapterHandle
 
 PIECES = ["a", "b\xe6", "\x97\xa5c", "\xf0\x9f", "\x99\x82", " d", "a"]  # as Latin-1: bytes of a\u65e5c and a smiley
@@ -81,6 +90,17 @@ def test_log_probabilities_of_a_piece_of_a_completion() -> None:
     found = completion_logprobs(Tokenizer(), tokens, 2, offset=0, as_ids=True)
     assert found["top_logprobs"][0] == {"token_id:0": -0.5, "token_id:6": -0.7}
     assert completion_logprobs(Tokenizer(), [], 2, offset=7, as_ids=False)["text_offset"] == []
+
+
+def test_text_around_a_tool_call_is_kept() -> None:
+    tokenizer = chat_tokenizer(["a"])
+    tokenizer.chat_template = "<|im_start|><tool_call>"
+    call = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
+    message = parse_tool_calls(tokenizer, Piece(0, f"Let me see.\n{call}\nWait.", ()), "", [])
+    assert message.content == "Let me see.\nWait."
+    assert [made["function"]["name"] for made in message.tool_calls or []] == ["weather"]
+    nested = Piece(0, f"<tool_call>{'[' * 3000}</tool_call>", ())
+    assert parse_tool_calls(tokenizer, nested, "", []).content == nested.text
 
 
 def test_an_adapter_is_kept_until_the_last_of_its_answers_has_ended() -> None:

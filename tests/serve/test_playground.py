@@ -171,7 +171,7 @@ def test_a_server_that_cannot_be_reached_is_said() -> None:
     assert "cannot reach http://127.0.0.1" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://x", "http://", ""])
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://x", "http://", "", "http://[::1", "http://x:99999"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="expected a server address"):
         playground_app(address)
