@@ -124,7 +124,7 @@ def _value(name: str, value: Any) -> Any:
         return value if isinstance(value, str) else "+".join(value)
     if name == SCALE:
         name = "lora_alpha"  # equal to the scale if r = 1
-    required = {"target_r": 1} if name in ADALORA_SETTINGS else {}  # otherwise TrainConfig rejects them
+    required: dict[str, Any] = {"target_r": 1} if name in ADALORA_SETTINGS else {}  # or TrainConfig rejects them
     required |= {"task": GRPO, "reward": ["math"]} if name in GRPO_FIELDS else {}
     return getattr(TrainConfig(**{"learning_rate": 1e-4, **required, name: value}), name)
 
