@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from json import dumps, loads
 from pathlib import Path
@@ -32,6 +33,7 @@ from tailora.train.config import TrainConfig
 if TYPE_CHECKING:
     from tailora.data.chat_template import ChatTokenizer
     from tailora.data.labels import Labels
+    from tailora.data.schemas import Conversation
 
 Data = Annotated[
     str, Parameter(help="rows to predict: JSONL, JSON, CSV, Parquet, folder or Hub id; labels are ignored")
@@ -158,16 +160,16 @@ def answer_predictions(
     questions = [question(row, config.field, chat_tokenizer) for row in rows]
     if problems := [item for item in questions if isinstance(item, RowProblem)]:
         raise data_error(problems)
-    for row, messages in zip(rows, questions, strict=True):
-        assert not isinstance(messages, RowProblem)
-        pieces = stream_reply(model, tokenizer, messages, max_new_tokens=max_new_tokens)
-        yield columns_of(row) | {"messages": messages, "answer": "".join(pieces)}
+    for row, chat in zip(rows, questions, strict=True):
+        assert not isinstance(chat, RowProblem)
+        pieces = stream_reply(model, tokenizer, chat.messages, tools=chat.tools, max_new_tokens=max_new_tokens)
+        yield columns_of(row) | {"messages": chat.messages, "answer": "".join(pieces)}
 
 
-def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> list[dict[str, Any]] | RowProblem:
-    """Returns the messages to answer, from `messages` or `prompt`, with the system message in the settings."""
-    from tailora.data.chat_template import with_system
-    from tailora.data.messages import parsed_list, read_messages
+def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> "Conversation | RowProblem":
+    """Returns the chat to answer, from `messages` or `prompt`, with its tools and the settings' system message."""
+    from tailora.data.chat_template import fit_to_template, with_system
+    from tailora.data.messages import parsed_list, read_messages, read_tools
     from tailora.data.schemas import IMAGE_COLUMNS, Conversation
 
     keys = {key: field.get(key, key) for key in ("messages", "prompt")}
@@ -181,10 +183,12 @@ def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> 
             messages = messages[:-1]
         if not messages or not str(messages[-1]["content"] or "").strip():
             raise DataError(f"{key} is empty")
-        if left_out := [name for name in ("tools", *IMAGE_COLUMNS) if row.fields.get(field.get(name, name))]:
-            raise DataError(f"predict does not support {' and '.join(left_out)} in rows; use `tailora eval`")
-        chat = with_system(Conversation(messages), tokenizer)
+        for name in IMAGE_COLUMNS:
+            if parsed_list(row.fields.get(field.get(name, name)), name):
+                raise DataError(f"{name}: predict does not support images; remove the column, or use `tailora eval`")
+        tools = read_tools({"tools": row.fields.get(field.get("tools", "tools"))})
+        chat = with_system(Conversation(messages, tools=tools), tokenizer)
+        assert isinstance(chat, Conversation)
+        return fit_to_template(replace(chat, first=len(chat.messages)), tokenizer)
     except DataError as error:
         return row.problem(error)
-    assert isinstance(chat, Conversation)
-    return chat.messages

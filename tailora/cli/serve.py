@@ -73,7 +73,8 @@ def serve(
         check_writes_text(str(path), label_task_of_adapter(path))
     tasks = {name: task for name, path in in_folder.items() if (task := label_task_of_adapter(path)) is not None}
     in_folder = skip_adapters(in_folder, tasks, "they predict labels instead of generating text")
-    folders = in_folder | folders  # a name that was given wins
+    in_folder = {name: path for name, path in in_folder.items() if name not in folders}  # a given name wins
+    folders |= in_folder
     model = base_model_name(model, list(folders.values()))
     with listen(host, port) as listener:  # before loading the model, which takes long
         log("loading the model")
@@ -86,6 +87,7 @@ def serve(
         from tailora.core.adapter_set import AdapterSet
         from tailora.data.tokenize import stop_ids
         from tailora.engine.continuous_batching import ContinuousEngine, make_engine
+        from tailora.engine.interface import positions_of_short_factors
         from tailora.evaluation.generate import free_positions
         from tailora.serve.app import Connection, HTTPServer, ServerSettings, create_app
         from tailora.serve.playground import LOCAL_HOSTS
@@ -95,6 +97,9 @@ def serve(
         keep_freed_memory(loaded.model.device)
 
         positions = min(free_positions(loaded.model, 0), SHORTEST_DEFAULT)
+        if (most := positions_of_short_factors(loaded.model.config) or positions) < positions:
+            note(f"requests may have at most {most:,} tokens: a longer one would change the answers in its batch")
+            positions = most
         running = make_engine(
             AdapterSet(loaded.model, {}),
             stop_ids(loaded.model, loaded.tokenizer),

@@ -160,7 +160,7 @@ def _read_folder(folder: Path, split: str) -> Rows:
     chosen = [path for path in files if splits[path] == split] if any(splits.values()) else files
     if not chosen:
         names = ", ".join(str(path.relative_to(folder)) for path in files[:10])
-        raise DataError(f"data {folder}: no file for split {split!r}; found {names}")
+        raise DataError(f"data {folder}: no file for split {split!r}; found {names}; rename one, or name a file")
     return (row for path in chosen for row in read_file(path))
 
 

@@ -348,10 +348,6 @@ def make_engine(
     def new(engine: type[ContinuousEngine | PaddedEngine], requests: int = max_requests) -> Engine:
         return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=requests)
 
-    base: Any = adapter_set.base_model
-    rope = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # one longer request would change the frequencies of its whole batch
-        max_positions = min(max_positions, rope["original_max_position_embeddings"])
     if name == "auto":
         problem = obstacle(adapter_set.base_model) or trial_obstacle(new(ContinuousEngine, 1), new(PaddedEngine, 1))
         if problem:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import ProcessorMixin
 
@@ -57,6 +57,15 @@ class Request:
     params: SamplingParams
     grammar: "LLMatcher | None" = None  # for the answer, not shared with other requests; None for any text
     images: tuple[Image, ...] = ()
+
+
+def positions_of_short_factors(config: Any) -> int | None:
+    """Returns the positions up to which requests may share a batch; None for all models but those with longrope.
+
+    For longer requests, transformers changes the frequencies of the whole batch.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
 def pixel_count(images: Iterable[Image]) -> int:

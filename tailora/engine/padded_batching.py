@@ -5,13 +5,14 @@ because processors pad them to a common shape.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from threading import Condition, Lock, Thread
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
@@ -19,7 +20,15 @@ from tailora.core.adapter_set import AdapterSet
 from tailora.core.model_parts import language_model_path
 from tailora.core.patterns import inside
 from tailora.data.processor import accepted_inputs, image_inputs
-from tailora.engine.interface import PIXELS_OF_REQUEST, Engine, EventHandler, Finish, Request, pixel_count
+from tailora.engine.interface import (
+    PIXELS_OF_REQUEST,
+    Engine,
+    EventHandler,
+    Finish,
+    Request,
+    pixel_count,
+    positions_of_short_factors,
+)
 from tailora.engine.sampling import ChosenTokens, RunningRequest, next_tokens
 from tailora.errors import AdapterError, DataError, RowsError, is_out_of_memory
 
@@ -122,10 +131,7 @@ class PaddedEngine(Engine):
             request = running.request
             if running.is_finished:
                 continue
-            # rows that have ended go on until the last one ends, so that all need positions
-            together = [*(other.request for other in batch), request]
-            tokens = max(len(r.prompt_ids) for r in together) + max(r.params.max_tokens for r in together)
-            fits = len(batch) < self.max_requests and tokens <= self.max_positions
+            fits = len(batch) < self.max_requests and self._have_positions([*batch, running])
             fits = fits and pixels + pixel_count(request.images) <= PIXELS_OF_REQUEST
             if not batch or (fits and self._whole(request.adapter) == self._whole(batch[0].request.adapter)):
                 batch.append(running)
@@ -134,6 +140,24 @@ class PaddedEngine(Engine):
                 others.append(running)
         self._waiting = others
         return batch
+
+    def _have_positions(self, batch: Sequence[RunningRequest]) -> bool:
+        """Whether all rows have positions until the last one ends: in `generate`, rows that have ended go on."""
+        if not self._positions_end:
+            return True
+        requests = [running.request for running in batch]
+        longest = max(len(request.prompt_ids) for request in requests)
+        return longest + max(request.params.max_tokens for request in requests) <= self.max_positions
+
+    @cached_property
+    def _positions_end(self) -> bool:
+        """Whether a position that is too high fails, or changes the other rows."""
+        model: Any = self.adapter_set.base_model
+        if positions_of_short_factors(model.config) is not None:
+            return True
+        count, inputs = getattr(model.config, "max_position_embeddings", 0) or 0, model.get_input_embeddings()
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not inputs]
+        return any(count <= table.num_embeddings <= count + 2 for table in tables)  # some have an offset of 2
 
     def _whole(self, adapter: str | None) -> str | None:
         """Returns the adapter if all rows must have it, because it changes layers that get images instead of rows."""

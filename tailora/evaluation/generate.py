@@ -19,7 +19,7 @@ from transformers import GenerationConfig, ProcessorMixin, TextIteratorStreamer
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.images import Image, images_of
-from tailora.data.messages import Messages, text_of
+from tailora.data.messages import Messages, Tools, text_of
 from tailora.data.processor import accepted_inputs, image_inputs, text_tokenizer
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import last_reply, prompt_ids, reply_text, stop_ids
@@ -84,7 +84,7 @@ def new_tokens(model: Any, output: Tensor, ids: list[int]) -> Tensor:
     return output[1 if is_seq2seq(model) else len(ids) :]
 
 
-def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
+def chat_ids(messages: Messages, tokenizer: Any, tools: Tools | None = None) -> list[int]:
     """Returns the ids of a chat up to its next reply; without a chat template, the ids of the plain text.
 
     Raises DataError if the template rejects the messages.
@@ -92,7 +92,7 @@ def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None:
         return plain_ids(plain_text(messages), tokenizer)
-    return chat_tokenizer.chat_ids(chat_tokenizer.render(messages, add_generation_prompt=True))
+    return chat_tokenizer.chat_ids(chat_tokenizer.render(messages, tools=tools, add_generation_prompt=True))
 
 
 def plain_text(messages: Messages) -> str:
@@ -169,6 +169,7 @@ def stream_reply(
     tokenizer: Any,
     prompt: Messages | str,
     *,
+    tools: Tools | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -186,7 +187,7 @@ def stream_reply(
     elif isinstance(prompt, str):
         asked = Prompt(prompt, plain_ids(prompt, tokenizer))
     else:
-        asked = Prompt("", chat_ids(prompt, tokenizer), images=images_of(prompt))
+        asked = Prompt("", chat_ids(prompt, tokenizer, tools), images=images_of(prompt))
     arguments = generation_arguments(
         model, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
     )

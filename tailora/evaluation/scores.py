@@ -368,12 +368,13 @@ def match_answer(
     prompt = prompt_of(model, sample, tokenizer)
     if free_positions(model, len(prompt.ids)) < 1:
         return None
-    expected = normalize(reply_text(sample, tokenizer))
+    expected = normalize(THOUGHT.sub("", reply_text(sample, tokenizer)))
 
     def answer_in(output: Tensor) -> str:
         new = new_tokens(model, output[0], prompt.ids)
         text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return THOUGHT.sub("", str(text), count=1)
+        text = THOUGHT.sub("", str(text))
+        return "" if text.strip() and "<think>".startswith(text.strip()) else text
 
     def is_wrong(output: Tensor, _scores: Any) -> Tensor:
         """Is called after every token, and returns whether to stop: (1,)."""

@@ -179,7 +179,10 @@ def comparison_ids(base_model: Any) -> Tensor:
 
 @torch.no_grad()
 def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(batch, length) -> (batch, length, vocabulary), in evaluation mode. The model is left as it was."""
+    """Returns the logits, or the first output of a model without a head, in evaluation mode. ids: (batch, length).
+
+    The model is left as it was.
+    """
     handles = []
     quantized = {id(layer) for layer in quantized_layers(model).values()}
     for module in model.modules():

@@ -113,7 +113,7 @@ def find_range(
         log(f"up to {steps} steps with learning rates from {LOWEST:g} to {HIGHEST:g}, until the improvement is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)
         trial = session.trial(spec, folder / RISING, stop)
-        if len(trial.curve) < 2:  # before training and one more
+        if not any(step and math.isfinite(loss) for step, loss in trial.curve):
             (folder / RISING / RESULT).unlink()
             raise ConfigError(f"the run ended before its first evaluation ({trial.outcome}): {trial.message}")
     rates = read_range(trial, steps, settings)

@@ -75,8 +75,9 @@ def score_rows(
     """
     finished, folder = FinishedRun.read(Path(study.run)), Path(train.output_dir)
     if study.prove and processes != finished.processes:
-        text = f"the run had {finished.processes} processes, but each run of the proof would have {processes}"
+        text = f"{study.run} was trained with --nproc-per-node {finished.processes}, but the proof has {processes}"
         raise ConfigError(f"{text}; use --nproc-per-node {finished.processes}")
+    processes = finished.processes  # without a proof, too, so that a proof can follow
     adapter = hashlib.sha256((Path(study.run) / ADAPTER / ADAPTER_WEIGHTS).read_bytes()).hexdigest()[:12]
     settings = study_settings(finished.settings, processes, rows={"adapter_sha256": adapter})
     with locked(folder, STUDY, wait=False):

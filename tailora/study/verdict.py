@@ -359,8 +359,8 @@ def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate], margin: fl
     early = [trial for trial in smaller if trial.state != DONE]
     within_reach = best.choosing_loss + REACH * margin
     if near := [trial for trial in smaller if trial.state == DONE and loss_of(trial) <= within_reach]:
-        close = f"trial {near[0].number} came close with fewer trained parameters, but was not compared"
-        return f"It may not be the cheapest: {close}. Use --finalists 2 or more."
+        close = f"trial {near[0].number} came close with fewer trained parameters, but has no final runs"
+        return f"It may not be the cheapest: {close} (see the notes and --finalists)."
     if smaller and len(early) == len(smaller):
         ends = "; ".join(f"trial {trial.number} {trial.state}" for trial in early)
         return f"All trials with fewer trained parameters ended early, so none was compared at full length ({ends})."

@@ -186,7 +186,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
             remedy += f" {batches}"
     # a run of an earlier version, which had no such setting, did what is now the default
     defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
-    names = sorted((then.keys() | now.keys()) - free)
+    names = sorted((then.keys() | now.keys()) - free - FREE)  # earlier versions stored some of FREE
     compared = [(name, then.get(name, defaults.get(name)), now.get(name)) for name in names]
     compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
     changes = [f"{name} was {old!r} and is now {new!r}" for name, old, new in compared if old != new]

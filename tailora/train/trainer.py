@@ -434,6 +434,9 @@ class Trainer:
             if isinstance(run.model, LoRAModel):
                 content["adapter"] = run.model.adapters["default"].model_dump(mode="json")
             checkpoint.save(folder, Checkpoint(content, tensors))
+            saved = checkpoints_in(run.output_dir)
+            for later in saved[saved.index(folder) + 1 :]:  # the run was resumed before them
+                shutil.rmtree(later)
         state.unproven = folder
         run.accelerator.wait_for_everyone()
         state.checkpoint_is_due, state.last_saved = False, time.monotonic()
@@ -441,14 +444,9 @@ class Trainer:
         return folder
 
     def accept_checkpoint(self) -> None:
-        """Deletes the oldest checkpoints beyond the limit, now that the weights of the newest gave a finite loss.
-
-        Deletes those of later steps as well: this run was resumed before them, so they do not belong to it.
-        """
+        """Deletes the oldest checkpoints beyond the limit, now that the weights of the newest gave a finite loss."""
         if self.state.unproven is not None and self.run.is_main:
-            saved = checkpoints_in(self.run.output_dir)
-            newest = saved.index(self.state.unproven) + 1
-            for old in saved[newest:] + saved[:newest][: -self.config.save_total_limit]:
+            for old in checkpoints_in(self.run.output_dir)[: -self.config.save_total_limit]:
                 shutil.rmtree(old)
         self.state.unproven = None
 
@@ -556,10 +554,13 @@ class Trainer:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Saves the last good parameters if those of now cannot sample."""
+        """Saves the last good parameters if training has made sampling fail."""
         try:
             yield
         except DivergedError as error:
+            self.read_last_step()
+            if not self.state.step:
+                raise DivergedError(f"{error}, before any training; {REMEDIES}") from None
             raise self.diverged(f"after step {self.state.step}: {error}") from None
 
     def diverged(self, cause: str, *, parameters_are_good: bool = False) -> DivergedError:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from command_line import call, check_refused, found
+from tiny import chat_tokenizer, word_tokenizer
 from tiny import tiny_model as random_model
-from tiny import word_tokenizer
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.predict import question
+from tailora.data.chat_template import ChatTokenizer
+from tailora.data.readers import Row, RowProblem
 
 WORDS = {"positive": ["great", "lovely", "fine"], "negative": ["awful", "dull", "poor"]}
 ROWS = [
@@ -94,6 +97,16 @@ def test_a_gate_on_a_change_is_refused_where_the_base_has_no_head(folder: Path) 
 def test_a_system_message_is_refused_for_labels(command: str, folder: Path) -> None:
     hint = "--system is for language models, but this model is for sequence-classification; remove --system"
     check_refused(hint, command, folder / "run", "--data", folder / "rows.jsonl", "--system", "be brief")
+
+
+def test_a_question_has_the_tools_of_its_row_and_no_images() -> None:
+    tokenizer = ChatTokenizer.of(chat_tokenizer(["a"]))
+    fields = {"prompt": "Rain?", "tools": '[{"name": "weather", "parameters": {}}]', "images": "[]"}
+    chat = question(Row("rows.csv", 1, fields), {}, tokenizer)
+    assert not isinstance(chat, RowProblem)
+    assert '"name": "weather"' in chat.messages[0]["content"]  # the template supports no tools
+    with_image = question(Row("rows.csv", 1, {"prompt": "What?", "images": ["a.png"]}), {}, tokenizer)
+    assert "images: predict does not support images" in str(with_image)
 
 
 @pytest.mark.parametrize("command", ["generate", "predict"])

@@ -32,7 +32,14 @@ from tailora.core.mixed_batch import layer_terms
 from tailora.core.targets import select
 from tailora.engine import continuous_batching
 from tailora.engine.continuous_batching import ContinuousEngine, make_engine
-from tailora.engine.interface import Engine, Finish, Request, SamplingParams, Token
+from tailora.engine.interface import (
+    Engine,
+    Finish,
+    Request,
+    SamplingParams,
+    Token,
+    positions_of_short_factors,
+)
 from tailora.engine.padded_batching import PaddedEngine
 from tailora.engine.sampling import RunningRequest
 from tailora.errors import AdapterError, ConfigError
@@ -483,17 +490,25 @@ def test_padded_batches_wait_for_all_requests_that_come_while_the_engine_is_paus
 
 def test_padded_rows_need_positions_until_the_last_one_ends() -> None:
     engine = PaddedEngine(AdapterSet(base_model(), {}), {EOS}, max_positions=40, max_requests=8)
-    for name, prompt, tokens in (("long", 30, 5), ("many", 5, 30), ("short", 3, 8)):
-        engine._waiting.append(
-            RunningRequest(Request(name, (3,) * prompt, None, SamplingParams(tokens)), lambda *_: None)
-        )
-    assert [running.request.id for running in engine._take_batch()] == ["long", "short"]
-    engine.cancel("many")
+
+    def batch(*requests: tuple[int, int]) -> list[int]:
+        """Returns which of these numbers of prompt tokens and of tokens are in the first batch."""
+        for number, (prompt, tokens) in enumerate(requests):
+            request = Request(f"{number}", (3,) * prompt, None, SamplingParams(tokens))
+            engine._waiting.append(RunningRequest(request, lambda *_: None))
+        return [int(running.request.id) for running in engine._take_batch()]
+
+    assert batch((30, 10), (5, 35)) == [0, 1]  # what a server asks for without max_tokens
+    table = torch.nn.Embedding(engine.adapter_set.base_model.config.max_position_embeddings, 1)
+    engine = PaddedEngine(AdapterSet(base_model(), {}), {EOS}, max_positions=40, max_requests=8)
+    engine.adapter_set.base_model.register_module("positions", table)
+    assert batch((30, 5), (5, 30), (3, 8)) == [0, 2]
+    engine.cancel("1")
     assert not engine._waiting
 
 
-def test_the_context_of_longrope_ends_where_its_frequencies_change() -> None:
-    adapter_set = AdapterSet(base_model(), {})
-    config: Any = adapter_set.base_model.config
+def test_longrope_has_positions_of_its_short_factors() -> None:
+    config: Any = base_model().config
+    assert positions_of_short_factors(config) is None
     config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 32}
-    assert make_engine(adapter_set, {EOS}, "padded", max_positions=512).max_positions == 32
+    assert positions_of_short_factors(config) == 32

@@ -153,7 +153,7 @@ def test_only_a_proof_calls_rows_harmful(finished: Finished, scored: RowsResult,
     assert harmless.verdict.startswith("Cannot tell whether these 4 rows are harmful: removing them helped")
     with pytest.raises(ConfigError, match="--k 200 would remove all 200 training rows"):
         score_rows(in_folder, study.replaced(k=ROWS))
-    with pytest.raises(ConfigError, match=r"the run had 1 processes, .* would have 2; use --nproc-per-node 1"):
+    with pytest.raises(ConfigError, match=r"with --nproc-per-node 1, but the proof has 2; use --nproc"):
         score_rows(in_folder, study, processes=2)
 
 

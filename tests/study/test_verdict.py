@@ -381,8 +381,8 @@ EARLY = "All trials with fewer trained parameters ended early, so none was compa
     [
         (
             {0: "close"},
-            "It may not be the cheapest: trial 0 came close with fewer trained parameters, but was not compared. "
-            "Use --finalists 2 or more.",
+            "It may not be the cheapest: trial 0 came close with fewer trained parameters, but has no final runs "
+            "(see the notes and --finalists).",
         ),
         ({}, f"No trial with fewer trained parameters came close, {WHOLE}"),
         ({0: "done", 3: "pruned"}, f"No trial with fewer trained parameters came close (1 of 2 ended early), {WHOLE}"),

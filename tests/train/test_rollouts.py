@@ -326,12 +326,28 @@ def test_logits_that_are_not_finite_are_divergence(grpo: Any) -> None:
     def overflow(model: Any, *_: Any) -> None:
         model.base_model.get_output_embeddings().weight.data.fill_(float("inf"))
 
-    config = grpo()
-    with pytest.raises(DivergedError, match=r"after step 0: the logits of a completion are not finite\. the last"):
-        run(config, on_ready=overflow)
-    content = json.loads((Path(config.output_dir) / "run.json").read_text())
-    assert content["diverged"]
-    assert (Path(config.output_dir) / "adapter").is_dir()
+    with pytest.raises(DivergedError, match="the logits of a completion are not finite, before any training; try a"):
+        run(grpo(), on_ready=overflow)
+
+
+def test_a_run_that_can_no_longer_sample_keeps_its_last_good_weights(
+    grpo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sample, config = Sampler.sample, grpo(eval_steps=0, output_dir=str(tmp_path / "out"))
+
+    def fail_later(sampler: Sampler, *arguments: Any) -> Any:
+        if getattr(sampler, "calls", 0) == 3:  # before training, and for two steps
+            raise DivergedError("the logits of a completion are not finite")
+        sampler.calls = getattr(sampler, "calls", 0) + 1  # type: ignore[attr-defined]
+        return sample(sampler, *arguments)
+
+    monkeypatch.setattr(Sampler, "sample", fail_later)
+    with pytest.raises(
+        DivergedError, match=r"after step 2: the logits of a completion are not finite\. the last weights"
+    ):
+        run(config)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["diverged"]
+    assert (tmp_path / "out" / "adapter").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ REPEATED = {  # repeated rows of a result -> title
     "near_duplicates": "Near duplicates: rows that share most of their text",
     "contradictions": "Same prompt, different replies: normal for open-ended chats",
 }
-FIRST, MOST, NAMED = 10, 8, 8  # rows in a terminal, at least; groups; rows of a group
+FIRST, LONGEST, MOST, NAMED = 10, 40, 8, 8  # rows in a terminal, at least and at most; groups; rows of a group
 TEXT = 200  # characters, more than a text has
 
 
@@ -27,7 +27,7 @@ def rows_page(result: RowsResult) -> Page:
     text += f"The finished model's loss on the row is in {result.loss_unit}."
     shown, title = (result.k, "Harmful rows") if result.proven else (len(cells), "Rows with the highest scores")
     sections = [
-        Section(title, text, _scores(cells[:shown], max(FIRST, result.k))),
+        Section(title, text, _scores(cells[:shown], min(max(FIRST, result.k), LONGEST))),
         Section("Rows with the next highest scores", "", _scores(cells[shown:], FIRST)),
         Section("Rows that repeat or contradict each other", "", [_groups(result, name) for name in REPEATED]),
         Section("Settings", "", [settings_table("Settings", *result.settings.items())]),
