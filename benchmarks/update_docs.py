@@ -20,7 +20,7 @@ from benchmarks.measure import RESULTS, ROOT
 from benchmarks.site import device_tables, evidence_tables, tables, tiny_lm_tables
 from benchmarks.site.page_blocks import blocks, with_parts
 from benchmarks.site.tables import ranged
-from tailora.core.config import OTHER_UNITS
+from tailora.core.config import OTHER_UNITS, LoRAConfig
 from tailora.train.config import TrainConfig
 
 MACHINES = {"AMX": ".", "Zen 4": "zen4", "Zen 5": "zen5"}  # name -> folder of results
@@ -213,7 +213,8 @@ def pages_of_tools() -> dict[str, str]:
 def settings_of(tool: str) -> str:
     """The settings of another tool that tailora has too, with both defaults; those there are in results/peers.json."""
     there = read("peers")["tools"][tool]
-    here = {name: str(field.default) for name, field in TrainConfig.model_fields.items()}
+    fields = TrainConfig.model_fields | (LoRAConfig.model_fields if tool == "PEFT" else {})
+    here = {name: str(field.default) for name, field in fields.items()}
     rows = []
     order = list(here)
     for name, setting in sorted(there["settings"].items(), key=lambda item: order.index(item[1]["ours"].split()[0])):

@@ -57,7 +57,7 @@ COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ..
     (("class_weights",), "task", ("sequence-classification", "token-classification")),
     (("system",), "task", (*LANGUAGE_MODELS, GRPO)),
     (("assistant_only_loss", "completion_only_loss", "fsdp"), "task", LANGUAGE_MODELS),
-    (("streaming",), "task", (*LANGUAGE_MODELS, "seq2seq")),  # other tasks read all labels before loading the model
+    (("streaming",), "task", LANGUAGE_MODELS),  # other tasks read all labels before loading the model
     (("label_smoothing",), "loss", (None, "dpo", "simpo")),
     (("simpo_gamma",), "loss", ("simpo",)),
     (("activation_memory",), "fast", ("auto", "compile")),
