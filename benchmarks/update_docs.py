@@ -495,6 +495,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         **{name: partial(evidence, name) for name in evidence_tables.PARTS},
         "evidence-arms": lambda: evidence_tables.rewards(read("evidence_rewards")),
         "forecasts": lambda: evidence_tables.forecasts(read("scaling_first")["verdict"]),
+        "planted-recall": lambda: evidence_tables.found_rows(read("planted_rows")["verdict"]),
+        "planted-retraining": lambda: evidence_tables.retrained(read("planted_rows")["verdict"]),
         "rate-rules": lambda: evidence_tables.rate_rules(read("learning_rate_rules")),
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
