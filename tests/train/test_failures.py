@@ -255,7 +255,8 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
 
 
 ON_TERMINAL = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also if the tests run under nohup
 os.open(os.ttyname(0), os.O_RDWR)  # makes it the terminal of this session
 from tailora.train.failures import StopSignals
 with StopSignals() as signals:
