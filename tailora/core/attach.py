@@ -48,7 +48,8 @@ class Adapted(Swapped):
     adapter_parts: tuple[AdapterPart, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        layer, x = cast(nn.Module, self), args[0] if args else next(iter(kwargs.values()))  # input=x
+        layer = cast(nn.Module, self)
+        x = args[0] if args else next(iter(kwargs.values()))  # input=x
         if len(self.adapter_parts) == 1 and (whole := getattr(self.adapter_parts[0], "whole_output", None)):
             result: Tensor | None = whole(x, layer)
             if result is not None:

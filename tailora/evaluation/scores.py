@@ -333,7 +333,7 @@ NORMALIZE: dict[str, Normalize] = {  # applied in this order, whatever the order
     "strip": str.strip,
 }
 INCOMPLETE = "\ufffd"  # decoded from an incomplete character
-THOUGHT = re.compile(r"\A\s*<think>.*?(</think>\s*|$)", re.DOTALL)  # before the answer; rows have only the answer
+THOUGHT = re.compile(r"\A\s*<think>.*?(</think>\s*|$)", re.DOTALL)  # before the answer; not compared
 
 
 def normalizer(names: Sequence[str]) -> Normalize:

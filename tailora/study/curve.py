@@ -96,9 +96,9 @@ def curve(
         plan = session.plan(partial(_measure, train, study, session), CurvePlan)
         session.check_processes(plan.processes)
         if study.minutes is not None and study.minutes < (plan.minutes or math.inf):
-            planned = "no time limit" if plan.minutes is None else f"--minutes {plan.minutes:g}"
-            text = f"--minutes {study.minutes:g} is too short: the curve in {folder} was planned for {planned}"
-            raise ConfigError(f"{text}; use that, or a different --output-dir")
+            planned = "without --minutes" if plan.minutes is None else f"with --minutes {plan.minutes:g}"
+            text = f"--minutes {study.minutes:g} is too short: the curve in {folder} was planned {planned}"
+            raise ConfigError(f"{text}; use the same, or a different --output-dir")
         session.note_minutes(plan.minutes, f"runs have at most {plan.max_steps} steps")
         session.log(f"subsets of {', '.join(map(str, plan.sizes))} examples, at most {plan.max_steps} steps")
         if plan.held_out:

@@ -115,7 +115,8 @@ def find_range(
         trial = session.trial(spec, folder / RISING, stop)
         if not any(step and math.isfinite(loss) for step, loss in trial.curve):
             (folder / RISING / RESULT).unlink()
-            raise ConfigError(f"the run ended before its first evaluation ({trial.outcome}): {trial.message}")
+            text = f"the run ended before its first evaluation ({trial.outcome}: {trial.message})"
+            raise ConfigError(f"{text}; the same command repeats it, or change the settings")
     rates = read_range(trial, steps, settings)
     write_report(folder, KIND, {"verdict": rates.verdict, **rates.to_dict()})
     return rates

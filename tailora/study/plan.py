@@ -108,6 +108,8 @@ def plan(
     alternatives |= quantization(config, shape, step, batches, place)
     has_other = config.method != FULL and not stays_quantized(shape, config.model)
     full = full_fine_tuning(config, shape, batches, place, available) if has_other else None
+    if has_other and full is None:
+        notes.append("full fine-tuning is not shown, because it does not support all of these settings")
 
     basis = {"memory": f"estimated from the shapes, plus {place.process_basis}"}
     basis["time"] = "not estimated, because this machine does not have the device"

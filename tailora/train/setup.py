@@ -189,10 +189,11 @@ def set_up(
         model = attach(config, base, tokenizer, saved, load)
         layout, kernels = choose_computation(config, model, tokenizer, data, saved, note)
         cost = memory_cost(model, layout, kernels, data.longest, data.tried_task)
-    kept_instead = share_kept_instead(config, base, kernels)
-    advice = remedies(cost, data.largest_size, len(data.longest.input_ids), kept_instead)
     if data.rollouts is not None:  # whose examples are completions
         advice = data.rollouts.memory_advice
+    else:
+        kept_instead = share_kept_instead(config, base, kernels)
+        advice = remedies(cost, data.largest_size, len(data.longest.input_ids), kept_instead)
     check_fits(activation_bytes := cost.of(data.largest_size), device, advice)
     updates = start_updates(config, model, device, stack)
     seed_all(config.seed + accelerator.process_index)  # each rank draws its own dropout masks

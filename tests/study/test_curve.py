@@ -219,7 +219,7 @@ def test_the_verdict_names_the_flag_that_limited_the_steps(train: TrainConfig) -
     assert 9 < found.steps < 60
     note = f"runs have at most {found.steps} steps, as planned for --minutes 1; for longer runs, use a different --outp"
     again = [curve(limited, study.replaced(minutes=more), run_trial=Falling()).notes for more in (1, 2)]
-    with pytest.raises(ConfigError, match=r"--minutes 0.5 is too short: the curve in .* was planned for --minutes 1;"):
+    with pytest.raises(ConfigError, match=r"--minutes 0.5 is too short: the curve in .* was planned with --minutes 1;"):
         curve(limited, study.replaced(minutes=0.5), run_trial=Falling())
     assert [any(text.startswith(note) for text in notes) for notes in again] == [False, True]
 

@@ -68,6 +68,11 @@ def test_what_a_plan_of_reinforcement_learning_excludes_is_named(small_run: Trai
     assert any(note.startswith("sampling needs a cache of ") for note in planned.notes)
     assert "the time excludes sampling and evaluations, which usually take longer than the steps" in planned.notes
     assert planned.lr_search_seconds is None, "search --lr-only needs a loss"
+    with_beta = plan(small_run.replaced(**changes, beta=0.04))
+    assert (planned.full is None, with_beta.full) == (False, None)
+    assert any(note.startswith("full fine-tuning is not shown") for note in with_beta.notes)
+    with pytest.raises(ConfigError, match="--task grpo needs the prompts of the data; add --data"):
+        plan(TrainConfig(model=small_run.model, task="grpo", reward=["max_length:9"]))
 
 
 def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:

@@ -224,6 +224,12 @@ def test_a_verdict_needs_several_seeds_and_mentions_what_helps_more() -> None:
     assert not proven
     assert text.startswith("Keep these 5 rows: the model is worse without them")
     assert "helps" not in text
+    unclear = variants(0.01, 0.2, 0.2)
+    assert rows_verdict(unclear, 5, "nats per token")[0].endswith("More seeds (--seeds) narrow it.")
+    of_all = next(variant for variant in unclear if variant.name == ALL)
+    assert of_all.difference is not None
+    few = [replace(of_all, difference=replace(of_all.difference, from_examples=0.9)), *unclear[1:]]
+    assert rows_verdict(few, 5, "nats per token")[0].endswith("More held-out examples narrow it.")
     text, proven = rows_verdict(variants(0.2, 0.2, -0.2), 5, "nats per token")
     assert proven
     assert "Removing the 5 rows with the highest losses helps more" in text

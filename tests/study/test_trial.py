@@ -241,6 +241,7 @@ def test_two_processes_give_the_trial_of_one(
     for trial_losses in (attrgetter("losses"), attrgetter("curve"), losses_of_examples):  # nats per token
         assert np.array(trial_losses(two)) == pytest.approx(np.array(trial_losses(one)), rel=1e-5)
     assert two.forgetting == pytest.approx(one.forgetting, abs=1e-5)
+    assert two.numbers["all_steps"] == one.numbers["all_steps"]
     assert (two.counts, two.bytes, two.parameters) == (one.counts, one.bytes, one.parameters)
     assert (tmp_path / "others.json").read_text() == (tmp_path / "texts.json").read_text()
     assert not (tmp_path / "two" / "ranks").exists()
