@@ -29,11 +29,11 @@ from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
 from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.fold_scale import ExportSource
-from tailora.formats.hub import UPLOAD_OPTIONS, make_public, upload
 from tailora.formats.load import LoadOptions, load
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import PEFT_NAMES, check_no_adapter_names, read_peft_model, release_base
 from tailora.formats.run_folder import ADAPTER_CONFIG
+from tailora.formats.upload import UPLOAD_OPTIONS, make_public, upload
 
 if TYPE_CHECKING:
     from tailora.formats.export import ExportReport

@@ -86,8 +86,10 @@ def push(
         raise ConfigError(f"--model {model}: expected the base model's Hub id, owner/name")
     from huggingface_hub import get_token
 
+    from tailora.formats.upload import TO_LOG_IN, upload
+
     if get_token() is None:
-        raise ConfigError(f"uploading to the Hub needs an access token: {hub.TO_LOG_IN}")
+        raise ConfigError(f"uploading to the Hub needs an access token: {TO_LOG_IN}")
     log("checking the adapter")
     files = files_to_push(path, repository, model, license, samples=samples, replace_card=replace_card)
     if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
@@ -97,7 +99,7 @@ def push(
         with TemporaryDirectory() as temporary:
             for name, content in files.items():
                 Path(temporary, name).write_bytes(content)
-            uploaded = hub.upload(
+            uploaded = upload(
                 Path(temporary),
                 repository,
                 private=not public,
@@ -144,17 +146,18 @@ def files_to_push(
 
     model: public name of the base model; default: the name in the adapter, without local paths.
     """
+    from tailora.formats.upload import check_nothing_private, shared_content, shared_files
     from tailora.report.model_card import run_card
     from tailora.verify.passport import passport_bytes, read_passport
 
-    files, base = hub.shared_files(adapter, model)
+    files, base = shared_files(adapter, model)
     settings = json_module.loads(files[ADAPTER_CONFIG])
     if (base_name := settings["base_model_name_or_path"]) is None:
         note("the adapter does not name its base model; set its Hub id with --model")
     elif hub.repository_of(base_name) is None:
         note(f"others cannot download the adapter's base model {base_name}; set its Hub id with --model")
     if (adapter / PASSPORT).exists():
-        hub.shared_content(adapter / PASSPORT)  # refuses a link
+        shared_content(adapter / PASSPORT)  # refuses a link
         passport = read_passport(adapter)
         if passport.texts == "base" or samples:  # otherwise, its probes are held-out data
             hashes = {ADAPTER_WEIGHTS: sha256(files[ADAPTER_WEIGHTS]).hexdigest()}
@@ -162,11 +165,11 @@ def files_to_push(
             files[PASSPORT] = passport_bytes(passport)
     files[CARD] = run_card(repository, adapter, settings, license_name, samples=samples).encode()
     if not replace_card and (adapter / CARD).exists():
-        own_card = hub.shared_content(adapter / CARD)
+        own_card = shared_content(adapter / CARD)
         if not hub.is_written_by_tailora(own_card):
             files[CARD] = own_card
             note(f"{adapter / CARD} {KEPT_CARD}")
-    hub.check_nothing_private(adapter, files, base)
+    check_nothing_private(adapter, files, base)
     return files
 
 

@@ -18,8 +18,9 @@ from tiny_adapters import adapted, logits, token_ids
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
-from tailora.formats.hub import DEMO_MODEL, OF_DEMO, check_model_exists, check_nothing_private, is_written_by_tailora
+from tailora.formats.hub import DEMO_MODEL, OF_DEMO, check_model_exists, is_written_by_tailora
 from tailora.formats.io import safetensors_bytes
+from tailora.formats.upload import check_nothing_private
 
 hub = hub_server.hub  # the fixture
 
