@@ -20,7 +20,8 @@ from benchmarks.measure import RESULTS, ROOT
 from benchmarks.site import device_tables, evidence_tables, tables, tiny_lm_tables
 from benchmarks.site.page_blocks import blocks, with_parts
 from benchmarks.site.tables import ranged
-from tailora.core.config import OTHER_UNITS, LoRAConfig
+from tailora.core.config import LoRAConfig
+from tailora.core.setting_names import OTHER_UNITS
 from tailora.train.config import TrainConfig
 
 MACHINES = {"AMX": ".", "Zen 4": "zen4", "Zen 5": "zen5"}  # name -> folder of results

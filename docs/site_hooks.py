@@ -2,7 +2,7 @@
 
 README.md is the home page; CONTRIBUTING.md, CHANGELOG.md, benchmarks/README.md and the notebooks are pages, too. Each
 command generates its own page. The Python page comes from the docstrings, and the table of names from
-`core/config.py`. Scripts and folders that a page links to are shown under `source/`, so the site is self-contained.
+`core/setting_names.py`. Scripts and folders that a page links to are shown under `source/`: the site is self-contained.
 """
 
 import ast
@@ -23,7 +23,7 @@ from traitlets.config import Config
 import tailora
 from tailora import errors
 from tailora.cli.main import COMMANDS, app
-from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS, NOT_NEEDED
+from tailora.core.setting_names import ALIASES, NAMES_OF_OTHER_TOOLS, NOT_NEEDED
 
 ROOT = Path(__file__).parent.parent
 PAGES = {  # file of the repository -> page of the site

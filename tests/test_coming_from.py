@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from benchmarks.site.page_blocks import blocks
 from tailora.cli.flags import merge_settings
 from tailora.cli.main import app
-from tailora.core.config import ALIASES
+from tailora.core.setting_names import ALIASES
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 

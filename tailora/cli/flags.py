@@ -23,7 +23,8 @@ from pydantic.fields import FieldInfo
 
 from tailora.cli.main import log, note
 from tailora.cli.models import base_model_name, find_adapter
-from tailora.core.config import ALIASES, ALL_LAYERS, StrictModel, suggestion
+from tailora.core.config import ALL_LAYERS, StrictModel
+from tailora.core.setting_names import ALIASES, suggestion
 from tailora.errors import ConfigError, listing
 from tailora.formats.run_folder import recorded_settings
 from tailora.train.config import TrainConfig

@@ -28,7 +28,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from tailora import __version__
-from tailora.core.config import our_name
+from tailora.core.setting_names import our_name
 from tailora.errors import (
     INTERRUPTED,
     MemoryLimitError,
@@ -203,7 +203,7 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, UnknownOptionError) and error.token.keyword:
         flags = {name for item in error.argument_collection for name in item.names}
         known, first = {name.lstrip("-").replace("-", "_") for name in flags}, error.token.keyword
-        if ours := our_name(first.lstrip("-").replace("-", "_"), known, is_flag=True):
+        if ours := our_name(first.lstrip("-").removeprefix("no-").replace("-", "_"), known, is_flag=True):
             message = f"Unknown option: {first}. {ours[:1].upper()}{ours[1:]}"
         typed = dict.fromkeys(text.partition("=")[0] for text in ARGUMENTS.get() if text.startswith("--"))
         if others := [name for name in typed if name not in (*flags, first, "--")]:

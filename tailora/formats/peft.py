@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.config import LoRAConfig, with_known_init
+from tailora.core.config import LoRAConfig
 from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING, Shape
 from tailora.core.patterns import exactly
@@ -93,7 +93,7 @@ class AdapterMetadata(BaseModel):
     def lora_config(self, source: object) -> LoRAConfig | None:
         """Returns the config that the adapter was trained with; None if it is not stored. Raises FormatError."""
         try:
-            return None if self.config is None else LoRAConfig(**with_known_init(self.config))
+            return None if self.config is None else LoRAConfig(**self.config)
         except CONFIG_ERRORS as error:
             raise FormatError(f"{source}: its tailora metadata: {error}") from None
 

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from tailora.core.config import ALIASES, ALL_LAYERS, ALL_LINEAR, OUR_NAMES, suggestion
+from tailora.core.config import ALL_LAYERS, ALL_LINEAR
+from tailora.core.setting_names import ALIASES, OUR_NAMES, suggestion
 from tailora.errors import ConfigError, listing
 from tailora.train.config import GRPO, GRPO_FIELDS, PREFERENCE_FIELDS, TrainConfig
 

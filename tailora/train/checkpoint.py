@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adalora import RankAllocator
-from tailora.core.config import with_known_init
+from tailora.core.setting_names import REMOVED_SETTINGS, without_removed
 from tailora.errors import CheckpointError, listing
 from tailora.formats.fingerprint import LayerFingerprint, fingerprint_differences
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes
@@ -84,9 +84,7 @@ def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint
         for problem in damaged:
             note(f"resuming from {folder.name}, because {problem}")
         state = json.loads((folder / STATE).read_text())
-        if "adapter" in state:
-            state["adapter"] = with_known_init(state["adapter"])
-            state["run"]["settings"] = with_known_init(state["run"]["settings"])
+        state["run"]["settings"] = _without_removed(folder, state["run"]["settings"])
         return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
     if not damaged:
         raise CheckpointError(
@@ -96,6 +94,15 @@ def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint
     good = None if is_latest else next((path for path in existing if not damage(path)), None)
     remedy = f"use the newest intact one: --resume-from-checkpoint {good}" if good else "all are damaged, so start over"
     raise CheckpointError(f"cannot resume: {listing(damaged)}; {remedy}")
+
+
+def _without_removed(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings without removed ones at their default. Raises CheckpointError if the run used one."""
+    remaining = without_removed(settings, TrainConfig.model_fields)
+    if used := [name for name in REMOVED_SETTINGS if name in remaining.keys() - TrainConfig.model_fields.keys()]:
+        name, instead = used[0], REMOVED_SETTINGS[used[0]][1]
+        raise CheckpointError(f"cannot resume {folder}: its run used {name} = {settings[name]!r}, but {instead}")
+    return remaining
 
 
 def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:

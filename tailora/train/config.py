@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from tailora.core.config import (
     LANGUAGE_MODEL,
-    VALUES_OF_OTHER_TOOLS,
     AdaLoRA,
     Init,
     LoRAConfig,
@@ -17,6 +16,7 @@ from tailora.core.config import (
     TaskType,
     layer_numbers,
 )
+from tailora.core.setting_names import VALUES_OF_OTHER_TOOLS
 from tailora.errors import ConfigError, listing
 
 LabelTask = Literal["sequence-classification", "regression", "token-classification"]

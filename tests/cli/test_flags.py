@@ -1,5 +1,6 @@
 """Flags, and how they are merged with a YAML file and with defaults. None of this needs torch."""
 
+import re
 from itertools import cycle
 from pathlib import Path
 from typing import Any, get_args
@@ -12,9 +13,11 @@ from tailora.cli.flags import FIELDS, merge_settings
 from tailora.cli.main import main
 from tailora.cli.train import Flags
 from tailora.cli.train import train as command
-from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS, OUR_NAMES, WHY_NOT_NEEDED, LoRAConfig
+from tailora.core.config import LoRAConfig
+from tailora.core.setting_names import ALIASES, NAMES_OF_OTHER_TOOLS, OUR_NAMES, REMOVED_SETTINGS, WHY_NOT_NEEDED
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
+from tailora.train.config_file import config_text
 
 
 def parsed(
@@ -305,6 +308,19 @@ def test_a_setting_is_no_name_of_another_tool() -> None:
     assert not (OUR_NAMES.keys() | WHY_NOT_NEEDED.keys()) & {*FIELDS, *ALIASES}
     assert not OUR_NAMES.keys() & WHY_NOT_NEEDED.keys()
     assert sum(len(names.split()) for names in NAMES_OF_OTHER_TOOLS.values()) == len(OUR_NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(REMOVED_SETTINGS.keys() - FIELDS.keys()))
+def test_a_removed_setting_loads_at_its_default_alone_and_its_flag_is_refused(name: str, tmp_path: Path) -> None:
+    default, instead = REMOVED_SETTINGS[name]
+    same = parsed(yaml="r: 4", folder=tmp_path)
+    assert parsed(yaml=f"r: 4\n{config_text({name: default})}", folder=tmp_path) == same
+    with pytest.raises(ConfigError, match=re.escape(f"unknown setting '{name}'; remove it: {instead}")):
+        parsed(yaml=config_text({name: "other"}), folder=tmp_path)
+    flag = f"--{name.replace('_', '-')}"
+    for subcommand in ("train", "plan", "compare", "search"):
+        check_refused(f"Unknown option: {flag}. Remove it: {instead}", subcommand, flag, "1")
+    check_refused("Remove it: ", "train", f"--no{flag[1:]}")
 
 
 def test_rewards_are_not_split_at_commas() -> None:

@@ -14,7 +14,7 @@ from limits import limited
 
 from tailora.cli.flags import FIELDS, merge_settings
 from tailora.cli.main import COMMANDS, app, main
-from tailora.core.config import OUR_NAMES
+from tailora.core.setting_names import OUR_NAMES
 from tailora.errors import ConfigError, FetchError
 from tailora.train.config import TrainConfig
 

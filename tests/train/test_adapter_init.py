@@ -1,6 +1,5 @@
 """Runs that start from weights or data: said aloud, continued to the same bytes, read back by PEFT."""
 
-import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from runs import adapter, assert_resumed_alike, changed, stopping_at
+from runs import assert_resumed_alike
 from transformers import AutoModelForCausalLM
 
 from tailora import LoRAModel
-from tailora.core.config import REMOVED_INITS
-from tailora.errors import ConfigError
-from tailora.formats.io import read_safetensors, safetensors_bytes
-from tailora.formats.run_folder import METADATA_KEY, checkpoints_in
-from tailora.train import checkpoint, events, failures
+from tailora.train import events
 from tailora.train.trainer import run
 
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "lora_dropout": 0.1}
@@ -80,39 +75,6 @@ def test_a_stream_is_read_as_far_as_the_start_needs(settings: Any) -> None:
     config = settings(init_lora_weights="eva", streaming=True, max_steps=2, init_batches=3, validation_split=0)
     result = run(config)
     assert len({layer.r for layer in result.model.lora_layers.values()}) > 1
-
-
-def test_a_run_that_began_with_a_removed_init_resumes_and_its_adapter_loads(settings: Any, tmp_path: Path) -> None:
-    """Earlier versions had lora_ga, with a frozen start, and lora_one, without: their A and B are in their files."""
-    for removed, read_as in REMOVED_INITS.items():
-        with pytest.raises(
-            ConfigError, match=f"init_lora_weights = '{removed}': input should be 'kaiming', 'gaussian'"
-        ):
-            settings(init_lora_weights=removed)
-        whole, stopped = (
-            settings(output_dir=str(tmp_path / removed / name), init_lora_weights=read_as, max_steps=2, save_steps=1)
-            for name in ("whole", "stopped")
-        )
-        run(whole)
-        with pytest.raises(failures.Interrupted):
-            run(stopped, on_event=stopping_at(1, signal.SIGINT))
-        (folder,) = checkpoints_in(Path(stopped.output_dir))
-        saved = checkpoint.load(str(folder), folder.parent, print)
-        saved.state["adapter"]["init_lora_weights"] = removed
-        saved.state["run"]["settings"]["init_lora_weights"] = removed
-        del saved.state["files"], saved.state["sha256"]
-        checkpoint.save(folder, saved)
-        run(changed(stopped, resume_from_checkpoint="latest"))
-        assert adapter(stopped) == adapter(whole)
-
-        (path,) = Path(whole.output_dir).glob("adapter/*.safetensors")
-        expected = loaded(whole)
-        tensors, metadata = read_safetensors(path)
-        assert f'"init_lora_weights":"{read_as}"' in metadata[METADATA_KEY]
-        metadata[METADATA_KEY] = metadata[METADATA_KEY].replace(f'"{read_as}"', f'"{removed}"')
-        path.write_bytes(safetensors_bytes(tensors, metadata))
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded(whole).items())
-        assert any("start_A" in name for name in expected) == (read_as == "pissa")
 
 
 def loaded(config: Any) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from runs import adapter, changed, losses, run_and_collect, run_and_resume, stop
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tailora.core.setting_names import REMOVED_SETTINGS
 from tailora.data.dataset import Examples
 from tailora.errors import CheckpointError
 from tailora.formats.run_folder import checkpoints_in
@@ -257,14 +258,17 @@ def rewrite_recorded(config: TrainConfig, **changes: Any) -> None:
     checkpoint.save(folder, checkpoint.Checkpoint({**state, "run": {**saved.state["run"], **changes}}, saved.tensors))
 
 
-def test_a_checkpoint_of_a_version_without_a_setting_resumes_with_its_default(two_checkpoints: TrainConfig) -> None:
+def test_a_checkpoint_resumes_with_removed_settings_at_their_defaults_only(two_checkpoints: TrainConfig) -> None:
     folder = checkpoints_in(Path(two_checkpoints.output_dir))[-1]
     settings = checkpoint.load(str(folder), folder.parent, print).state["run"]["settings"]
-    assert settings.pop("documents") == "isolated"
-    rewrite_recorded(two_checkpoints, settings=settings)
+    removed = {name: default for name, (default, _) in REMOVED_SETTINGS.items()}
+    rewrite_recorded(two_checkpoints, settings={**removed, **settings})
     before = adapter(two_checkpoints)
     run(two_checkpoints)
     assert adapter(two_checkpoints) == before
+    rewrite_recorded(two_checkpoints, settings={**settings, "adalora": {"target_r": 2}})
+    with pytest.raises(CheckpointError, match=r"cannot resume .*: its run used adalora = .*, but AdaLoRA is no longer"):
+        run(two_checkpoints)
 
 
 def test_a_run_of_constant_rate_may_be_made_longer(settings: Any, tmp_path: Path) -> None:
