@@ -150,7 +150,7 @@ def plan() -> str:
     return f"{tables.plan(content['cells'])}\n\n{source}"
 
 
-# ---- docs/architectures.md
+# ---- docs/compatibility.md
 
 COLUMNS = ("attach", "train", "merge", "unmerge", "checkpointing", "rows", "generate", "serve", "compile")
 COLUMNS += ("PEFT reads", "reads PEFT")
@@ -170,22 +170,30 @@ FEW_WORDS = (  # what a reason says -> what the table says
     ("is incompatible with Mamba", "PEFT refuses"),
     ("get_input_embeddings", "PEFT refuses"),
     ("Target module", "PEFT refuses"),
+    ("instead of {", "different answers"),
+    ("ended without the answer", "no answer from transformers' own generate"),
+    ("attention implementation through", "no SDPA attention"),
     ("no layer left to adapt", "no linear layers"),
     ("No modules were targeted", "no linear layers"),
 )
 
 
 def architectures() -> str:
-    """The number of classes with yes in each column, a line for each class with a different cell, and all others."""
+    """The number of classes with yes in each column, the classes that differ in something, and all others."""
     tried = {name: cells for name, cells in read("architectures")["architectures"].items() if "base" not in cells}
     lines = {name: [few_words(cells[column]) for column in COLUMNS] for name, cells in sorted(tried.items())}
     counts = [sum(line[i].startswith("yes") for line in lines.values()) for i in range(len(COLUMNS))]
-    total = [f"**of {len(lines)}**", *(f"**{count}**" for count in counts)]
-    works = [name for name, line in lines.items() if all(cell.startswith("yes") or cell == "-" for cell in line)]
-    rows = [[f"`{name}`", *line] for name, line in lines.items() if name not in works]
-    names = ", ".join(f"`{name}`" for name in works)
-    listing = f'Every column is yes, or "-", for these {len(works)} classes: {names}.'
-    return f"{tables.table(['class', *COLUMNS], [total, *rows])}\n\n{listing}"
+    differ: dict[tuple[str, str], list[str]] = {}
+    for name, line in lines.items():
+        for reason in sorted({*line} - {"yes", "-"}):
+            columns = [column for column, cell in zip(COLUMNS, line, strict=True) if cell == reason]
+            where = "all" if len(columns) == len(COLUMNS) else ", ".join(columns)
+            differ.setdefault((reason, where), []).append(f"`{name}`")
+    rows = [[reason, where, ", ".join(names)] for (reason, where), names in sorted(differ.items())]
+    works = ", ".join(f"`{name}`" for name, line in lines.items() if {*line} <= {"yes", "-"})
+    total = tables.table(["", *COLUMNS], [[f"of {len(lines)}", *map(str, counts)]])
+    exceptions = tables.table(["result", "columns", "classes"], rows)
+    return f"{total}\n\n{exceptions}\n\nThese classes have no exception: {works}."
 
 
 def few_words(reason: str) -> str:
@@ -194,13 +202,10 @@ def few_words(reason: str) -> str:
 
 
 def untried() -> str:
-    """The classes whose small base model does not run, with the reason, and those that were not run."""
+    """The classes whose small base model does not run, and those that were not run."""
     content = read("architectures")
-    failed = {name: cells["base"] for name, cells in sorted(content["architectures"].items()) if "base" in cells}
-    marks = str.maketrans({"|": "/", "`": "'", "<": "&lt;"})  # which would end the cell
-    rows = [[f"`{name}`", reason.translate(marks)[:140].strip()] for name, reason in failed.items()]
-    not_run = f"\n\nNot run yet: {', '.join(content['not_run'])}." if content["not_run"] else ""
-    return f"{tables.table(['class', 'what transformers says'], rows)}{not_run}"
+    failed = [name for name, cells in sorted(content["architectures"].items()) if "base" in cells]
+    return ", ".join(f"`{name}`" for name in [*failed, *content["not_run"]])
 
 
 # ---- docs/coming_from
@@ -227,26 +232,20 @@ def settings_of(tool: str) -> str:
     return tables.table(head, rows)
 
 
-# ---- docs/compatibility.md
-
-
 def compatibility_source() -> str:
     content = read("compatibility")
     return f"Run on {tables.machine(content)}; {tables.packages(content)}."
 
 
 def works_on_architectures() -> str:
-    """One row for each language model, with some columns of architectures.json, and the number of those that do it."""
-    tried = read("architectures")["architectures"]
-    rows = {
-        name: {key: tried[name][key] for key in ("train", "merge", "rows")} | row
-        for name, row in read("compatibility")["architectures"].items()
-    }
-    columns = list(next(iter(rows.values())))
-    cells = {name: [one_word(row[column]) for column in columns] for name, row in rows.items()}
-    counts = [sum(row[i] in ("yes", "adapter", "padded") for row in cells.values()) for i in range(len(columns))]
+    """One row for each language model, with the columns that are not the same for all of them, and the total."""
+    rows = read("compatibility")["architectures"]
+    cells = {name: {column: one_word(text) for column, text in row.items()} for name, row in rows.items()}
+    columns = [c for c in next(iter(rows.values())) if len({row[c] for row in cells.values()}) > 1]
+    counts = [sum(row[c] in ("yes", "adapter", "padded") for row in cells.values()) for c in columns]
     total = [f"**of {len(rows)}**", *(f"**{count}**" for count in counts)]
-    return tables.table(["", *columns], [total, *([f"`{name}`", *row] for name, row in cells.items())])
+    lines = [[f"`{name}`", *(row[c] for c in columns)] for name, row in cells.items()]
+    return tables.table(["", *columns], [total, *lines])
 
 
 def works_with(part: str) -> str:
@@ -521,13 +520,14 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         for page, tool in pages_of_tools().items()
     },
     "docs/compatibility.md": {
-        "architectures": works_on_architectures,
+        "languages": works_on_architectures,
+        "architectures": architectures,
+        "untried": untried,
         "servers": partial(works_with, "servers"),
         "quantization": partial(works_with, "quantization"),
         "source": compatibility_source,
     },
     "docs/verify.md": {"faults": verify_faults, "trials": verify_trials},
-    "docs/architectures.md": {"architectures": architectures, "untried": untried},
     **tutorials(),
     "docs/questions/learning_rate.md": {"rate-regrets": rate_regrets},
 }

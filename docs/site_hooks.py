@@ -34,7 +34,6 @@ PAGES = {  # file of the repository -> page of the site
     **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")},
 }
 FILES = {page: file for file, page in PAGES.items()}
-HISTORY = ("decisions.md", "changelog.md")  # the search ranks these below the other pages
 LINK = re.compile(r'(\]\(|<img src=")(?![a-z]+:|#)([^)"#\s]+)')
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img src="([^"]+)"([^>]*)>\s*</picture>')
 UNRENDERED = re.compile(r"<p>(?:(?!</p>).)*?\n(?:[-*] |\| )", re.DOTALL)  # a list or table that stayed plain text
@@ -68,8 +67,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """Turns links between files of the repository into links between pages; links each command to its page."""
-    if page.file.src_uri in HISTORY:
-        page.meta["search"] = {"boost": 0.3}
+    if page.file.src_uri == "changelog.md":
+        page.meta["search"] = {"boost": 0.3}  # below the other pages
     if page.file.src_uri == "commands.md":
         markdown = re.sub(r"(?m)^\| (`tailora (\w+)[^`]*`) \|", r"| [\1](commands/\2.md) |", markdown)
     here = posixpath.dirname(page.file.src_uri) or "."

@@ -1,4 +1,4 @@
-"""What an adapter must do on an architecture of transformers: one function for each column of docs/architectures.md.
+"""What an adapter must do on an architecture of transformers: one function for each column of docs/compatibility.md.
 
 class_names      the classes to try
 CHECKS           column -> function; it returns "yes", or in a few words what happened instead

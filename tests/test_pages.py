@@ -35,8 +35,7 @@ from tailora.data.readers import Row, read_rows
 from tailora.data.schemas import Conversation, convert_row, detect_schema
 
 ROOT = Path(__file__).parent.parent
-HISTORY = ("decisions.md",)
-PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in HISTORY)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = ("docs/from_scratch",)  # test_from_scratch.py: with what they print
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the demo's model
 FIGURE = re.compile(r"(?<![\w.])\d")

@@ -3,7 +3,7 @@
     python -m benchmarks.studies.architectures --minutes 30     writes or resumes results/architectures.json
     python -m benchmarks.studies.architectures --only LlamaForCausalLM BertForMaskedLM
 
-The checks are in tests/architecture_checks.py. `update_docs.py` writes docs/architectures.md from the result.
+The checks are in tests/architecture_checks.py. `update_docs.py` writes docs/compatibility.md from the result.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The columns of docs/architectures.md: cheap ones on some architectures; with -m exhaustive all, on all of them."""
+"""The columns of docs/compatibility.md: cheap ones on some architectures; with -m exhaustive all, on all of them."""
 
 import json
 from pathlib import Path
