@@ -24,7 +24,7 @@ from tailora.evaluation.statistics import Interval, before_and_after, share_diff
 from tailora.train.grpo import group_means
 
 Floats = npt.NDArray[np.float64]
-Scores = Mapping[str, Floats]  # name -> (prompts, completions of each), NaN: not scored
+RewardsByName = Mapping[str, Floats]  # name -> (prompts, completions of each), NaN: not scored
 SHARE_OF_RISE = 0.25  # a judge that rises by less than this share of the reward's rise did not rise
 NEAR_HIGHEST = 0.05  # share of the range of a judge's values; closer to its highest, it cannot rise
 FEWEST_JUDGED = 8  # prompts; bootstrap intervals of fewer are too narrow to call a reward gamed
@@ -64,7 +64,7 @@ class RewardChange:
     highest: float
 
 
-def reward_changes(before: Scores, after: Scores) -> dict[str, RewardChange]:
+def reward_changes(before: RewardsByName, after: RewardsByName) -> dict[str, RewardChange]:
     """Returns name -> its change: of all scores, and of pass@k for those that are 0 or 1."""
     changes: dict[str, RewardChange | None] = {}
     for name in before:
@@ -154,7 +154,7 @@ def describe_rewards(
     return " ".join([*said[:1], rose, *said[1:]] if shown["did not rise"] else [rose, *said])
 
 
-def scores_of(rows: Sequence[Mapping[str, Any]], when: str) -> Scores:
+def scores_of(rows: Sequence[Mapping[str, Any]], when: str) -> RewardsByName:
     """Returns the scores of examples.jsonl. when: before or after."""
     names = rows[0][f"scores_{when}"]
     return {name: np.array([row[f"scores_{when}"][name] for row in rows], dtype=np.float64) for name in names}

@@ -278,11 +278,12 @@ def describe_change(change: Interval, examples: str, unit: str) -> str:
 #     chosen, rejected   mean log-probability of these replies in nats. Both may fall while the margin rises.
 
 LOG_PROBABILITIES = ("chosen", "rejected")
-Scores = Sequence[Mapping[str, float]]  # of each example, by `score_names` of its task
 
 
-def preference_metrics(scores: Scores) -> dict[str, Interval]:
+def preference_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Interval]:
     """Returns the metrics with intervals over examples; with one kind of replies, only those that are defined.
+
+    scores: of each example, by `score_names` of its task.
 
     Intervals of shares are Wilson's, the others bootstrapped.
     """

@@ -40,7 +40,7 @@ from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.trainable import FullModel, Trainable
 
 Sums = npt.NDArray[np.float64]  # (examples,), of the losses of each example
-Scores = npt.NDArray[np.float64]  # (losses, numbers)
+TaskScores = npt.NDArray[np.float64]  # (losses, numbers)
 READ_EVERY = 32  # batches of an evaluation: the host waits for the device only then
 
 
@@ -129,7 +129,7 @@ class Task(ABC):
         del model, layout, reduce
         return batches
 
-    def evaluation(self, examples: Examples, sums: Sums, scores: Scores | None) -> "Evaluation":
+    def evaluation(self, examples: Examples, sums: Sums, scores: TaskScores | None) -> "Evaluation":
         """Returns what the outputs of all examples come to."""
         return Evaluation(sums, self.counts(examples), scores)
 
@@ -149,7 +149,7 @@ class Reference:
     def __init__(self) -> None:
         self._values: dict[bytes, npt.NDArray[np.float64]] = {}  # (2,) each
 
-    def add(self, examples: Examples, values: Scores) -> None:
+    def add(self, examples: Examples, values: TaskScores) -> None:
         """values: (examples, 2)."""
         self._values |= dict(zip(examples.hashes(), values, strict=True))
 
@@ -157,7 +157,7 @@ class Reference:
         """Returns the examples that were not added."""
         return examples.select(i for i, key in enumerate(examples.hashes()) if key not in self._values)
 
-    def of(self, examples: Iterable[Example]) -> Scores:
+    def of(self, examples: Iterable[Example]) -> TaskScores:
         """Returns (examples, 2). Raises KeyError for an example that was not added."""
         return np.array([self._values[example.hash] for example in examples])
 
@@ -305,7 +305,7 @@ class Evaluation:
 
     sums: Sums
     counts: npt.NDArray[np.int64]
-    scores: Scores | None = None
+    scores: TaskScores | None = None
 
     @property
     def loss(self) -> float:
@@ -332,7 +332,7 @@ def evaluate(
     sums = np.zeros(len(examples))
     unread: list[tuple[npt.NDArray[np.int64], Outputs]] = []  # index of the example of each loss; the losses
     owners: list[npt.NDArray[np.int64]] = []
-    scores: list[Scores] = []
+    scores: list[TaskScores] = []
     with _without_gradients(model, layout):
         for indices in batches_within(token_budget, examples, layout):
             batch = make_batch([examples[i] for i in indices], layout, device, task)

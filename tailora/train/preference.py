@@ -28,7 +28,7 @@ from tailora.data.schemas import FEEDBACK
 from tailora.errors import ConfigError
 from tailora.kernels.loss import FORMS, Batch
 from tailora.train.config import PER_EXAMPLE, TrainConfig
-from tailora.train.loss import CAUSAL_LM, BatchLayout, Evaluation, Outputs, Reduce, Reference, Scores, Sums, Task
+from tailora.train.loss import CAUSAL_LM, BatchLayout, Evaluation, Outputs, Reduce, Reference, Sums, Task, TaskScores
 
 # ---- Log-probabilities of replies
 
@@ -121,7 +121,7 @@ class Preference(Task):
         return hits
 
     @abstractmethod
-    def margins(self, scores: Scores) -> Scores:
+    def margins(self, scores: TaskScores) -> TaskScores:
         """Returns by how much the rewards of each example are in the right order, (examples,)."""
 
 
@@ -149,9 +149,9 @@ class Pairs(Preference):
         more = "".join(f", {name} {value:g}" for name, value in further.items() if value)
         return f"pairs of replies, loss {self.loss}, beta {self.beta:g}{margin}{more}"
 
-    def margins(self, scores: Scores) -> Scores:
+    def margins(self, scores: TaskScores) -> TaskScores:
         _, _, chosen_reward, rejected_reward = scores.T
-        margins: Scores = chosen_reward - rejected_reward
+        margins: TaskScores = chosen_reward - rejected_reward
         return margins
 
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
@@ -200,9 +200,9 @@ class KTO(Preference):
     def description(self) -> str:
         return f"desirable and undesirable replies, loss kto, beta {self.beta:g}"
 
-    def margins(self, scores: Scores) -> Scores:
+    def margins(self, scores: TaskScores) -> TaskScores:
         _, _, reward, _, desirable = scores.T
-        margins: Scores = (2 * desirable - 1) * reward
+        margins: TaskScores = (2 * desirable - 1) * reward
         return margins
 
     def trained_sequences(self, example: Example) -> Sequence[Example]:
@@ -239,10 +239,10 @@ class KTO(Preference):
         scores = torch.cat([log_p, other, self.beta * log_ratios, other_log_ratios, desirable], dim=1)
         return Outputs(torch.zeros_like(scores[:, 0]), scores)
 
-    def evaluation(self, examples: Examples, sums: Sums, scores: Scores | None) -> Evaluation:
+    def evaluation(self, examples: Examples, sums: Sums, scores: TaskScores | None) -> Evaluation:
         """Returns losses for the reference point of all examples."""
         del sums
-        _, _, reward, other_log_ratio, desirable = torch.from_numpy(cast(Scores, scores)).T
+        _, _, reward, other_log_ratio, desirable = torch.from_numpy(cast(TaskScores, scores)).T
         losses = self._losses(reward / self.beta, desirable, other_log_ratio.mean().clamp(min=0))
         return Evaluation(losses.numpy(), self.counts(examples), scores)
 

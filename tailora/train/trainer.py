@@ -48,7 +48,7 @@ from tailora.train.dataloader import ChooseHeldOut, ReadData, one_ahead, read_da
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.failures import Interrupted, StopSignals
 from tailora.train.kernel_choice import use_kernels
-from tailora.train.loss import Evaluation, Scores, Sums, Task, batches_within, evaluate, make_batch, repeat_forward
+from tailora.train.loss import Evaluation, Sums, Task, TaskScores, batches_within, evaluate, make_batch, repeat_forward
 from tailora.train.memory import explain_out_of_memory, peak_bytes
 from tailora.train.optimizer import LRSchedule, clip_gradients, learning_rate
 from tailora.train.parallel import sum_over_ranks
@@ -302,7 +302,7 @@ class Trainer:
         if len(missing):
             with run.model.disable_adapter() if self.adapter_is_new else nullcontext():
                 scores = self.evaluate(missing, task.without_reference(), "examples, for the reference").scores
-            task.reference.add(missing, cast(Scores, scores)[:, :2])
+            task.reference.add(missing, cast(TaskScores, scores)[:, :2])
         if run.is_main:
             task.reference.write(run.output_dir)  # also what was read from another folder, for the next resume
 

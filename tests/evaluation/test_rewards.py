@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tailora.evaluation.rewards import Scores, describe_rewards, reward_changes, scores_of
+from tailora.evaluation.rewards import RewardsByName, describe_rewards, reward_changes, scores_of
 
 PROMPTS, COMPLETIONS = 100, 8
 
 
 def judged(
     before: float, after: float, *, judge: tuple[float, float] = (0.3, 0.3), prompts: int = PROMPTS
-) -> tuple[Scores, Scores]:
+) -> tuple[RewardsByName, RewardsByName]:
     """Returns scores of a graded reward with these means, and of a judge with these shares of ones."""
     random = np.random.default_rng(0)
     difficulty = random.normal(0, 0.1, (prompts, 1))
@@ -22,7 +22,7 @@ def judged(
     return sides[0], sides[1]
 
 
-def verdict(before: Scores, after: Scores) -> str:
+def verdict(before: RewardsByName, after: RewardsByName) -> str:
     return describe_rewards(reward_changes(before, after), ["score"], ["answer"], "N prompts")
 
 
