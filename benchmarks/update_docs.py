@@ -453,7 +453,6 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("tutorials/classify", "eval"): ("Labels", ""),
     ("tutorials/images", "train"): ("smol-vlm, fine-tuned", "Written to"),
     ("tutorials/images", "eval"): ("What was measured", "outputs/"),
-    ("tutorials/adapters", "pair"): ("Compared with the other", "Advice"),
     ("questions/merge", "export"): ("With the exported files", "To use it"),
     ("tutorials/preferences", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/preferences", "better"): ("demo, fine-tuned", "Written to"),

@@ -110,12 +110,8 @@ def exported(device: torch.device, folder: Path) -> Tensors:
 
 
 def inspected(device: torch.device, folder: Path) -> Tensors:
-    model = loaded(device, folder)
-    model.load_adapter(folder / "adapter", "other")
-    inspection = inspect_model(model, options=InspectOptions(), other="other")
-    assert inspection.pair is not None
-    values = {module.path: torch.tensor(module.singular_values, device="cpu") for module in inspection.modules}
-    return {**values, "cosine": torch.tensor(inspection.pair.cosine, device="cpu")}
+    inspection = inspect_model(loaded(device, folder), options=InspectOptions())
+    return {module.path: torch.tensor(module.singular_values, device="cpu") for module in inspection.modules}
 
 
 def forgotten(device: torch.device, folder: Path) -> Tensors:

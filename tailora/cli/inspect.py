@@ -32,7 +32,6 @@ Model = Annotated[
         "dimensions; with --data, the default is the base model named in the adapter"
     ),
 ]
-With = Annotated[str | None, Parameter(name="--with", help="second adapter for the same base model, to compare with")]
 Data = Annotated[
     str | None, Parameter(help="held-out data, or 'demo'; used to measure how much the smaller singular values matter")
 ]
@@ -46,7 +45,6 @@ def inspect(
     adapter: AdapterPath,
     /,
     *,
-    with_: With = None,
     model: Model = None,
     data: Data = None,
     forgetting_data: Forgetting = None,
@@ -69,7 +67,6 @@ def inspect(
     rules behind the advice are explained under "Inspecting an adapter" in the docs.
     """
     folder = find_adapter(adapter)
-    second = None if with_ is None else find_adapter(with_)
     if output_dir is not None:
         check_result_folder(output_dir, REPORT_FILES, overwrite=overwrite)
     if model is not None or data is not None or forgetting_data is not None:  # the loss needs the base model
@@ -87,15 +84,13 @@ def inspect(
     options = InspectOptions(
         data, settings.field, settings.max_length, forgetting_data, intruders, seed, settings.system
     )
-    folders = [folder] if second is None else [folder, second]
-    method = None if model is None else quantize_method(folders, quantize)
+    method = None if model is None else quantize_method([folder], quantize)
     chosen = None if model is None else device_of_flag(device)
     with counter(stderr(), "modules") as progress:
         inspection = run(
             folder,
             model,
             data,
-            other=second,
             options=options,
             quantize=method,
             device=chosen,

@@ -1,7 +1,7 @@
 """The spectrum of an adapter's update of one weight matrix: ranks, norms, and directions that the base lacks.
 
 `updates_of` returns what an adapter adds to each matrix, and `module_report` measures it. The measures come first:
-ranks and overlaps of subspaces, then intruder dimensions.
+ranks, then intruder dimensions.
 """
 
 import math
@@ -18,17 +18,14 @@ from tailora.core.combine import MIXES_GROUPS, dense_update, factors_of, mixes_g
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_of
-from tailora.core.low_rank import Factors, Spectrum, Update, leading_triplets, product_spectrum, rank_for_energy
+from tailora.core.low_rank import Factors, Update, leading_triplets, product_spectrum, rank_for_energy
 from tailora.core.targets import target_at
 from tailora.formats.offline import TRAINED_IN_FULL
 
-# ---- Ranks and subspaces
+# ---- Ranks
 #
 # An update consists of two factors by group (`core.low_rank.Factors`); the dense matrix is never formed. Groups
 # (of a convolution, or experts) are separate blocks: together they have the singular values of all blocks.
-
-
-NEGLIGIBLE = 1e-6  # of the largest singular value: smaller ones are rounding of factors in float32
 
 
 def effective_rank(S: Tensor) -> float:
@@ -46,44 +43,6 @@ def stable_rank(S: Tensor) -> float:
     values = S.cpu().double().flatten()
     largest = float(values.max()) if values.numel() else 0.0
     return float((values / largest).square().sum()) if largest else 0.0
-
-
-def update_directions(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """Returns bases of an update's outputs (groups, m, k) and inputs (groups, n, k), as orthonormal columns.
-
-    Columns of negligible singular values are zero.
-    """
-    S = spectrum.S
-    mask = ((S.max() * NEGLIGIBLE < S) & (S > 0)).to(S)[:, None]  # (groups, 1, k)
-    return spectrum.U * mask, spectrum.V.mT * mask
-
-
-def subspace_overlap(first: Tensor, second: Tensor) -> float:
-    """Returns ||U1^T U2||_F^2 / min(k1, k2): 1 if one subspace contains the other, 0 if they are orthogonal.
-
-    first (..., m, k1), second (..., m, k2): orthonormal columns; zero columns do not count. LoRA (arXiv:2106.09685),
-    eq. 4. Returns 0 if one has no columns.
-    """
-    smaller = min(_columns(first).sum(), _columns(second).sum())
-    return float((first.mT @ second).square().sum() / smaller) if smaller else 0.0
-
-
-def chance_overlap(first: Tensor, second: Tensor) -> float:
-    """Returns the expected overlap of random subspaces of these sizes: k1 k2 / (m min(k1, k2)) for one group."""
-    k1, k2 = _columns(first), _columns(second)
-    smaller = min(k1.sum(), k2.sum())
-    return float((k1 * k2).sum() / first.shape[-2] / smaller) if smaller else 0.0
-
-
-def _columns(basis: Tensor) -> Tensor:
-    """Returns the number of columns that are not zero, (...)."""
-    return basis.square().sum((-2, -1)).round()
-
-
-def inner_product(first: Factors, second: Factors) -> float:
-    """Returns <dW1, dW2> = tr((B1^T B2) (A2 A1^T)), summed over the groups, in float64 on the CPU."""
-    B1, A1, B2, A2 = (factor.cpu().double() for factor in (first.B, first.A, second.B, second.A))
-    return float(((B1.mT @ B2) * (A1 @ A2.mT)).sum())  # products of (groups, r1, r2)
 
 
 # ---- Intruder dimensions: singular vectors of the tuned weight that are missing from the base's weight

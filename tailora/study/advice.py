@@ -97,58 +97,6 @@ class ReducedStrength:
     base_text_rise: float
 
 
-# ---- Comparison with a second adapter
-
-
-@dataclass(frozen=True)
-class ModuleOverlap:
-    """One matrix that both adapters change. Norms refer to the updates, s (B A - B0 A0).
-
-    writes, reads: overlap of their output spaces and of their input spaces (`evaluation.spectral.subspace_overlap`),
-        each with the overlap of random spaces of the same sizes.
-    cosine: <dW1, dW2> / (||dW1|| ||dW2||): 1 for the same direction, 0 for orthogonal updates, -1 for opposite ones.
-    sum_norm: ||dW1 + dW2||.
-    """
-
-    path: str
-    norm: float
-    other_norm: float
-    sum_norm: float
-    cosine: float
-    writes: float
-    writes_by_chance: float
-    reads: float
-    reads_by_chance: float
-
-
-@dataclass(frozen=True)
-class CombinedLosses:
-    """Held-out losses of the base, of each adapter and of their sum, in nats per trained token.
-
-    worse: loss of the sum - loss of the better adapter alone, with its 95% interval.
-    """
-
-    base: float
-    one: float
-    other: float
-    both: float
-    worse: float
-    worse_low: float | None
-    worse_high: float | None
-
-
-@dataclass(frozen=True)
-class AdapterOverlap:
-    """modules: those that both adapters change.    cosine: of the two updates over all modules."""
-
-    other: str
-    modules: list[ModuleOverlap]
-    only_here: list[str]
-    only_there: list[str]
-    cosine: float
-    losses: CombinedLosses | None = None
-
-
 # ---- The inspection
 
 
@@ -175,7 +123,6 @@ class Inspection:
     training: settings of the run that trained the adapter, {} if unknown.
     forgetting: KL divergence from the base and loss on other text (`evaluation.forgetting`).
     dial: the adapter at lower strengths, measured if it forgets a lot.
-    pair: the comparison with a second adapter.
     """
 
     adapter: str
@@ -190,7 +137,6 @@ class Inspection:
     held_out: HeldOutLosses | None = None
     forgetting: dict[str, Any] | None = None
     dial: list[ReducedStrength] = field(default_factory=list)
-    pair: AdapterOverlap | None = None
     advice: list[Advice] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -434,26 +380,6 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
     )
 
 
-def interference(inspection: Inspection) -> Iterator[Advice]:
-    """Applies if the sum of both adapters has a higher loss on the data than the better one alone, with an interval
-    above 0 (95%, bootstrap over examples).
-    """
-    overlap = inspection.pair
-    losses = None if overlap is None else overlap.losses
-    if overlap is None or losses is None or not _is_above_zero(losses.worse, losses.worse_low):
-        return
-    adapters = ["--adapter", f"one={inspection.adapter}", "--adapter", f"two={overlap.other}"]
-    yield Advice(
-        "interference",
-        f"The sum of the two adapters has a loss of {losses.both:.4f}, {losses.worse:.4f} above the better one alone: "
-        f"they interfere (cosine of the updates {overlap.cosine:+.2f}). Do not add them. Switch between them, or use "
-        "one per conversation.",
-        {"worse": losses.worse, "low": losses.worse_low}
-        | {"one": losses.one, "other": losses.other, "cosine": overlap.cosine},
-        command=command("chat", "--model", inspection.model or "BASE", *adapters),
-    )
-
-
 def rounding(inspection: Inspection) -> Iterator[Advice]:
     """Applies if the median ||dW|| / ||W|| is below ROUNDED and the base is in 16 bits.
 
@@ -497,4 +423,4 @@ def _learning_rate(inspection: Inspection, factor: float) -> dict[str, Any]:
     return {"learning_rate": rate * factor} if isinstance(rate, float) else {}
 
 
-RULES = (dead, no_gain, saturated, spare, too_strong, intruders, scales, forgetting, interference, rounding)
+RULES = (dead, no_gain, saturated, spare, too_strong, intruders, scales, forgetting, rounding)

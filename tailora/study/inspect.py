@@ -3,7 +3,6 @@
     inspect                   the adapter's files only (ranks, energy, learned scales), or loaded with its base model
       inspect_model             in a model: also relative norms and intruder dimensions
         _measure_on_data          with data: losses without the lower half of the singular values, forgetting
-      adapter_overlap           with a second adapter: do both change the same directions?
     study/advice.py           the data classes of the results, and the rules that turn them into advice
 
 Nothing is trained, and the adapter stays unchanged.
@@ -20,8 +19,8 @@ import torch
 
 from tailora.core.compress import leading_only, spectra_of
 from tailora.core.device import choose_device
-from tailora.core.low_rank import Update, product_spectrum
-from tailora.errors import ConfigError, listing
+from tailora.core.low_rank import Update
+from tailora.errors import ConfigError
 from tailora.evaluation import spectral
 from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
 from tailora.evaluation.generate import is_seq2seq
@@ -33,11 +32,8 @@ from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import adapter_folder, recorded_settings
 from tailora.model import LoRAModel
 from tailora.study.advice import (
-    AdapterOverlap,
-    CombinedLosses,
     HeldOutLosses,
     Inspection,
-    ModuleOverlap,
     ReducedStrength,
     TruncationCost,
     advise,
@@ -47,7 +43,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.loss import Evaluation
 from tailora.train.model_loading import labels_of_adapter, load_base, task_of_adapter
 
-NAME, OTHER = "default", "other"  # names of the two adapters in the loaded model
+NAME = "default"  # of the adapter in the loaded model
 RECORDED = ("model", "data", "learning_rate", "num_train_epochs", "max_steps", "seed")
 STRENGTHS = (0.75, 0.5, 0.25)  # tried if the adapter forgets a lot
 
@@ -84,7 +80,6 @@ def inspect(
     model: str | None = None,
     data: str | None = None,
     *,
-    other: str | Path | None = None,
     options: InspectOptions | None = None,
     quantize: str | None = None,
     device: torch.device | str | None = None,
@@ -95,31 +90,26 @@ def inspect(
     `data` its held-out losses.
 
     adapter: a folder of tailora, PEFT or mlx-lm, a run folder, or with `model` any file that `load_adapter` reads.
-    other: a second adapter for the same base, for comparison.
     device: of the model; default: a GPU if there is one.
 
     Writes nothing. Raises ConfigError, FormatError, BaseMismatchError, DataError.
     """
     started = time.perf_counter()
     options = replace(options or InspectOptions(), data=data)
-    folder, other_folder = adapter_folder(Path(adapter)), None if other is None else adapter_folder(Path(other))
+    folder = adapter_folder(Path(adapter))
     if model is None:  # only the files
         content = read_offline(folder)
         named_base = None if content.base is None else name_of_model(content.base)
         if data is not None:
             base = f" {named_base} (the base named in the adapter)" if named_base else ""
             raise ConfigError(f"data {data!r} can only be used with the base model; add --model{base}")
-        updates, pair = content.updates, None
-        if other_folder is not None:
-            pair = adapter_overlap(str(other_folder), updates, read_offline(other_folder).updates)
         inspection = Inspection(
             adapter=str(folder),
             named_base=named_base,
             config=content.config.model_dump(),
-            layers=layer_count(updates),
-            modules=_module_reports(updates, options, lambda *_: None),
+            layers=layer_count(content.updates),
+            modules=_module_reports(content.updates, options, lambda *_: None),
             left_out=content.left_out,
-            pair=pair,
             seconds=time.perf_counter() - started,
         )
     else:
@@ -134,13 +124,8 @@ def inspect(
         task = task_of_adapter(folder)
         loaded, tokenizer = load_base(model, precision, device, quantize, task=task, labels=labels)
         tuned = LoRAModel.from_pretrained(loaded, folder, NAME)
-        if other_folder is not None:
-            tuned.load_adapter(other_folder, OTHER)
         tuned.eval()
-        second = None if other_folder is None else OTHER
-        inspection = inspect_model(tuned, NAME, options, other=second, tokenizer=tokenizer, log=log, progress=progress)
-        if inspection.pair is not None:
-            inspection = replace(inspection, pair=replace(inspection.pair, other=str(other_folder)))
+        inspection = inspect_model(tuned, NAME, options, tokenizer=tokenizer, log=log, progress=progress)
     settings = recorded_settings(folder)
     training = {name: settings[name] for name in RECORDED if settings.get(name) is not None}
     inspection = replace(inspection, adapter=str(folder), model=model, training=training)
@@ -161,14 +146,13 @@ def inspect_model(
     name: str = NAME,
     options: InspectOptions | None = None,
     *,
-    other: str | None = None,
     tokenizer: Any = None,
     log: Log = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> Inspection:
     """Inspects an adapter of a model in memory without changing the model.
 
-    other: a second adapter of the model, for comparison.    tokenizer: required if `options` names data.
+    tokenizer: required if `options` names data.
 
     Raises AdapterError, ConfigError, DataError.
     """
@@ -185,9 +169,6 @@ def inspect_model(
         )
     adapter = model.adapter(name)
     updates, left_out = spectral.updates_of(adapter, model.base_model)
-    overlap = None
-    if other is not None:
-        overlap = adapter_overlap(other, updates, spectral.updates_of(model.adapter(other), model.base_model)[0])
     config = getattr(model.base_model, "config", None)
     weights = [parameter.dtype for parameter in model.base_model.parameters() if parameter.is_floating_point()]
     inspection = Inspection(
@@ -198,7 +179,6 @@ def inspect_model(
         layers=getattr(config, "num_hidden_layers", None) or layer_count(updates),
         modules=_module_reports(updates, options, progress),
         left_out=left_out,
-        pair=overlap,
     )
     if options.uses_data:
         active = model.active_adapters
@@ -217,17 +197,13 @@ def _measure_on_data(
     inspection: Inspection, model: LoRAModel, name: str, options: InspectOptions, tokenizer: Any, log: Log
 ) -> Inspection:
     """Adds held-out losses and, for causal models, forgetting; if that is high, also both at lower strengths."""
-    evaluate, pair = None, inspection.pair
+    evaluate = None
     if options.data is not None:
         settings = {"model": inspection.model or NAME, "data": options.data}
         config = TrainConfig(**settings, field=options.field, system=options.system, max_length=options.max_length)
         evaluate = loss_on_data(config, model, tokenizer, log)
         held_out = _held_out_losses(inspection, model, name, options.data, evaluate, log)
         inspection = replace(inspection, held_out=held_out)
-        if pair is not None:
-            combined = _combined_losses(model, (name, pair.other), evaluate)
-            log(f"with {pair.other} alone {combined.other:.4f}, with both {combined.both:.4f}")
-            inspection = replace(inspection, pair=replace(pair, losses=combined))
     if is_seq2seq(model):  # forgetting is measured by predicting the next token of a text
         return inspection
     if options.forgetting_data is not None:
@@ -300,68 +276,3 @@ def _reduced_strengths(
     finally:
         model.set_scale(name, before)
     return results
-
-
-# ---- Comparison with a second adapter for the same base
-
-
-def adapter_overlap(other: str, here: Mapping[str, Update], there: Mapping[str, Update]) -> AdapterOverlap:
-    """Returns how much the updates `here` and `there` overlap. other: name of the second adapter (`there`).
-
-    Raises ConfigError if the same path has different shapes, as it does for different base models.
-    """
-    shared = in_order(here.keys() & there.keys())
-    shapes = {path: (_shape(here[path]), _shape(there[path])) for path in shared}
-    if wrong := [f"{path}: {ours} here, {theirs} there" for path, (ours, theirs) in shapes.items() if ours != theirs]:
-        problems = listing(wrong, most=5)
-        raise ConfigError(
-            f"{other} was trained for a different model. Its shapes (groups, out, in) differ: {problems}. Use two "
-            "adapters for the same base model"
-        )
-    modules = [_module_overlap(here[path], there[path]) for path in shared]
-    product = sum(module.cosine * module.norm * module.other_norm for module in modules)
-    norm = math.hypot(*(module.norm for module in modules))
-    other_norm = math.hypot(*(module.other_norm for module in modules))
-    only_here, only_there = in_order(here.keys() - there.keys()), in_order(there.keys() - here.keys())
-    cosine = product / (norm * other_norm) if norm and other_norm else 0.0
-    return AdapterOverlap(other, modules, only_here, only_there, cosine)
-
-
-def _shape(update: Update) -> tuple[int, int, int]:
-    """(groups, out, in)"""
-    return len(update.factors.B), update.factors.B.shape[1], update.factors.A.shape[2]
-
-
-def _module_overlap(here: Update, there: Update) -> ModuleOverlap:
-    spectrum, other_spectrum = product_spectrum(here.factors), product_spectrum(there.factors)
-    norm, other_norm = float(spectrum.S.norm()), float(other_spectrum.S.norm())
-    product = spectral.inner_product(here.factors, there.factors)
-    writes, reads = spectral.update_directions(spectrum)
-    other_writes, other_reads = spectral.update_directions(other_spectrum)
-    return ModuleOverlap(
-        path=here.path,
-        norm=norm,
-        other_norm=other_norm,
-        sum_norm=math.sqrt(max(norm**2 + other_norm**2 + 2 * product, 0.0)),
-        cosine=product / (norm * other_norm) if norm and other_norm else 0.0,
-        writes=spectral.subspace_overlap(writes, other_writes),
-        writes_by_chance=spectral.chance_overlap(writes, other_writes),
-        reads=spectral.subspace_overlap(reads, other_reads),
-        reads_by_chance=spectral.chance_overlap(reads, other_reads),
-    )
-
-
-def _combined_losses(model: LoRAModel, names: tuple[str, str], evaluate: Evaluate) -> CombinedLosses:
-    """Returns the losses of the base, of each adapter and of their sum; restores the active adapters."""
-    active = model.active_adapters
-    evaluations: list[Evaluation] = []
-    try:
-        for chosen in (None, names[0], names[1], names):
-            model.set_adapter(chosen)
-            evaluations.append(evaluate())
-    finally:
-        model.set_adapter(active)
-    base, first, second, both = evaluations
-    better = min(first, second, key=lambda evaluation: evaluation.loss)
-    worse, low, high = _with_ends(paired_difference(better.sums, both.sums, both.counts))
-    return CombinedLosses(base.loss, first.loss, second.loss, both.loss, worse, low, high)

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tailora.evaluation.classification import _calibration
 from tailora.evaluation.rewards import pass_at_k
-from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank, subspace_overlap
+from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank
 from tailora.study.optuna_study import importances
 from tailora.train.optimizer import lr_range_test
 
@@ -37,18 +37,6 @@ def test_ranks_that_are_no_whole_numbers() -> None:
     S = torch.tensor([4.0, 2.0, 2.0, 0.0])
     assert stable_rank(S) == pytest.approx((16 + 4 + 4) / 16)
     assert effective_rank(S) == pytest.approx(math.exp(-0.5 * math.log(0.5) - 2 * 0.25 * math.log(0.25)))
-
-
-def test_subspaces_overlap_by_the_squares_of_their_cosines() -> None:
-    """phi = ||U1^T U2||_F^2 / min(i, j) (arXiv:2106.09685, eq. 4), 1 for equal spans and 0 for orthogonal ones."""
-    torch.manual_seed(0)
-    Q = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))[0]
-    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
-    assert subspace_overlap(Q[:, :3], Q[:, :3] @ turned) == pytest.approx(1)
-    assert subspace_overlap(Q[:, :3], Q[:, 3:5]) == pytest.approx(0, abs=1e-12)
-    angle = 0.7
-    tilted = math.cos(angle) * Q[:, :1] + math.sin(angle) * Q[:, 5:6]
-    assert subspace_overlap(Q[:, :4], torch.cat([tilted, Q[:, 8:]], 1)) == pytest.approx(math.cos(angle) ** 2 / 2)
 
 
 def test_a_range_test_passes_through_all_rates_once() -> None:

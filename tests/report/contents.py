@@ -9,8 +9,7 @@ import numpy as np
 from tiny import chat_model, stir
 from tiny_adapters import adapted
 
-from tailora import LoRAConfig, LoRAModel
-from tailora.study.advice import CombinedLosses
+from tailora import LoRAModel
 from tailora.study.inspect import inspect_model
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 
@@ -137,14 +136,12 @@ def small_model() -> LoRAModel:
 
 def inspect() -> dict[str, Any]:
     model = small_model()
-    model.add_adapter("other", LoRAConfig(r=2))
     stir(model, seed=5)
-    content = inspect_model(model, other="other").to_dict()
+    content = inspect_model(model).to_dict()
     modules = content["modules"]
     modules[0]["path"] = f"model.layers.0.{EVIL.replace('.', '')}"
     modules[5]["singular_values"] = [0.0] * len(modules[5]["singular_values"])  # a dead one
     modules.append({**modules[0], "path": "lm_head", "relative_norm": None, "intruders": None})
-    losses = CombinedLosses(4.47, one=3.66, other=3.7, both=3.9, worse=0.24, worse_low=None, worse_high=None)
     rise = {"loss": 3.70, "rise": 0.04, "low": 0.03, "high": 0.05, "cost": 0.05, "values": 0.5}
     return content | {
         "kind": "inspect",
@@ -172,7 +169,6 @@ def inspect() -> dict[str, Any]:
             {"strength": 0.75, "loss": 3.7, "kl": 0.12, "base_text_rise": 0.05},
             {"strength": 0.5, "loss": 3.9, "kl": 0.05, "base_text_rise": 0.02},
         ],
-        "pair": content["pair"] | {"only_here": ["score"], "losses": asdict(losses)},
         "advice": [
             {
                 "rule": "saturated",

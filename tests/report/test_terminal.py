@@ -220,7 +220,6 @@ def test_an_inspection_proposes_only_data_that_it_can_read(task_type: str | None
         "config": content["config"] | {"task_type": task_type},
         "held_out": None,
         "forgetting": None,
-        "pair": None,
     }
     notes = " ".join(page_of(content, "x").notes)
     assert ("--data HELD_OUT" in notes) == proposes_data

@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import chat_model, stir, stirred_model, tiny_model
-from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.compress import leading_only, spectra_of
-from tailora.core.low_rank import Update
 from tailora.errors import BaseMismatchError, ConfigError, FormatError
-from tailora.evaluation.spectral import updates_of
 from tailora.study import inspect as inspecting
-from tailora.study.inspect import InspectOptions, adapter_overlap, inspect, inspect_model
+from tailora.study.inspect import InspectOptions, inspect, inspect_model
 from tailora.train.config import TrainConfig
 from tailora.train.loss import Evaluation
 from tailora.train.trainer import run
@@ -182,15 +179,6 @@ def test_lower_strengths_are_shares_of_the_one_that_is_set() -> None:
     assert found[0].kl > found[1].kl > found[2].kl > 0
 
 
-def test_the_loss_of_both_adapters_is_compared_with_the_better_one() -> None:
-    model = LoRAModel(chat_model().eval(), LoRAConfig(r=2), "one")
-    model.add_adapter("two", LoRAConfig(r=2))
-    evaluations = map(evaluation, [3.0, 2.5, 2.0, 2.2])  # of the base, of each adapter, of both
-    found = inspecting._combined_losses(model, ("one", "two"), evaluations.__next__)
-    assert (found.base, found.one, found.other, found.both) == pytest.approx((3, 2.5, 2, 2.2))
-    assert found.worse == pytest.approx(0.2)
-
-
 def test_what_it_cannot_look_at_is_refused(tuned: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="add --model"):
         inspect(tuned.output_dir, data=tuned.data)
@@ -213,85 +201,3 @@ def test_intruders_can_be_left_uncounted(tuned: TrainConfig) -> None:
     assert all(module.intruders is None and module.relative_norm for module in found.modules)
     again = replace(found, seconds=0.0)
     assert again.to_dict()["modules"][0]["use"] == found.modules[0].use
-
-
-# ---- two adapters
-
-
-def updates(model: LoRAModel, name: str) -> dict[str, Update]:
-    return updates_of(model.adapter(name), model.base_model)[0]
-
-
-@pytest.fixture
-def pair() -> LoRAModel:
-    """Adapters of two layers: `same` is twice `one`, `against` is -`one`, `apart` is orthogonal to it at "a"."""
-    net = torch.nn.ModuleDict({"a": torch.nn.Linear(24, 20), "b": torch.nn.Conv1d(8, 8, 3, groups=2)})
-    config = LoRAConfig(r=4, lora_alpha=4, target_modules=["a", "b"])
-    model = LoRAModel(net, config, adapter_name="one")
-    for name in ("same", "against", "apart"):
-        model.add_adapter(name, config)
-    one, apart = (model.adapter(name).low_rank for name in ("one", "apart"))
-    for layer in one.values():
-        torch.nn.init.normal_(layer.lora_B)
-    bases = [torch.linalg.qr(torch.randn(size, 8)).Q for size in (24, 20)]
-    for layer, part in ((one["a"], slice(0, 4)), (apart["a"], slice(4, 8))):
-        layer.lora_A.data, layer.lora_B.data = bases[0][:, part].mT.contiguous(), bases[1][:, part].contiguous()
-    for name, factor in (("same", 2.0), ("against", -1.0)):
-        for path, layer in model.adapter(name).low_rank.items():
-            layer.lora_A.data, layer.lora_B.data = one[path].lora_A.data.clone(), factor * one[path].lora_B.data
-    return model
-
-
-@pytest.mark.parametrize(("name", "factor"), [("same", 2.0), ("against", -1.0)])
-def test_equal_subspaces_overlap_by_one(pair: LoRAModel, name: str, factor: float) -> None:
-    found = adapter_overlap(name, updates(pair, "one"), updates(pair, name))
-    assert [each.path for each in found.modules] == ["a", "b"]
-    for each in found.modules:
-        assert each.writes == pytest.approx(1, abs=1e-5)
-        assert each.reads == pytest.approx(1, abs=1e-5)
-        assert each.cosine == pytest.approx(1 if factor > 0 else -1, abs=1e-5)
-        assert each.other_norm == pytest.approx(abs(factor) * each.norm, rel=1e-5)
-        assert each.sum_norm == pytest.approx(abs(1 + factor) * each.norm, rel=1e-4, abs=1e-3)
-    assert found.cosine == pytest.approx(1 if factor > 0 else -1, abs=1e-5)
-
-
-def test_orthogonal_updates_do_not_meet(pair: LoRAModel) -> None:
-    first = adapter_overlap("apart", updates(pair, "one"), updates(pair, "apart")).modules[0]
-    assert first.writes == pytest.approx(0, abs=1e-6)
-    assert first.reads == pytest.approx(0, abs=1e-6)
-    assert first.cosine == pytest.approx(0, abs=1e-6)
-    assert first.sum_norm == pytest.approx((first.norm**2 + first.other_norm**2) ** 0.5, rel=1e-5)
-    assert first.writes_by_chance == pytest.approx(4 / 20)
-    assert first.reads_by_chance == pytest.approx(4 / 24)
-
-
-def test_what_only_one_adapts_is_listed_and_other_models_are_refused(pair: LoRAModel) -> None:
-    pair.add_adapter("less", LoRAConfig(r=2, target_modules=["a"]))
-    found = adapter_overlap("less", updates(pair, "one"), updates(pair, "less"))
-    assert (found.only_here, found.only_there) == (["b"], [])
-    assert found.cosine == 0  # B is zero
-    other = LoRAModel(torch.nn.ModuleDict({"a": torch.nn.Linear(24, 21)}), LoRAConfig(r=2, target_modules=["a"]))
-    with pytest.raises(ConfigError, match=r"a: \(1, 20, 24\) here, \(1, 21, 24\) there"):
-        adapter_overlap("other", updates(pair, "one"), updates(other, "default"))
-
-
-@pytest.mark.slow
-def test_two_adapters_on_data(tuned: TrainConfig, tmp_path: Path) -> None:
-    """The second undoes the first: both together are the base."""
-    base = LlamaForCausalLM.from_pretrained(tuned.model)
-    model = LoRAModel.from_pretrained(base, Path(tuned.output_dir) / "adapter", "one")
-    model.combine({"one": -1.0}, "default")
-    against = model.save_adapter(tmp_path / "against")
-    found = inspect(tuned.output_dir, tuned.model, tuned.data, other=against, options=InspectOptions(intruders=False))
-    assert found.pair is not None
-    assert found.pair.cosine == pytest.approx(-1, abs=1e-5)
-    losses = found.pair.losses
-    assert losses is not None
-    assert losses.both == pytest.approx(losses.base, abs=1e-2)  # in bfloat16 where the machine has it
-    assert losses.one == found.held_out.loss  # type: ignore[union-attr]
-    assert losses.worse == pytest.approx(losses.both - min(losses.one, losses.other))
-    (advice,) = (each for each in found.advice if each.rule == "interference")
-    assert "interfere" in advice.says
-    alone = inspect(tuned.output_dir, other=against).pair
-    assert alone is not None
-    assert alone.cosine == pytest.approx(found.pair.cosine, abs=1e-5)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import LEADING, ModuleReport
 from tailora.formats.run_folder import ADAPTER
-from tailora.report.blocks import Block, Column, Figure, Finding, HeatMap, List, Number, Page, Paragraph, Section, Table
+from tailora.report.blocks import Block, Column, Figure, Finding, HeatMap, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import Canvas, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
 from tailora.report.pages.shared import INTERVAL, by_depth, by_layer, numeric, settings_table, short_names
-from tailora.study.advice import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap, first_few
+from tailora.study.advice import HeldOutLosses, Inspection, first_few
 
 MOST_PANELS = 12  # in the figure of spectra
 FEWEST_LAYERS = 3  # for a heat map
@@ -45,8 +45,6 @@ MEASURES = [
     Measure("scale", "scaling", ".3g", 2, "learned factor of the update"),
 ]
 MEANING_OF_R = "rank: how many directions the adapter can use in a layer"
-# Overlaps of two modules: attribute -> column
-OVERLAPS = {"writes": "writes", "writes_by_chance": "by chance", "reads": "reads", "reads_by_chance": "by chance"}
 
 
 def inspect_page(inspection: Inspection) -> Page:
@@ -68,7 +66,6 @@ def inspect_page(inspection: Inspection) -> Page:
         ),
         *([_truncation(losses)] if losses else []),
         Section("Forgetting", "", [_forgetting(inspection.forgetting) if inspection.forgetting else None]),
-        *([_pair(inspection.pair, inspection.layers)] if inspection.pair else []),
         Section(
             "Skipped modules, and settings",
             "",
@@ -288,56 +285,4 @@ def _forgetting(lost: Mapping[str, Any]) -> Paragraph:
     return Paragraph(
         f"On {lost.get('text', 'other text')}: KL {lost['kl']:.4f} nats per token from the base; the loss went from "
         f"{lost['loss_before']:.4f} to {lost['loss_after']:.4f} ({signed(rise, 4)})."
-    )
-
-
-# ---- Compared with a second adapter for the same base
-
-
-def _pair(pair: AdapterOverlap, layers: int) -> Section:
-    modules, title = pair.modules, "Compared with the other adapter"
-    if not modules:
-        return Section(title, f"Compared with {pair.other}.", [Paragraph("The adapters have no matrix in common.")])
-    blocks: list[Block | None] = []
-    caption = "1: both updates use the same space. 0: orthogonal spaces. For the overlap by chance, see the table."
-    for name, spaces in (("writes", "output spaces"), ("reads", "input spaces")):
-        if cells := by_layer(modules, name):
-            heat = HeatMap(f"map-{name}", f"overlap of the {spaces}", cells, 1.0, "{:.2f}".format, caption)
-            blocks.append(heat)
-    if pair.losses:
-        blocks.append(_combined_losses(pair.losses))
-
-    def cells_of(own: Sequence[ModuleOverlap]) -> list[str]:
-        """Returns the means over the modules."""
-        cosine = statistics.fmean(module.cosine for module in own)
-        overlaps = (statistics.fmean(getattr(module, name) for module in own) for name in OVERLAPS)
-        lengths = [(module.sum_norm, math.hypot(module.norm, module.other_norm)) for module in own]
-        sums = [sum_norm / length for sum_norm, length in lengths if length]
-        relative_sum = f"{statistics.fmean(sums):.2f}" if sums else NONE
-        return [signed(cosine, 2), *(f"{overlap:.2f}" for overlap in overlaps), relative_sum]
-
-    columns = [Column("module"), *numeric("cosine", *OVERLAPS.values(), "sum")]
-    rows = [[where, name, *cells_of(own)] for where, name, own in by_depth(modules, layers)]
-    note = (
-        "writes, reads: overlap of the output spaces and of the input spaces; by chance: overlap of random spaces. "
-        "sum: length of the sum of both updates (1 if they are orthogonal, 1.41 if they are the same, 0 if opposite)."
-    )
-    blocks.append(Table([Column("layers"), *columns], rows, note=note))
-    owners = {"only in this one": pair.only_here, "only in the other": pair.only_there}
-    items = [f"{len(paths)} {owner}: {first_few(paths)}" for owner, paths in owners.items() if paths]
-    blocks.append(List(items) if items else None)
-    rows = [[module.path, *cells_of([module])] for module in modules]
-    blocks.append(Table(columns, rows, "Overlap of every matrix", folded=True, detail="all"))
-    text = (
-        f"Compared with {pair.other}: cosine of the updates over all shared matrices {signed(pair.cosine)} (1: the "
-        "same update, 0: orthogonal, -1: opposite)."
-    )
-    return Section(title, text, blocks)
-
-
-def _combined_losses(losses: CombinedLosses) -> Paragraph:
-    ends = interval((losses.worse_low, losses.worse_high), "{:+.4f}".format)
-    return Paragraph(
-        f"Held-out loss: base {losses.base:.4f}, this adapter {losses.one:.4f}, the other {losses.other:.4f}, their "
-        f"sum {losses.both:.4f}: {signed(losses.worse, 4)} compared with the better one{f' ({ends})' if ends else ''}."
     )
