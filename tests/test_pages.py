@@ -128,7 +128,7 @@ def test_commands_within_the_text_have_these_flags(page: Path) -> None:
         if code.startswith("tailora "):
             command, *words = shlex.split(code)[1:]
             assert command in COMMANDS, code
-            flags = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--help"}
+            flags = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--help", "--help-all"}
             assert flags <= flags_of(command), f"{code}: {flags - flags_of(command)}"
 
 

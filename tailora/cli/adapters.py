@@ -125,7 +125,7 @@ def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str
 # ---- `tailora shrink`
 
 
-ShrinkFlags: Any = flags_of(TrainConfig, only=["field", "system", "max_length"])
+ShrinkFlags: Any = flags_of(TrainConfig, ["field", "system", "max_length"])
 ShrinkDevice = Annotated[
     str | None, DEVICE_PARAMETER, Parameter(help=f"{DEVICE_HELP}; default: auto with --data, else cpu")
 ]
@@ -200,7 +200,7 @@ def shrink(
 # ---- `tailora extract`
 
 
-ExtractFlags: Any = flags_of(TrainConfig, only=["target_modules", "exclude_modules", "modules_to_save"])
+ExtractFlags: Any = flags_of(TrainConfig, ["target_modules", "exclude_modules", "modules_to_save"])
 LAYER_NUMBER = re.compile(r"\.\d+\.")
 MAX_LINES = 12  # for tensors that are not in the adapter
 POOR_FIT = 0.5  # median relative error from which the adapter lacks most of the difference

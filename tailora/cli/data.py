@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows", "system"]
 SETTINGS += ["assistant_only_loss", "completion_only_loss", "documents", "image_folder", "allow_remote_images"]
 SETTINGS += ["reward"]
-Flags: Any = flags_of(TrainConfig, only=SETTINGS)
+Flags: Any = flags_of(TrainConfig, SETTINGS)
 BAR = 40  # characters of the longest bar
 MOST_HELD_OUT = 0.2  # share of the rows, in the suggested command
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 FLAGS = ["field", "system", "max_length", "dtype", "image_folder", "allow_remote_images"]
-Flags: Any = flags_of(TrainConfig, only=FLAGS)
+Flags: Any = flags_of(TrainConfig, FLAGS)
 KIND = "eval"  # of report.json
 MEMORY_ADVICE = "try a smaller --max-length, --quantize nf4 or --dtype bfloat16, or close other programs"
 

@@ -3,7 +3,7 @@
 The help text, the default and the limits of a flag come from its field in `TrainConfig`. `compare` and `search` have
 additional fields (study/config.py). A flag that only one command has is a parameter of its function.
 
-    Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
+    Flags: Any = train_flags()  # or flags_of(TrainConfig, ["field", "max_length"]) for a few settings
 
     def command(*, config: ConfigFile = None, json: Json = False, flags: Flags = None) -> int:
         run = merge_settings(flags, config)
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_orig
 from cyclopts import Group, Parameter
 from pydantic.fields import FieldInfo
 
-from tailora.cli.main import log, note
+from tailora.cli.main import ADVANCED, log, note
 from tailora.cli.models import base_model_name, find_adapter
 from tailora.core.config import ALL_LAYERS, StrictModel
 from tailora.core.setting_names import ALIASES, suggestion
@@ -31,13 +31,16 @@ from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
 FIELDS = TrainConfig.model_fields
-SECTIONS = {  # the first field of each section of --help
-    "model": "Model and data",
-    "task": "Task",
-    "r": "Adapter",
-    "field": "Data",
-    "learning_rate": "Optimization",
-    "eval_steps": "Evaluation and files",
+SECTIONS = {  # section of --help -> its settings; all other settings are advanced
+    "Model and data": ("model", "data", "eval_data", "validation_split", "field", "max_length", "output_dir"),
+    "Task": ("task", "reward"),
+    "Adapter": ("method", "r", "lora_alpha", "target_modules", "adapter"),
+    "Optimization": (
+        *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+        "gradient_accumulation_steps",
+    ),
+    "Memory and devices": ("quantize", "gradient_checkpointing", "device", "fsdp"),
+    "Evaluation and files": ("eval_steps", "save_steps", "resume_from_checkpoint", "report_to"),
 }
 # Flags whose values may contain commas, so that they are repeated instead -> how --help shows their value
 REPEATED = {"data": "DATA[=WEIGHT]", "reward": "REWARD[=WEIGHT]", "eval_reward": "REWARD"}
@@ -65,33 +68,37 @@ ConfigFile = Annotated[Path | None, Parameter(help="YAML file with settings; fla
 # ---- Flags of a schema's fields
 
 
-def flags_of(
-    schema: type[StrictModel],
-    *,
-    only: Collection[str] | None = None,
-    sections: Mapping[str, str] = SECTIONS,
-    defaults: Mapping[str, Any] | None = None,
-) -> Any:
-    """Returns the type of a parameter with one optional flag per field. Its value is a dict of the flags in use.
+def train_flags(*, without: Collection[str] = (), defaults: Mapping[str, Any] | None = None) -> Any:
+    """Returns the type of a parameter with the settings of a run as flags, in the sections of --help.
 
-    only: names of the fields; None: all.
-    sections: first field of a section of --help -> title.
     defaults: defaults of the command, shown in --help instead of the schema's.
     """
+    common = {name for names in SECTIONS.values() for name in names}
+    sections = {**SECTIONS, ADVANCED: [name for name in FIELDS if name not in common]}
     flags: dict[str, Any] = {}
-    group = None
-    for name, field in schema.model_fields.items():
-        group = Group.create_ordered(sections[name]) if name in sections else group
-        if only is None or name in only:
-            flags[name] = _flag(name, field, (defaults or {}).get(name, field.default), group)
+    for title, names in sections.items():
+        group = Group.create_ordered(title, sort_key=int(title == ADVANCED))  # last
+        flags |= {name: _flag(name, FIELDS[name], group, defaults) for name in names if name not in without}
+    return _type_of(flags)
+
+
+def flags_of(schema: type[StrictModel], only: Collection[str] | None = None, section: str | None = None) -> Any:
+    """Returns the type of a parameter with one flag per field of a schema, or per field in `only`."""
+    group = Group.create_ordered(section, sort_key=0) if section else "Parameters"
+    fields = schema.model_fields
+    return _type_of({name: _flag(name, fields[name], group) for name in fields if only is None or name in only})
+
+
+def _type_of(flags: dict[str, Any]) -> Any:
+    """Returns the type of a parameter with optional flags. Its value is a dict of the flags in use."""
     hidden = Annotated[str, Parameter(show=False)]
-    flags.update({alias: hidden for alias, name in ALIASES.items() if name in flags})
+    flags |= {alias: hidden for alias, name in ALIASES.items() if name in flags}
     return Annotated[TypedDict("Flags", flags, total=False) | None, Parameter(name="*")]  # type: ignore[operator]
 
 
-def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any:
+def _flag(name: str, field: FieldInfo, group: Group | str, defaults: Mapping[str, Any] | None = None) -> Any:
     """Returns the annotation of one flag. Numbers remain text; the schema converts them."""
-    first = _types(field)[0]
+    first, default = _types(field)[0], (defaults or {}).get(name, field.default)
     value_type: Any = str
     metavar = None
     if first is bool or get_origin(first) is Literal:

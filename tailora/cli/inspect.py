@@ -23,7 +23,7 @@ from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
 
-Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length"])
+Flags: Any = flags_of(TrainConfig, ["field", "system", "max_length"])
 
 Model = Annotated[
     str | None,

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
-from cyclopts.help import DefaultFormatter
+from cyclopts.help import DefaultFormatter, HelpPanel
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -73,7 +73,9 @@ EPILOGUE = """\
 Exit codes: 0 success; 1 failure; 2 invalid usage or settings; 3 diverged;
 4 quality gate not met, run does not fit, or adapter not in use;
 5 worse than before training; 130 interrupted."""
-HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
+HELP_FLAGS = ("--help", "-h", "--help-all")
+HELP_COLUMNS = (NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn)
+ADVANCED = "Advanced settings"  # section of --help-all
 ENVIRONMENT = {  # for torch's libraries; variables that are already set stay unchanged
     "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default of 300,000 is slow if other processes run
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # compiled shapes; 1024 batches of many lengths took 2.9 GB, now 2.4
@@ -135,7 +137,8 @@ def app(tokens: Sequence[str] = ()) -> App:
         name="tailora",
         help=SUMMARY,
         help_epilogue=EPILOGUE,
-        help_formatter=HELP,
+        help_formatter=HelpFormatter(column_specs=HELP_COLUMNS),
+        help_flags=HELP_FLAGS,
         version=__version__,
         suppress_keyboard_interrupt=False,  # `main` prints how to resume
     )
@@ -143,6 +146,16 @@ def app(tokens: Sequence[str] = ()) -> App:
         called = list(tokens[:1]) == [name]
         root.command(f"tailora.cli.{file}:{name}", name=name, help=None if called else summary, sort_key=order)
     return root
+
+
+class HelpFormatter(DefaultFormatter):
+    """Shows the advanced settings only with --help-all."""
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        if panel.title != ADVANCED or "--help-all" in ARGUMENTS.get([]):
+            super().__call__(console, options, panel)
+        else:
+            console.print(f"{len(panel.entries)} more settings: --help-all\n")
 
 
 # ---- Failures
@@ -213,7 +226,7 @@ def message_of(error: BaseException) -> str:
         hint = f". To pass data, use --data {unused}" if command in DATA_COMMANDS else ""
         message = f"unexpected argument {unused}{hint}"
     message = message if message.endswith("?") else f"{message}."
-    return f"{message} Run `tailora {command} --help` for all flags" if command else str(error)
+    return f"{message} Run `tailora {command} --help-all` for all flags" if command else str(error)
 
 
 def exit_code(error: BaseException) -> int:

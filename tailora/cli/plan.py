@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
+from tailora.cli.flags import ConfigFile, Json, merge_settings, train_flags
 from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
 from tailora.cli.models import DEVICE_NAME, check_sources, fetch_sources
 from tailora.data.readers import source_names
@@ -16,10 +16,9 @@ from tailora.formats.run_folder import check_report_kind
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.study.cards import find_cards
-from tailora.train.config import TrainConfig
 
 EXCLUDED = {"output_dir", "resume_from_checkpoint", "samples", "passport", "report_to"}
-Flags: Any = flags_of(TrainConfig, only=FIELDS.keys() - EXCLUDED)
+Flags: Any = train_flags(without=EXCLUDED)
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)
 

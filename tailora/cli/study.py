@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import Parameter
 
 from tailora.cli.flags import (
-    FIELDS,
     ConfigFile,
     Json,
     NprocPerNode,
@@ -19,6 +18,7 @@ from tailora.cli.flags import (
     name_flags,
     parse_pairs,
     parse_settings,
+    train_flags,
 )
 from tailora.cli.main import log, print_json, print_text, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_sources
@@ -42,9 +42,9 @@ Study = TypeVar("Study", bound=StrictModel)
 
 
 COMPARE_DEFAULTS = {"output_dir": "outputs/compare"}
-CompareFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - EXCLUDED - {"learning_rate"}, defaults=COMPARE_DEFAULTS)
+CompareFlags: Any = train_flags(without=EXCLUDED | {"learning_rate"}, defaults=COMPARE_DEFAULTS)
 STUDY = "Comparison"
-StudyFlags: Any = flags_of(CompareConfig, only=CompareConfig.model_fields.keys() - {"arms"}, sections={"seeds": STUDY})
+StudyFlags: Any = flags_of(CompareConfig, CompareConfig.model_fields.keys() - {"arms"}, STUDY)
 
 Arms = Annotated[
     list[str] | None,
@@ -99,8 +99,8 @@ def compare(
 
 SEARCH_DEFAULTS = {"output_dir": "outputs/search"}
 LR_ONLY_DEFAULTS = {"output_dir": "outputs/learning-rates"}
-TrainFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - EXCLUDED - {"save_total_limit"}, defaults=SEARCH_DEFAULTS)
-SearchFlags: Any = flags_of(SearchConfig, sections={"trials": "Search"})
+TrainFlags: Any = train_flags(without=EXCLUDED | {"save_total_limit"}, defaults=SEARCH_DEFAULTS)
+SearchFlags: Any = flags_of(SearchConfig, section="Search")
 
 
 def search(
@@ -139,7 +139,7 @@ def search(
 # ---- `tailora rows`
 
 
-RowsFlags: Any = flags_of(RowsConfig, only=RowsConfig.model_fields.keys() - {"run"}, sections={"prove": "Proof"})
+RowsFlags: Any = flags_of(RowsConfig, RowsConfig.model_fields.keys() - {"run"}, "Proof")
 
 
 def rows(
@@ -172,9 +172,8 @@ def rows(
 
 
 CURVE_DEFAULTS = {"output_dir": "outputs/curve", "num_train_epochs": 2}  # one epoch is rarely the best number
-CURVE_FIELDS = FIELDS.keys() - EXCLUDED - {"adapter", *GRPO_FIELDS}
-CurveTrainFlags: Any = flags_of(TrainConfig, only=CURVE_FIELDS, defaults=CURVE_DEFAULTS)
-CurveFlags: Any = flags_of(CurveConfig, sections={"seeds": "Learning curve"})
+CurveTrainFlags: Any = train_flags(without=EXCLUDED | {"adapter", *GRPO_FIELDS}, defaults=CURVE_DEFAULTS)
+CurveFlags: Any = flags_of(CurveConfig, section="Learning curve")
 
 
 def curve(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_of, merge_settings
+from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, merge_settings, train_flags
 from tailora.cli.main import ARGUMENTS, WORSE, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tailora.evaluation.generate import Answer
     from tailora.train.events import TrainResult
 
-Flags: Any = flags_of(TrainConfig)
+Flags: Any = train_flags()
 Verbose = Annotated[bool, Parameter(negative=(), show_default=False, help="also show precision, kernels and batches")]
 
 
@@ -59,7 +59,7 @@ def train(
 
 DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}
 FOLDER = Path("outputs/demo")
-DemoFlags: Any = flags_of(TrainConfig, defaults={**DEFAULTS, "output_dir": str(FOLDER)})
+DemoFlags: Any = train_flags(defaults={**DEFAULTS, "output_dir": str(FOLDER)})
 
 
 def demo(

@@ -245,7 +245,8 @@ def test_a_flag_of_another_tool_is_answered_with_ours(
     assert main([subcommand, theirs, "1", "--json"]) == 2
     shown = capsys.readouterr()
     assert (
-        shown.err == f"error: Unknown option: {theirs}. Use {ours}. Run `tailora {subcommand} --help` for all flags\n"
+        shown.err
+        == f"error: Unknown option: {theirs}. Use {ours}. Run `tailora {subcommand} --help-all` for all flags\n"
     )
     assert f"Use {ours}." in shown.out
     name, setting = (text.removeprefix("--").replace("-", "_") for text in (theirs, ours.replace(" ", ": ")))

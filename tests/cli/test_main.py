@@ -16,6 +16,7 @@ from report.contents import CONTENTS
 from rich.table import Table
 
 from tailora import cli, errors
+from tailora.cli.flags import FIELDS
 from tailora.cli.main import COMMANDS, exit_code, main, note, stderr, stdout, warnings_as_notes, write_stdout
 from tailora.cli.progress import counter
 from tailora.errors import TailoraWarning
@@ -56,13 +57,13 @@ def test_help_and_version_exit_with_0(
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "--r"], "requires an argument"),
         (["train", "chats.jsonl"], "unexpected argument chats.jsonl. To pass data, use --data chats.jsonl"),
-        (["doctor", "stray"], "unexpected argument stray. Run `tailora doctor --help`"),
+        (["doctor", "stray"], "unexpected argument stray. Run `tailora doctor --help-all`"),
         (
             ["shrink", "out"],
-            '"shrink" parameter --output-dir requires an argument. Run `tailora shrink --help` for all flags',
+            '"shrink" parameter --output-dir requires an argument. Run `tailora shrink --help-all` for all flags',
         ),
         (["export", "--to", "gguf"], "parameter adapter requires an argument"),
-        (["train", "--zzzz", "3"], "Unknown option: --zzzz. Run `tailora train --help` for all flags"),
+        (["train", "--zzzz", "3"], "Unknown option: --zzzz. Run `tailora train --help-all` for all flags"),
         (["demo", "--model", "./absent"], "is not a local folder"),
         (["train", "--model", "./absent"], "not a Hub id. Use a folder, a Hub id such as owner/name, or 'demo'\n"),
     ],
@@ -96,7 +97,7 @@ WRONG = {
     "shrink --adapter out --data nope.jsonl --max-loss-increase 1 --output-dir new": "data nope.jsonl: no such file",
     "extract --model ./nomodel --tuned demo --output-dir new": "model './nomodel' is not a local folder",
     "chat --model chats.jsonl": "model 'chats.jsonl' is a file",
-    "chat --max-new-tokens x": '--max-new-tokens: unable to convert "x" into int. Run `tailora chat --help`',
+    "chat --max-new-tokens x": '--max-new-tokens: unable to convert "x" into int. Run `tailora chat --help-all`',
     "chat --max-new-tokens 0": 'Invalid value "0" for --max-new-tokens. Must be > 0',
     "chat --top-p 2": 'Invalid value "2.0" for --top-p. Must be <= 1',
     "combine --method sum --adapter out --output-dir new": 'Choose from: "cat", "svd", "ties", "dare"',
@@ -162,6 +163,17 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "set()"
+
+
+def test_help_all_shows_every_setting_and_help_the_common_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        assert main(["train", flag]) == 0
+        shown[flag] = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    settings = {f"--{name.replace('_', '-')}" for name in FIELDS}
+    assert settings <= shown["--help-all"]
+    assert "--learning-rate" in shown["--help"]
+    assert 20 <= len(settings & shown["--help"]) <= 30
 
 
 def test_a_closed_pipe_is_quiet() -> None:
