@@ -62,24 +62,6 @@ def demo(summaries: dict[str, dict[str, Any]]) -> str:
     return table(["machine", "tokens/s", "peak memory, GB", "held-out loss after", "speed ratio"], rows)
 
 
-def demo_in_brief(summary: dict[str, Any]) -> str:
-    """The same on one machine, for README.md."""
-    ours, peft, startup = (summary[arm] for arm in ("tailora", "peft", "startup"))
-    lines = (
-        ("training speed, tokens/s", ours["tokens_per_second"], peft["tokens_per_second"], "{:.0f}"),
-        ("peak memory, GB", ours["peak_gigabytes"], peft["peak_gigabytes"], "{:.2f}"),
-        ("held-out loss after training", ours["loss_after"], peft["loss_after"], "{:.3f}"),
-        (
-            "CPU time of the import, relative to `import torch`",
-            startup["import_tailora_over_torch"],
-            startup["import_peft_over_torch"],
-            "{:.2f}",
-        ),
-    )
-    rows = [[label, form.format(own["median"]), form.format(other["median"])] for label, own, other, form in lines]
-    return table(["", OURS, "PEFT, hand-written loop"], rows)
-
-
 def real(cells: Cells) -> str:
     """Time of one pass over real data, and time to the loss that every arm reaches."""
     rows = []
