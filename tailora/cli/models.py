@@ -12,7 +12,7 @@ from cyclopts.validators import Number
 
 from tailora.cli.main import log, note, stderr
 from tailora.cli.progress import download_progress
-from tailora.data.demo import data_folder, model_folder
+from tailora.data.demo import model_folder
 from tailora.data.readers import check_data_exists, source_names
 from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
 from tailora.formats.gguf_base import converted_base, folder_of
@@ -231,13 +231,11 @@ def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
 # ---- Loading
 
 
-def fetch_sources(model: str, *data: str | None) -> None:
-    """Downloads the demo's model and data, and converts a GGUF file, if needed and not cached. Raises FetchError."""
-    with download_progress(stderr()) as progress:
-        if model == DEMO:
+def fetch_sources(model: str) -> None:
+    """Downloads the demo's model or converts a GGUF file, if needed and not cached. Raises FetchError."""
+    if model == DEMO:
+        with download_progress(stderr()) as progress:
             model_folder(progress)
-        if DEMO in data:
-            data_folder(progress)
     if (file := find_gguf(model)) is not None and not folder_of(file).is_dir():
         log(f"converting {file} to {folder_of(file)} (only the first time)")
         converted_base(file)

@@ -54,7 +54,7 @@ def plan(
     check_sources(model=settings.model, data=sources, adapter=settings.adapter)
     if DEVICE_NAME.fullmatch(settings.device) is None:
         find_cards(settings.device)
-    fetch_sources(settings.model, *sources)
+    fetch_sources(settings.model)
     log("loading the model and data")
     from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run

@@ -23,7 +23,6 @@ from tailora.cli.flags import (
 from tailora.cli.main import log, print_json, print_text, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.core.config import StrictModel
-from tailora.data.readers import source_names
 from tailora.errors import ConfigError, require_packages
 from tailora.formats.run_folder import REPORT, RUN
 from tailora.report.files import read_page, write_page, write_page_if_possible
@@ -233,7 +232,7 @@ def run_study(
             "and use --nproc-per-node to set the number of processes per run"
         )
     processes = 1 if nproc_per_node is None else count_processes(nproc_per_node, train.device)
-    fetch_sources(train.model, *source_names(train.data), train.eval_data)
+    fetch_sources(train.model)
     console = stderr()
     try:
         progress = step_counter(console, getattr(study, "workers", 1))

@@ -19,7 +19,6 @@ from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
 from tailora.cli.verify import create_passport
 from tailora.data.messages import IMAGE_TEXT
-from tailora.data.readers import source_names
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
 from tailora.formats.io import wrap_os_error, write_file
@@ -219,7 +218,7 @@ def fit(
     if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # otherwise, the trainer checks
         run_log.check_run_folder(config, overwrite=overwrite)
     check_sources_of_run(config)
-    fetch_sources(config.model, *source_names(config.data), config.eval_data)
+    fetch_sources(config.model)
     if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, config.device)
         if processes > 1:

@@ -10,5 +10,5 @@
     labels          names of classes and tags, for classification models
 
 `ChatTokenizer` in chat_template.py carries the tokenizer and the settings through all steps, and prepare.py combines
-them. demo.py builds the model and data of `tailora demo`.
+them. demo.py has the model and data of `tailora demo`.
 """

