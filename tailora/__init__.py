@@ -3,14 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tailora.core.config import AdaLoRA, LoRAConfig
+    from tailora.core.config import LoRAConfig
     from tailora.core.layer import LoRALayer, loraplus_groups
     from tailora.core.layer_types import register_layer_type, unregister_layer_type
     from tailora.model import LoRAModel, from_peft
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdaLoRA",
     "LoRAConfig",
     "LoRALayer",
     "LoRAModel",
@@ -22,7 +21,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdaLoRA": "tailora.core.config",
     "LoRAConfig": "tailora.core.config",
     "LoRALayer": "tailora.core.layer",
     "LoRAModel": "tailora.model",

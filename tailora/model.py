@@ -8,17 +8,14 @@ Each method checks that both allow the operation and calls the function of `core
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from tailora.core import compress, data_init
-from tailora.core.adalora import RankAllocator, as_plain_lora
 from tailora.core.adapter import Adapter, Summary, create, summarize
 from tailora.core.adapter_set import AdapterSet, check_base
 from tailora.core.attach import evaluating
@@ -245,7 +242,7 @@ class LoRAModel(nn.Module):
         self._merge_state.check_unmerged("save an adapter")
         adapter.check_can_be_saved(name)
         target = Path(folder) if name == "default" else Path(folder) / name
-        write_peft_folder(target, as_plain_lora(adapter), self.base_model, base)
+        write_peft_folder(target, adapter, self.base_model, base)
         return target
 
     def save_pretrained(
@@ -323,7 +320,7 @@ class LoRAModel(nn.Module):
 
     def _export_source(self, name: str, tokenizer: Any) -> ExportSource:
         self._merge_state.check_unmerged("export an adapter")
-        return ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer)
+        return ExportSource(self.adapter(name), self.base_model, tokenizer)
 
     def delete_adapter(self, name: str) -> None:
         """Deletes an adapter. Other active adapters stay active."""
@@ -373,7 +370,7 @@ class LoRAModel(nn.Module):
         self._merge_state.check_unmerged("change a strength")
         self._adapter_set.set_strength(name, strength)
 
-    # ---- Initial values from data, and AdaLoRA
+    # ---- Initial values from data
 
     @property
     def waits_for_data(self) -> bool:
@@ -397,24 +394,6 @@ class LoRAModel(nn.Module):
         with self.disable_adapter(), evaluating(self):
             initialized = data_init.start_from_data(adapter, self.base_model, run, rho)
         self._adapter_set.replace(name, initialized)
-        self.set_adapter(self.active_adapters)
-
-    def allocate_ranks(self, optimizer: Optimizer, total_steps: int, *, name: str = "default") -> RankAllocator:
-        """Starts AdaLoRA: from now on, optimizer steps redistribute the ranks of this adapter.
-
-        total_steps: total number of optimizer steps. `save_adapter` writes plain LoRA with the remaining ranks. Raises
-        AdapterError without `adalora` in the config, ConfigError if the schedule leaves no steps.
-        """
-        adapter = self._adapter_set[name]
-        if adapter.config.adalora is None:
-            raise AdapterError(f"{name!r} has fixed ranks; create it with LoRAConfig(adalora=AdaLoRA(target_r=...))")
-        allocator = RankAllocator(adapter.low_rank, optimizer, adapter.config.adalora, total_steps)
-        self._adapter_set.adapters[name] = replace(adapter, has_allocator=True)
-        return allocator
-
-    def settle_ranks(self, name: str = "default") -> None:
-        """Turns an AdaLoRA adapter into plain LoRA with the remaining ranks, as `save_adapter` writes it."""
-        self._adapter_set.replace(name, as_plain_lora(self._adapter_set[name]))
         self.set_adapter(self.active_adapters)
 
     # ---- New adapters from existing ones

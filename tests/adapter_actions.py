@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.config import AdaLoRA
 from tailora.evaluation.forgetting import forgetting
 from tailora.study.inspect import InspectOptions, inspect_model
 
@@ -65,13 +64,6 @@ def trained(device: torch.device, _: Path) -> Tensors:
     return model.lora_layers.state_dict()
 
 
-def allocated(device: torch.device, _: Path) -> Tensors:
-    model = stirred(device, adalora=AdaLoRA(target_r=2, tinit=0, tfinal=1))
-    allocator = model.allocate_ranks(step(model), 2)
-    step(model)
-    return {**model.lora_layers.state_dict(), **allocator.state_dict()}
-
-
 def products(model: LoRAModel, name: str) -> Tensors:
     return {path: layer.lora_B @ layer.lora_A for path, layer in model.adapter(name).low_rank.items()}
 
@@ -123,6 +115,6 @@ ACTIONS: dict[str, Callable[[torch.device, Path], Tensors]] = {
     **{init: partial(started, init) for init in INITS},
     **{
         action.__name__: action
-        for action in (trained, allocated, shrunk, combined, extracted, merged, exported, inspected, forgotten)
+        for action in (trained, shrunk, combined, extracted, merged, exported, inspected, forgotten)
     },
 }

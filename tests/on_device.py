@@ -13,7 +13,7 @@ FILES = {  # room -> names of its files, between "test_" and ".py"
     "formats": "merged peft_model",
     "laws": "extras frozen_start laws",
     "papers": "dora",
-    "train": "adalora adapter_init classification divergence full gradient_checkpointing loss loss_forms loss_scale "
+    "train": "adapter_init classification divergence full gradient_checkpointing loss loss_forms loss_scale "
     "packing preference rollouts seq2seq trainer",
 }
 CHOSEN = ("train",)  # these make everything on the CPU; what they call chooses the device

@@ -220,8 +220,6 @@ def _summary(header: Mapping[str, Any]) -> dict[str, str]:
         layers = plural(header["adapted_layers"], "layer")
         parts = f" ({', '.join(header['parts'])})" if header.get("parts") else ""
         lines["adapter"] = f"{layers}{parts}, {trained:,} trainable parameters ({trained / total:.2%})"
-        if target_r := settings.get("target_r"):
-            lines["rank"] = f"{settings['r']} at the start, {target_r} on average at the end (AdaLoRA)"
         if (start := header.get("start", "kaiming")) != "kaiming":
             lines["init"] = start
         if (ratio := settings.get("loraplus_lr_ratio", 1)) != 1:

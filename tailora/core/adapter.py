@@ -22,7 +22,7 @@ from tailora.core.layer_types import computing_device, layer_of, weight_of, whol
 from tailora.core.patterns import inside
 from tailora.core.quantization import dense_shape, stored_weight, weight_count
 from tailora.core.targets import Selection, Target
-from tailora.errors import AdapterError, FormatError, TargetError, listing
+from tailora.errors import AdapterError, FormatError, listing
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Adapter:
     saved: trained copies of complete modules (`modules_to_save`).
     extras: trained biases, and rows of embeddings with the heads tied to them.
     waits_for_data: its initial values still have to be computed from data.
-    has_allocator: with AdaLoRA, whether `allocate_ranks` was called.
     """
 
     config: LoRAConfig
@@ -41,17 +40,11 @@ class Adapter:
     saved: dict[str, nn.Module] = field(default_factory=dict)
     extras: dict[str, nn.Module] = field(default_factory=dict)
     waits_for_data: bool = False
-    has_allocator: bool = False
 
     @property
     def has_start(self) -> bool:
         """True if any layer's update is s (B A - B0 A0), with a frozen start."""
         return any(layer.has_start for layer in self.low_rank.values())
-
-    @property
-    def waits_for_ranks(self) -> bool:
-        """True if it has AdaLoRA without an allocator that moves the ranks."""
-        return self.config.adalora is not None and not self.has_allocator
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -70,10 +63,6 @@ class Adapter:
         """Raises AdapterError if the adapter is incomplete, FormatError if the name is not a valid folder name."""
         if reason := self.missing_data(name):
             raise AdapterError(reason)
-        if self.waits_for_ranks:
-            raise AdapterError(
-                f"the ranks of {name!r} were never allocated; call allocate_ranks(optimizer, steps), then train"
-            )
         if name in (".", "..") or "\0" in name or Path(name).name != name:
             raise FormatError(
                 f"adapter name {name!r} is not a valid folder name; add the adapter under a different name"
@@ -91,12 +80,6 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     """
     init = config.init_lora_weights
     check_init(selection.targets, init)
-    grouped_ranks = [target.path for target in selection.targets if target.layer_type.groups(target.layer) > 1]
-    if config.adalora is not None and grouped_ranks:
-        raise TargetError(
-            "adalora prunes each layer's ranks separately, but grouped layers and MoE experts share ranks; exclude "
-            f"them with exclude_modules: {', '.join(grouped_ranks)}"
-        )
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     share_parameters(selection.to_save, saved)
     extras = extra_parts(selection.extras, selection.modules)
@@ -138,8 +121,6 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
         device=computing_device(weight),
         dtype=adapter_dtype(weight.dtype),
     )
-    if config.adalora is not None:
-        layer.add_adalora_diagonal()
     if config.use_dora:
         layer.add_dora(target.layer)
     if config.bias != "none":

@@ -106,7 +106,7 @@ def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float],
 def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[None]:
     """Within the block, layers use only leading singular values, for measuring. ranks: path -> number per group."""
     layers = {path: adapter.low_rank[path] for path in ranks if adapter.low_rank[path].scaling.item()}
-    names = ("lora_A", "lora_B", "start_A", "start_B", "lora_E")
+    names = ("lora_A", "lora_B", "start_A", "start_B")
     before = {path: {name: getattr(layer, name) for name in names} for path, layer in layers.items()}
     try:
         with torch.no_grad():
@@ -117,7 +117,7 @@ def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[N
                 B = F.pad(factors.B, (0, missing)).reshape(layer.lora_B.shape)
                 layer.lora_A = nn.Parameter(A.to(layer.lora_A), requires_grad=False)
                 layer.lora_B = nn.Parameter(B.to(layer.lora_B), requires_grad=False)
-                layer.start_A = layer.start_B = layer.lora_E = None
+                layer.start_A = layer.start_B = None
         yield
     finally:
         for path, layer in layers.items():

@@ -72,25 +72,6 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     return f"{name} = {shown}: {message[:1].lower()}{message[1:]}" if name else message
 
 
-class AdaLoRA(StrictModel):
-    """Settings of AdaLoRA (arXiv:2303.10512) with PEFT's names; the adapter's `r` is PEFT's init_r.
-
-    target_r: average rank at the end of training.
-    tinit, tfinal: steps before ranks are reduced, and steps with the final ranks; None: 10% and 30% of all steps.
-    deltaT: number of steps between two rank allocations.
-    beta1, beta2: smoothing of the sensitivity and of the uncertainty.
-    orth_reg_weight: weight of the penalty that keeps A and B orthonormal.
-    """
-
-    target_r: int = Field(ge=1)
-    tinit: int | None = Field(None, ge=0)
-    tfinal: int | None = Field(None, ge=0)
-    deltaT: int = Field(1, ge=1)
-    beta1: float = Field(0.85, ge=0, lt=1)
-    beta2: float = Field(0.85, ge=0, lt=1)
-    orth_reg_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
-
-
 ALL_LINEAR, LANGUAGE_MODEL = "all-linear", "language-model"  # words of target_modules
 ALL_LAYERS = (ALL_LINEAR, LANGUAGE_MODEL)
 
@@ -132,8 +113,6 @@ class LoRAConfig(StrictModel):
     init_lora_weights: initialization of A and B. kaiming (or True, as in PEFT) and gaussian: A is random and B zero.
         pissa and olora: from the weights of the base model. eva: from training data, with
         `LoRAModel.start_from_data`. The weights of the base model never change.
-    adalora: settings of AdaLoRA, which moves rank to the layers that need it during training
-        (`LoRAModel.allocate_ranks`).
     task_type: PEFT's name or TaskType of the task. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the model's head to
         modules_to_save, whatever the targets are. PEFT uses the saved task to choose the class that loads the adapter.
         The default depends on the base model's class.
@@ -158,7 +137,6 @@ class LoRAConfig(StrictModel):
     use_dora: bool = False
     learn_scaling: bool = False
     init_lora_weights: Init = "kaiming"
-    adalora: AdaLoRA | None = None
     task_type: Annotated[TaskType | None, BeforeValidator(lambda task: getattr(task, "value", task))] = None
 
     @property
@@ -201,11 +179,5 @@ class LoRAConfig(StrictModel):
             raise ValueError(
                 "lora_bias cannot be combined with use_dora, because no tool can load both; use bias='lora_only' "
                 "instead"
-            )
-        if self.adalora is not None and self.init_lora_weights != "kaiming":
-            raise ValueError(f"adalora has its own initialization; remove init_lora_weights={self.init_lora_weights!r}")
-        if self.adalora is not None and self.adalora.target_r > self.r:
-            raise ValueError(
-                f"target_r = {self.adalora.target_r} is above r = {self.r}, the initial rank; lower target_r or raise r"
             )
         return self

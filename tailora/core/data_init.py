@@ -4,6 +4,7 @@
 components with subspace iteration, without a full covariance matrix (arXiv:0909.4061, alg. 4.4).
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adalora import alpha_at_same_scale, with_ranks
 from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
 from tailora.core.config import LoRAConfig
 from tailora.core.device import wide_dtype
+from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import computing_device
 from tailora.core.low_rank import EXACT, EXTRA, gaussian
+from tailora.core.patterns import exactly
 from tailora.core.targets import Target, target_at
 from tailora.errors import AdapterError, ConfigError, DataError
 
@@ -54,6 +56,20 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
         layer.lora_B.data.zero_()
         layers[path] = layer.train(old.training)
     return Adapter(config, layers, adapter.saved, adapter.extras)
+
+
+def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:
+    """Returns the config with the rank of each path in `ranks`, at its layer's configured scale."""
+    alphas = {path: alpha_at_same_scale(layers[path], r) for path, r in ranks.items()}
+    return config.replaced(
+        rank_pattern={exactly(path): r for path, r in ranks.items() if r != config.r},
+        alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
+    )
+
+
+def alpha_at_same_scale(layer: LoRALayer, r: int) -> float:
+    """Returns the alpha for rank r with the layer's current scale."""
+    return layer.lora_alpha * (math.sqrt(r / layer.r) if layer.use_rslora else r / layer.r)
 
 
 # ---- Calling the model on the data

@@ -1,4 +1,4 @@
-"""The update that one adapter adds to one layer: s (B A - B0 A0) x, and optional slots for DoRA, AdaLoRA and biases.
+"""The update that one adapter adds to one layer: s (B A - B0 A0) x, and optional slots for DoRA and biases.
 
 An adapted layer calls `LoRALayer.add_to`, which adds the adapter's change to W x + b. `LoRALayer.forward` computes
 the update alone. The methods for the optional slots come last.
@@ -69,7 +69,6 @@ class LoRALayer(nn.Module):
 
     Optional slots, None when unused:
     start_A, start_B: frozen copies of the initial factors (`start_from`); the update is s (B A - B0 A0).
-    lora_E: Parameter (r,), trained between the factors: B diag(E) A of AdaLoRA (`add_adalora_diagonal`).
     lora_magnitude_vector: Parameter (out,), m of DoRA (`add_dora`).
     lora_bias: Parameter (out,), bias of B, scaled by s.
     bias: Parameter (out,), replaces the layer's bias (`add_trained_bias`).
@@ -95,7 +94,6 @@ class LoRALayer(nn.Module):
     scaling: Tensor
     start_A: Tensor | None
     start_B: Tensor | None
-    lora_E: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
     lora_bias: nn.Parameter | None
     bias: nn.Parameter | None
@@ -141,7 +139,7 @@ class LoRALayer(nn.Module):
         A, B = (torch.empty(shape, device=device, dtype=dtype) for shape in (shape_A, shape_B))
         self._buffers.update(start_A=None, start_B=None)
         self._parameters.update(lora_A=nn.Parameter(A), lora_B=nn.Parameter(B))
-        self._parameters.update(lora_E=None, lora_magnitude_vector=None, lora_bias=None, bias=None)
+        self._parameters.update(lora_magnitude_vector=None, lora_bias=None, bias=None)
         if lora_bias:
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
         scaling = self._scalar(self.configured_scaling)
@@ -261,12 +259,12 @@ class LoRALayer(nn.Module):
         return A, B * self.scaling
 
     def unscaled_factors(self) -> tuple[Tensor, Tensor]:
-        """Returns two factors whose product is B A - B0 A0: A and B, or B diag(E) of AdaLoRA.
+        """Returns two factors whose product is B A - B0 A0: A and B themselves without a frozen start.
 
         With a frozen start they have rank 2r: (B - B0) A + B0 (A - A0), whose differences are exactly zero at the start
         and small in low precision.
         """
-        A, B = self.lora_A, self.lora_B if self.lora_E is None else self.lora_B * self.lora_E
+        A, B = self.lora_A, self.lora_B
         if self.start_A is None or self.start_B is None:
             return A, B
         return concatenate_ranks(A, A - self.start_A, self.groups), torch.cat([B - self.start_B, self.start_B], 1)
@@ -346,15 +344,6 @@ class LoRALayer(nn.Module):
         if self.start_A is not None and self.start_B is not None:
             return torch.equal(self.lora_A, self.start_A) and torch.equal(self.lora_B, self.start_B)
         return not all(factor.any() for factor in self.unscaled_factors())
-
-    def add_adalora_diagonal(self) -> None:
-        """Turns the update into s B diag(E) A, with E = 0 and orthonormal A and B (arXiv:2303.10512, eq. 3).
-
-        The paper starts from Gaussian A and B, whose first steps mostly reduce its orthonormality penalty.
-        """
-        for factor in (self.lora_A, self.lora_B):
-            nn.init.orthogonal_(factor)
-        self.lora_E = nn.Parameter(torch.zeros(self.r, device=self.lora_A.device, dtype=self.lora_A.dtype))
 
     def add_dora(self, layer: nn.Module) -> None:
         """Gives every output row of the layer's W + s (B A - B0 A0) a trained norm m (arXiv:2402.09353, eq. 5).

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from tailora.core.config import AdaLoRA, LoRAConfig, StrictModel
+from tailora.core.config import LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
 from tailora.study.search_space import SHARED_BY_RUNS, read_space
 from tailora.train.config import TrainConfig
 
 LORA, FULL = "lora", "full"
-ADAPTER_SETTINGS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
+ADAPTER_SETTINGS = {*LoRAConfig.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 ADAPTER_SETTINGS |= {"fsdp_offload_params"}  # works only with a frozen base
 TRIALS = 20
 FIRST_RATES = {LORA: 5e-4, FULL: 5e-5}  # start of the learning rate search: full fine-tuning needs about a tenth

@@ -36,7 +36,6 @@ SCALE = "scale"  # alpha/r, instead of alpha
 TARGETS = (ALL_LINEAR, "attention", "mlp")  # words whose meaning depends on the model
 SHORT_NAMES = ("rank", "alpha", "lr", "dropout", "targets")  # also accepted, as a space is often typed by hand
 OTHER_NAMES = {**ALIASES, **{name: OUR_NAMES[name] for name in SHORT_NAMES}}
-ADALORA_SETTINGS = {"tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
 LINEAR = {"lora_dropout", "weight_decay", "warmup_ratio"}  # may be 0
 RANGE = re.compile(r"\s*([^,\s]+?)\s*\.\.\s*([^,\s]+)\s*")
 
@@ -114,8 +113,6 @@ def _between(name: str, low: Any, high: Any) -> Axis:
     if name in FIELDS and int in (FIELDS[name].annotation, *get_args(FIELDS[name].annotation)):
         powers = (2**exponent for exponent in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1))
         return tuple(dict.fromkeys((low, *powers, high)))
-    if low <= 0 and name not in LINEAR:
-        raise ConfigError(f"this range is logarithmic and cannot start at {low:g}; start it above 0")
     return Range(float(low), float(high), name not in LINEAR)
 
 
@@ -125,8 +122,7 @@ def _value(name: str, value: Any) -> Any:
         return value if isinstance(value, str) else "+".join(value)
     if name == SCALE:
         name = "lora_alpha"  # equal to the scale if r = 1
-    required: dict[str, Any] = {"target_r": 1} if name in ADALORA_SETTINGS else {}  # or TrainConfig rejects them
-    required |= {"task": GRPO, "reward": ["math"]} if name in GRPO_FIELDS else {}
+    required = {"task": GRPO, "reward": ["math"]} if name in GRPO_FIELDS else {}
     return getattr(TrainConfig(**{"learning_rate": 1e-4, **required, name: value}), name)
 
 
@@ -149,8 +145,6 @@ def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis
         raise ConfigError("scale is alpha/r; keep only one of lora_alpha and scale in --space")
     omitted = fixed | ({"lora_alpha"} if SCALE in given else set())
     space = {**{name: axis for name, axis in default.items() if name not in omitted}, **given}
-    if train.target_r is not None and "r" in space and "r" not in given:
-        space["r"] = tuple(r for r in DEFAULT_RANKS if r >= train.target_r) or (train.target_r,)
     if all(not isinstance(axis, Range) and len(axis) < 2 for axis in space.values()):
         raise ConfigError("nothing to search, because every setting has one value; add a second value with --space")
     return space

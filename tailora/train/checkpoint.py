@@ -6,7 +6,6 @@ checkpoint-N/
   random-RANK.safetensors  random states of each rank
   best.safetensors         the best adapter so far, if evaluations choose one
   evaluations.safetensors  per-example sums and counts of the evaluations that the result needs
-  allocation.safetensors   AdaLoRA's state
   state.json               progress, what the run is, SHA-256 of the files above and of itself
 
 This file has, in this order: the folder; the check that a checkpoint belongs to a run; saving and restoring the
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.adalora import RankAllocator
 from tailora.core.setting_names import REMOVED_SETTINGS, without_removed
 from tailora.errors import CheckpointError, listing
 from tailora.formats.fingerprint import LayerFingerprint, fingerprint_differences
@@ -218,13 +216,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
 STEP = "step"  # AdamW's only state that is one number; the rest has the shape of the parameter
 
 
-def restore(
-    saved: Checkpoint,
-    model: Trainable,
-    updates: FiniteUpdates,
-    rank: int | None,
-    allocator: RankAllocator | None = None,
-) -> TrainState:
+def restore(saved: Checkpoint, model: Trainable, updates: FiniteUpdates, rank: int | None) -> TrainState:
     """Restores a checkpoint and returns the progress. rank: whose random states to take. Raises CheckpointError."""
     tensors = dict(saved.tensors)
     if isinstance(model, FullModel):
@@ -235,8 +227,6 @@ def restore(
     set_moments(updates.optimizer, updates.buffers, tensors["optimizer"])
     if updates.loss_scale is not None and "loss_scale" in tensors:
         updates.loss_scale.load_state_dict(tensors["loss_scale"])
-    if allocator is not None:
-        allocator.load_state_dict(tensors["allocation"])
     if rank is not None:
         set_random_state(tensors[f"random-{rank}"])
     return TrainState.of(saved.state["progress"], tensors)

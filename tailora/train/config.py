@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from tailora.core.config import (
     LANGUAGE_MODEL,
-    AdaLoRA,
     Init,
     LoRAConfig,
     StrictModel,
@@ -48,7 +47,7 @@ TASK_TYPES: dict[str, TaskType] = {  # tasks with a head for labels
     "token-classification": "TOKEN_CLS",
 }
 LANGUAGE_MODELS = ("auto", "causal-lm", "preference")  # tasks
-ADAPTER_FIELDS = (*LoRAConfig.model_fields, *AdaLoRA.model_fields)
+ADAPTER_FIELDS = tuple(LoRAConfig.model_fields)
 # settings that need certain values of another setting; True: it must be set, False: it must not be set
 COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ...] = (
     (("loss", "beta"), "task", ("auto", "preference", GRPO)),
@@ -66,8 +65,6 @@ COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ..
     (("skip_bad_rows",), "streaming", False),
     (("early_stopping_patience",), "eval_steps", True),
     (("fsdp_reshard_after_forward", "fsdp_offload_params"), "fsdp", True),
-    (tuple(AdaLoRA.model_fields), "target_r", True),
-    (("optim",), "target_r", False),  # AdaLoRA reads the steps of torch's AdamW
 )
 
 
@@ -176,21 +173,6 @@ class TrainConfig(StrictModel):
     learn_scaling: bool = Field(False, description="also train the scale of each layer's update")
     init_lora_weights: Init = Field(
         "kaiming", description='initialization of A and B; see "Settings of an adapter" in the docs'
-    )
-    target_r: int | None = Field(
-        None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training; --r is the initial rank"
-    )
-    tinit: int | None = Field(
-        None, ge=0, lt=COUNT, description="AdaLoRA: steps before the ranks are reduced; default: 10% of the steps"
-    )
-    tfinal: int | None = Field(
-        None, ge=0, lt=COUNT, description="AdaLoRA: final steps with fixed ranks; default: 30% of the steps"
-    )
-    deltaT: PositiveInt = Field(1, description="AdaLoRA: steps between rank allocations")
-    beta1: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing factor of the sensitivity")
-    beta2: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing factor of the uncertainty")
-    orth_reg_weight: float = Field(
-        0.5, ge=0, description="AdaLoRA: weight of the penalty that keeps A and B orthonormal"
     )
     init_batches: PositiveInt = Field(4, description="eva: batches used for the initialization")
     # data
@@ -392,7 +374,5 @@ class TrainConfig(StrictModel):
 
     def lora(self) -> LoRAConfig:
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()
-        allocation = {name: getattr(self, name) for name in AdaLoRA.model_fields}
-        adalora = None if self.target_r is None else AdaLoRA(**allocation)
         task_type = "SEQ_2_SEQ_LM" if self.task == "seq2seq" else TASK_TYPES.get(self.task)
-        return LoRAConfig(**{name: getattr(self, name) for name in shared}, adalora=adalora, task_type=task_type)
+        return LoRAConfig(**{name: getattr(self, name) for name in shared}, task_type=task_type)

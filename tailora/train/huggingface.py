@@ -89,7 +89,7 @@ class AdapterTraining:
         trainer = cast(Any, super())
         names = _argument_names(type(self))
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        _check_arguments(model, given)
+        _check_arguments(given)
         if "ref_model" in names and given.get("ref_model") is None:
             given["ref_model"] = ReferenceModel(model)
         with self._without_reference(model, given.get("args")):
@@ -288,7 +288,7 @@ def _argument_names(trainer: type[AdapterTraining]) -> list[str]:
     return []
 
 
-def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:
+def _check_arguments(given: dict[str, Any]) -> None:
     """Raises ConfigError for what a trainer of TRL would do wrong, since it knows adapters of PEFT only."""
     args = given.get("args")
     if given.get("peft_config") is not None:
@@ -299,11 +299,6 @@ def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:
         raise ConfigError(
             "sync_ref_model = True needs a separate reference model, but here the reference shares the base "
             "model; pass ref_model, or remove sync_ref_model"
-        )
-    if unallocated := [name for name in model.active_adapters if model.adapter(name).waits_for_ranks]:
-        raise ConfigError(
-            f"adapter {unallocated[0]!r} uses AdaLoRA, but transformers' trainers do not reallocate ranks; call "
-            "allocate_ranks(optimizer, total_steps) and pass optimizers=(optimizer, None), or remove adalora"
         )
 
 

@@ -367,8 +367,8 @@ def outputs_and_gradients(layer: nn.Module, inputs: tuple[Any, ...], arguments: 
 def zeros_randomized(model: Trainable) -> Iterator[None]:
     """Within the block, factors that are zero are random, so that no gradient that is compared is zero."""
     layers = [layer for layer in trained_module(model).modules() if isinstance(layer, LoRALayer)]
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B, layer.lora_E)]
-    zeros = [factor for factor in factors if factor is not None and not factor.any()]
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    zeros = [factor for factor in factors if not factor.any()]
     generator = torch.Generator().manual_seed(0)
     try:
         for factor in zeros:

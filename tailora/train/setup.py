@@ -18,7 +18,6 @@ from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tailora.core.adalora import RankAllocator
 from tailora.core.adapter_set import layer_calls
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
@@ -95,7 +94,6 @@ class Run:
     memory_remedies: str  # what helps if the run does not fit
     base_fingerprint: dict[str, LayerFingerprint]  # of the adapted weights
     updates: FiniteUpdates  # the trained parameters, their optimizer, and the last good values
-    allocator: RankAllocator | None  # of AdaLoRA
     forward: nn.Module  # the model with its loss, as accelerate prepared it
 
     @property
@@ -197,9 +195,6 @@ def set_up(
     check_fits(activation_bytes := cost.of(data.largest_size), device, advice)
     updates = start_updates(config, model, device, stack)
     seed_all(config.seed + accelerator.process_index)  # each rank draws its own dropout masks
-    allocator = None
-    if isinstance(model, LoRAModel) and model.adapters["default"].adalora is not None:
-        allocator = model.allocate_ranks(updates.optimizer, data.max_steps)
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -218,7 +213,6 @@ def set_up(
         memory_remedies=advice,
         base_fingerprint=peft.base_fingerprint(model.adapter(), base) if isinstance(model, LoRAModel) else {},
         updates=updates,
-        allocator=allocator,
         # device_placement would move buffers that are on the device already, and leave copies behind; evaluation_mode
         # leaves out DDP, and autocast stays as `accelerate launch --mixed_precision` asks for it
         forward=accelerator.prepare_model(
@@ -277,7 +271,7 @@ def resume(run: Run, saved: Checkpoint) -> TrainState:
         masks = ", but dropout masks differ" if has_dropout(run.base) else ""
         run.note(f"resuming with {now} processes instead of {before}: the steps are the same{masks}")
         rank = None
-    state = checkpoint.restore(saved, run.model, run.updates, rank, run.allocator)
+    state = checkpoint.restore(saved, run.model, run.updates, rank)
     state.diverged = diverged
     return state
 

@@ -142,8 +142,6 @@ class Trainer:
                 after = self.restore_best()
                 self.accept_checkpoint()
             signals.restore()
-            if isinstance(run.model, LoRAModel):
-                run.model.settle_ranks()  # removes those that AdaLoRA has switched off
             self.save_model(compare=True)
             if run.is_main:
                 run_log.delete_earlier(run.output_dir)
@@ -322,11 +320,10 @@ class Trainer:
             raise DivergedError(f"the held-out loss is {state.before.loss} before any training; {REMEDIES}")
 
     def evaluate_and_keep_best(self) -> None:
-        """Evaluates, and keeps the adapter if it is the best so far; with AdaLoRA, if its ranks are final."""
+        """Evaluates, and keeps the adapter if it is the best so far."""
         self.read_last_step()
-        may_be_kept = self.run.allocator is None or self.run.allocator.final
-        evaluation = self.check_finite(self.held_out_loss(may_be_kept=may_be_kept))
-        if evaluation is None or not may_be_kept:
+        evaluation = self.check_finite(self.held_out_loss(may_be_kept=True))
+        if evaluation is None:
             return
         if not self.is_best(evaluation):
             self.state.since_best += 1
@@ -419,7 +416,6 @@ class Trainer:
             "optimizer": checkpoint.moments(run.updates.optimizer, run.updates.buffers),
             **({"evaluations": evaluations} if (evaluations := state.evaluations()) else {}),
             **({"best": state.best.tensors} if state.best else {}),
-            **({"allocation": run.allocator.state_dict()} if run.allocator else {}),
             **({"loss_scale": loss_scale.state_dict()} if loss_scale else {}),
         }
         if isinstance(run.model, FullModel):

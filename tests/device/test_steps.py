@@ -62,7 +62,6 @@ CASES: dict[str, dict[str, Any]] = {
     "padded, four micro-batches": {"packing": "off", "gradient_accumulation_steps": 4},
     "padded, own logits": {"packing": "off", "fast": "off"},
     "dropout and DoRA": {"lora_dropout": 0.1, "use_dora": True},
-    "AdaLoRA": {"target_r": 2, "max_steps": 12},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "full": {"method": "full", "r": 16},  # the default, which it does not use
     "float16": {"dtype": "float16"},

@@ -39,7 +39,6 @@ from transformers import (
 )
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.config import AdaLoRA
 from tailora.core.float32_products import float32_products
 from tailora.kernels import compiled_layers, cpu_attention
 from tailora.kernels.attention import packed_rows
@@ -71,7 +70,6 @@ SLOTS: dict[str, dict[str, Any]] = {
     "scale": {"learn_scaling": True},
     "bias": {"lora_bias": True},
     "start": {"init_lora_weights": "pissa"},
-    "adalora": {"adalora": AdaLoRA(target_r=2)},
 }
 FEW = ["q_proj", "down_proj"]  # adapted layers of a small graph
 LENGTHS = [(3, 7), (12, 4, 9), (5,)]

@@ -42,7 +42,7 @@ def test_the_table_has_every_row_of_the_core() -> None:
 # What is no slot of the equation, or is one with laws of its own: test_frozen_start.py, test_extras.py, tests/papers.
 ELSEWHERE = {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 ELSEWHERE |= {"target_parameters", "rank_pattern", "fused_parts", "modules_to_save", "trainable_token_indices"}
-ELSEWHERE |= {"adalora", "task_type"}
+ELSEWHERE |= {"task_type"}
 
 
 def test_the_table_has_every_slot_that_a_config_can_fill() -> None:

@@ -179,7 +179,7 @@ def test_settings_of_an_arm_that_contradict_each_other_are_found_before_any_run(
 
 
 def test_full_fine_tuning_takes_nothing_of_the_adapters_and_their_frozen_base(small_run: TrainConfig) -> None:
-    asked = {"quantize": "int8", "loraplus_lr_ratio": 4, "target_r": 2, "tinit": 1, "use_dora": False, "lora_alpha": 3}
+    asked = {"quantize": "int8", "loraplus_lr_ratio": 4, "use_dora": False, "lora_alpha": 3}
     train = small_run.replaced(**asked)
     of_full = arm_settings(train, SMALL, "full", learning_rate=1e-4)
     assert not {"r", *asked} & of_full.keys()

@@ -127,7 +127,6 @@ def test_an_error_of_the_measuring_process_is_raised(
     [
         {"use_dora": True, "lora_dropout": 0.1, "gradient_checkpointing": True, "modules_to_save": ["lm_head"]},
         {"packing": "off", "lora_dropout": 0.1, "fast": "off", "init_lora_weights": "eva"},
-        {"target_r": 2},
         *(
             pytest.param(changes, marks=pytest.mark.exhaustive)
             for changes in (

@@ -416,7 +416,6 @@ PRODUCT: dict[str, dict[str, Any]] = {
     "slots": SLOTS,
     "bias": {"lora_bias": True},
     "copies of a layer's modules": {"modules_to_save": ["input_layernorm", "down_proj"], "target_modules": ["q_proj"]},
-    "adalora": {"target_r": 2},
     **{init: {"init_lora_weights": init} for init in ("pissa", "olora", "eva")},
 }
 MODELS: dict[str, dict[str, Any]] = {

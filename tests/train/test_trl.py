@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny import chat_model, chat_tokenizer, stir, tiny_model
 from transformers import PreTrainedModel
 
-from tailora import AdaLoRA, LoRAConfig, LoRAModel
+from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError
 from tailora.train.huggingface import ReferenceModel, adapting
 
@@ -175,4 +175,3 @@ def test_what_a_trainer_of_trl_would_do_wrong_is_refused(tmp_path: Path) -> None
     for name in ("DPO", "GRPO"):
         refused("lm_head has an adapter, but", name, lora_model(name, target_modules=head))
         refused("lm_head has an adapter, but", name, lora_model(name, modules_to_save=["lm_head"]))
-    refused("do not reallocate ranks", "Reward", lora_model("Reward", adalora=AdaLoRA(target_r=2)))
