@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
 
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows", "system"]
-SETTINGS += ["assistant_only_loss", "completion_only_loss", "documents", "image_folder", "allow_remote_images"]
+SETTINGS += ["assistant_only_loss", "completion_only_loss", "documents", "image_folder"]
 SETTINGS += ["reward"]
 Flags: Any = flags_of(TrainConfig, SETTINGS)
 BAR = 40  # characters of the longest bar

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from tailora.evaluation.scores import Scores
 
 
-FLAGS = ["field", "system", "max_length", "dtype", "image_folder", "allow_remote_images"]
+FLAGS = ["field", "system", "max_length", "dtype", "image_folder"]
 Flags: Any = flags_of(TrainConfig, FLAGS)
 KIND = "eval"  # of report.json
 MEMORY_ADVICE = "try a smaller --max-length, --quantize nf4 or --dtype bfloat16, or close other programs"
@@ -210,7 +210,6 @@ def eval(
         limit=limit,
         samples=samples,
         image_folder=config.image_folder,
-        allow_remote_images=config.allow_remote_images,
     )
     normalizer(options.normalize)
     tasks = find_tasks(harness.names, harness.include_path) if harness.names else None

@@ -164,7 +164,6 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
     system = ["--system", config.system] if config.system and not is_lora else []
     images_of_data = ["--image-folder", config.image_folder] if config.image_folder else []
-    images_of_data += ["--allow-remote-images"] if config.allow_remote_images else []
     evaluate = ["tailora", "eval", *evaluated, *system, *held_out, *images_of_data]
     if config.task in (*TASK_TYPES, "seq2seq"):
         predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", *columns, "--output", "PREDICTIONS.jsonl"]

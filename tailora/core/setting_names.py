@@ -102,6 +102,7 @@ REMOVED_SETTINGS: dict[str, tuple[Any, str]] = {  # name -> its default, and wha
     "orth_reg_weight": (0.5, _ADALORA),
     "activation_memory": (1.0, "compiled layers keep all activations; use gradient_checkpointing to save memory"),
     "lora_bias": (False, "the update has no bias of its own; use bias: lora_only to train those of the base model"),
+    "allow_remote_images": (False, "images must be files; download them, and name the files in the rows"),
     "fsdp_reshard_after_forward": (True, "gathered weights are always freed after the forward pass"),
 }
 

@@ -58,7 +58,6 @@ class DataSettings:
     validation_split, seed: share of the examples to hold out, and the seed for selecting them.
     skip_bad_rows: skip and report unusable rows instead of raising an error.
     image_folder: folder of the images, for paths in rows; None: the folder of the data file.
-    allow_remote_images: download images from http(s) URLs in rows.
     for_evaluation: read a pair of replies as choices with the chosen one as the answer, to evaluate a language model.
     """
 
@@ -74,7 +73,6 @@ class DataSettings:
     seed: int = 0
     skip_bad_rows: bool = False
     image_folder: str | None = None
-    allow_remote_images: bool = False
     for_evaluation: bool = False
 
     @property
@@ -93,7 +91,6 @@ class ChatTokenizer:
     special_tokens: special tokens, which may end a turn.
     media_tokens: tokens that only placeholders may contain, since models look for an image, video or audio for each.
     cache: ids of short texts that are repeated, such as the header of a reply.
-    failed_urls: URLs of images that could not be downloaded, with their errors.
     placeholders: `image_placeholders`, with a cache for the latest sizes.
     """
 
@@ -108,7 +105,6 @@ class ChatTokenizer:
     processor: ProcessorMixin | None = None
     media_tokens: tuple[str, ...] = ()
     cache: dict[str, list[int]] = field(default_factory=dict)
-    failed_urls: dict[str, str] = field(default_factory=dict)
     placeholders: Callable[..., list[str]] = field(default_factory=lambda: lru_cache(MOST_SIZES)(image_placeholders))
 
     @property

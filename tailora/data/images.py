@@ -1,6 +1,6 @@
 """Images in chat messages: found in a row, checked, and decoded when their batch is needed.
 
-    "a.png", bytes, {"bytes", "path"}, data: URL, http(s) URL   the value in a row
+    "a.png", bytes, {"bytes", "path"}, data: URL   the value in a row
     -> `read_images`: every value becomes an `Image`: a file on disk, its size and its hash
     -> `Image.load`: the pixels, for one batch
 
@@ -34,6 +34,11 @@ PIXELS_OF_ROW = 200_000_000  # of all its images; decoded, they need 600 MB
 THUMBNAIL = 96  # pixels of the longer side
 DEEPEST = 8  # objects and lists around an image in a row; messages/0/content/0/image_url/url has 6
 KEYS = (*IMAGE_VALUES, "image_url", "images")  # of data: URLs in a row
+IS_URL = "is a URL, but images must be files"
+TO_DOWNLOAD = """\nDownload the images, and replace their URLs in the rows, for example:
+    from urllib.request import urlretrieve
+    for number, row in enumerate(rows):
+        row["image"], _ = urlretrieve(row["image"], f"images/{number}.jpg")"""
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # its value -> PIL.Image.Transpose
 SIDEWAYS = (5, 6, 7, 8)  # values that swap width and height
@@ -86,13 +91,10 @@ def images_of(messages: Messages) -> tuple[Image, ...]:
     return tuple(part[IMAGE] for part in _image_parts(messages))
 
 
-def read_images(
-    messages: Messages, folder: Path | None, *, allow_remote: bool = False, failed: dict[str, str] | None = None
-) -> Messages:
+def read_images(messages: Messages, folder: Path | None) -> Messages:
     """Returns the messages with an `Image` for every value of an image; unchanged without images.
 
     folder: paths are relative to it and must not lead out of it; None if the data is not in a folder.
-    allow_remote: download images from http(s) URLs.    failed: URLs not to try again, with their errors; updated.
     Raises DataError with all images that cannot be used.
     """
     parts = _image_parts(messages)
@@ -102,8 +104,7 @@ def read_images(
         raise DataError(
             f"the row has {len(parts):,} images; expected at most {MOST_IMAGES}. Split it into several rows"
         )
-    values = [part[IMAGE] for part in parts]
-    images = _read_all(lambda value: read_image(value, folder, allow_remote=allow_remote, failed=failed), values)
+    images = _read_all(lambda part: read_image(part[IMAGE], folder), parts)
     if (pixels := sum(image.width * image.height for image in images)) > PIXELS_OF_ROW:
         raise DataError(
             f"the row's images have {pixels:,} pixels in total; expected at most {PIXELS_OF_ROW:,}. Use smaller "
@@ -178,14 +179,11 @@ def store_images(value: Any, key: str, *, is_used: bool, depth: int = 1) -> Any:
         return error
 
 
-def read_image(
-    value: Any, folder: Path | None, *, allow_remote: bool = False, failed: dict[str, str] | None = None
-) -> Image:
+def read_image(value: Any, folder: Path | None) -> Image:
     """Returns the image of a value in a row. Raises DataError if it cannot be used.
 
-    value: path, data: URL, http(s) URL, bytes, what `datasets` stores ({"bytes": ..., "path": ...}), or what
-        `store_images` returned.
-    folder: of paths; None if the data is not in a folder.    allow_remote, failed: see `read_images`.
+    value: path, data: URL, bytes, what `datasets` stores ({"bytes", "path"}), or what `store_images` returned.
+    folder: of paths; None if the data is not in a folder.
     """
     if isinstance(value, Image):
         return value
@@ -198,37 +196,12 @@ def read_image(
     if isinstance(value, bytes):
         return _stored(value, str(name or f"of {len(value):,} bytes"))
     if not isinstance(value, str) or not value:
-        raise DataError(f"image: expected a path, a URL or bytes, got {short_repr(value)}")
+        raise DataError(f"image: expected a path, a data: URL or bytes, got {short_repr(value)}")
     if value.startswith("data:"):
         return _stored(_from_data_url(value), short_repr(value))
-    if value.startswith(("http://", "https://")):
-        if not allow_remote:
-            raise DataError(f"image {short_repr(value)} is remote; download it, or use --allow-remote-images")
-        return _downloaded(value, {} if failed is None else failed)
     path = _path_inside(value.removeprefix("file://"), folder)
     name = _printable(value)
     return _checked(_file_bytes(path, name), path, name)
-
-
-def _downloaded(url: str, failed: dict[str, str]) -> Image:
-    """Returns the image of a URL. It is downloaded once, because several commands and processes read the same data."""
-    from tailora.data.remote_images import download_image
-
-    name, folder = short_repr(url), cache_folder() / "images"
-    # A file named after the URL contains the name of the image's file.
-    known = folder / f"{hashlib.sha256(url.encode(errors='surrogatepass')).hexdigest()}.url"
-    path = folder / known.read_text() if known.is_file() else folder
-    if path.is_file():
-        return _checked(_file_bytes(path, name), path, name)
-    if url in failed:
-        raise DataError(failed[url])
-    try:
-        image = _stored(download_image(url, MOST_BYTES), name)
-    except DataError as error:
-        failed[url] = str(error)
-        raise
-    _write(known, image.sha256.encode(), name)
-    return image
 
 
 def _printable(path: str) -> str:
@@ -237,7 +210,7 @@ def _printable(path: str) -> str:
 
 def _path_inside(value: str, folder: Path | None) -> Path:
     if "://" in value:
-        raise DataError(f"image {short_repr(value)}: expected a path or an http(s) URL; download it, and use its path")
+        raise DataError(f"image {short_repr(value)} {IS_URL}")
     if folder is None:
         raise DataError(f"image {short_repr(value)}: the data is not in a folder; set --image-folder for its paths")
     try:
@@ -283,23 +256,19 @@ def _stored(content: bytes, name: str) -> Image:
     path = cache_folder() / "images" / hashlib.sha256(content).hexdigest()
     image = _checked(content, path, name)
     if not path.exists():
-        _write(path, content, name)
+        temporary = path.with_suffix(f".{uuid4().hex}")  # other processes may write the same image
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise WriteError(
+                f"image {name} cannot be kept in {path.parent}: {error.strerror or error}; set TAILORA_HOME to a "
+                "folder that you may write to"
+            ) from None
     return image
-
-
-def _write(path: Path, content: bytes, name: str) -> None:
-    own = path.with_suffix(f".{uuid4().hex}")  # other processes may write the same image
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_bytes(content)
-        own.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            own.unlink()
-        raise WriteError(
-            f"image {name} cannot be kept in {path.parent}: {error.strerror or error}; set TAILORA_HOME to a folder "
-            "that you may write to"
-        ) from None
 
 
 def _checked(content: bytes, path: Path | None, name: str, formats: Sequence[str] = FORMATS) -> Image:

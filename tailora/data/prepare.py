@@ -140,9 +140,7 @@ def _with_images(
         messages = place_images(chat.messages, parsed if isinstance(parsed, list) else [parsed])
         if has_images(messages) and tokenizer.processor is None:
             return row.problem("the row has images, but the model reads only text; use a vision-language model")
-        messages = read_images(
-            messages, folder, allow_remote=settings.allow_remote_images, failed=tokenizer.failed_urls
-        )
+        messages = read_images(messages, folder)
     except DataError as error:
         return row.problem(error)
     return replace(chat, messages=messages) if has_images(messages) else sample

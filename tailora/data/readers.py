@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tailora.data.images import IS_URL, TO_DOWNLOAD
 from tailora.errors import DataError, listing, nearest, nearest_path, value_type
 
 MAX_SHOWN = 20  # problems in one error
@@ -70,7 +71,8 @@ Rows = Iterator[Row | RowProblem]
 
 def data_error(problems: Sequence[RowProblem]) -> DataError:
     """Returns one error for all problems: the first 20, and the number of further ones."""
-    return DataError(listing([str(problem) for problem in problems], most=MAX_SHOWN))
+    text = listing([str(problem) for problem in problems], most=MAX_SHOWN)
+    return DataError(text + TO_DOWNLOAD if IS_URL in text else text)
 
 
 class Source(NamedTuple):

@@ -62,7 +62,6 @@ class EvalOptions:
     limit: int | None = None  # only the first examples
     samples: int = 3  # answers to show
     image_folder: str | None = None  # of the images in the data; None: the folder of its file
-    allow_remote_images: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,6 @@ def score(
         max_length=max_length,
         system=system,
         image_folder=options.image_folder,
-        allow_remote_images=options.allow_remote_images,
         for_evaluation=True,
     )
     facts, rows = read_eval_data(data, ChatTokenizer.of(tokenizer, settings), options.limit, trained_rows)

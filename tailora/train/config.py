@@ -205,7 +205,6 @@ class TrainConfig(StrictModel):
     image_folder: str | None = Field(
         None, description="folder of the images that rows name; default: the folder of the data file"
     )
-    allow_remote_images: bool = Field(False, description="download images from the http(s) URLs in rows")
     streaming: bool = Field(False, description="stream the data instead of loading it first; requires --max-steps")
     # optimization
     learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")

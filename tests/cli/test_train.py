@@ -461,8 +461,8 @@ def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) ->
     ):  # it is stored with what was trained; eval reads it of an adapter's run
         commands = next_commands(TrainConfig(method=method, learning_rate=1e-4, system="be brief"), tmp_path)
         assert ["be brief" in command for command in commands[:3]] == knows
-    config = TrainConfig(data="a.jsonl", image_folder="images", allow_remote_images=True)
-    assert next_commands(config, tmp_path)[2][-3:] == ["--image-folder", "images", "--allow-remote-images"]
+    config = TrainConfig(data="a.jsonl", image_folder="images")
+    assert next_commands(config, tmp_path)[2][-2:] == ["--image-folder", "images"]
 
 
 def test_an_adapter_of_a_model_for_images_is_merged_because_servers_do_not_load_it(tmp_path: Path) -> None:

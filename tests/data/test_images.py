@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import datasets
@@ -384,12 +385,10 @@ def test_all_problems_of_all_rows_are_reported_at_once(colors: Path, processor: 
         (".", "Is a directory"),
         ("a\nb.png", r"'a\\nb.png': No such file"),
         ("pipe", "is not a file"),
-        ("hf://datasets/a/b.png", r"expected a path or an http\(s\) URL"),
-        ("http://example.com/a.png", "is remote; download it, or use --allow-remote-images"),
         ("data:image/png,abc", "is not a base64 data URL: it does not begin with data:image"),
         ("data:image/png;base64,a", "is not a base64 data URL"),
         ("data:image/png;base64,!!!!", "is not a base64 data URL"),
-        (7, "expected a path, a URL or bytes, got 7"),
+        (7, "expected a path, a data: URL or bytes, got 7"),
         (None, "expected 1, one for each <image> in the messages, got 0"),
     ],
 )
@@ -402,6 +401,15 @@ def test_a_path_or_url_that_must_not_be_read_is_refused(
     os.mkfifo(colors / "pipe")
     (problem,) = problems(write_rows(colors, [chat([{"type": "image", "image": value}])]), processor)
     assert re.match(rf"{colors}/rows.jsonl:1: image.*({cause})", problem)
+
+
+def test_urls_are_refused_with_lines_that_download_them(colors: Path, processor: ProcessorMixin) -> None:
+    urls = ["hf://datasets/a/b.png", "http://example.com/a.png"]
+    _, first, second, *remedy = problems(write_rows(colors, [chat("<image>?", image=url) for url in urls]), processor)
+    for number, (line, url) in enumerate(zip((first, second), urls, strict=True), 1):
+        assert line.endswith(f"rows.jsonl:{number}: image '{url}' is a URL, but images must be files")
+    assert remedy[0].startswith("Download the images")
+    compile(dedent("\n".join(remedy[1:])), "remedy", "exec")
 
 
 def test_a_link_to_a_file_in_the_folder_is_followed(colors: Path, processor: ProcessorMixin) -> None:
@@ -429,7 +437,7 @@ def test_a_link_to_a_file_in_the_folder_is_followed(colors: Path, processor: Pro
             "only user messages can contain images, got role assistant",
         ),
         ({"messages": [{"role": "system", "content": "a"}, REPLY], "image": "red.png"}, "expected a user message"),
-        (chat([TEXT_PART], image={"path": 7}), "expected a path, a URL or bytes, got 7"),
+        (chat([TEXT_PART], image={"path": 7}), "expected a path, a data: URL or bytes, got 7"),
     ],
 )
 def test_a_row_whose_images_do_not_fit_its_messages_is_refused(
