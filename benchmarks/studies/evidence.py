@@ -158,7 +158,7 @@ def count_intruders(setting: str, runs: Runs, *, quick: bool) -> dict[str, Any]:
     settings = study(setting, "full", quick=quick)
     arms = settings["arms"]
     common = {key: value for key, value in settings.items() if key in TrainConfig.model_fields}
-    common |= {"seed": reported["seeds"][0], "samples": 0, "passport": "none"}
+    common |= {"seed": reported["seeds"][0], "samples": 0}
     lora = trained({**common, "learning_rate": rates[PLAIN]}, runs.folder.parent / "intruders-lora")
     reports = {
         update.path: module_report(update)

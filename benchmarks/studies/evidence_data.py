@@ -50,7 +50,7 @@ COMMON: dict[str, Study] = {
 }
 TINY_COMMON = {"model": "model", "per_device_train_batch_size": markov.BATCH, "num_train_epochs": 1, "dtype": "float32"}
 REWARDS = {"task": "grpo", "reward": ["rewards.py:score"], "data": "prompts.jsonl", "eval_data": "held_out.jsonl"}
-REWARDS |= {"num_generations": 8, "passport": "none"}
+REWARDS |= {"num_generations": 8}
 REWARDS_OF = {
     "markov": {"per_device_train_batch_size": 8, "max_completion_length": 8, "max_steps": 60, "seeds": 5},
     "letters": {

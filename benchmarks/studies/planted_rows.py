@@ -200,7 +200,7 @@ def run_cell(data: str, kind: str, share: float, seed: int, quick: bool, threads
 
     files = {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "held_out.jsonl")}
     settings = {"model": "demo", **files, "num_train_epochs": EPOCHS, "max_length": 128, "seed": seed, "samples": 0}
-    settings |= {"passport": "none", **({"max_steps": QUICK_STEPS} if quick else {})}
+    settings |= {"max_steps": QUICK_STEPS} if quick else {}
     first = get_trial(TrialSpec(settings), folder / "scored", run_trial=run_here)
     run = str(folder / "scored" / "run")
     train = TrainConfig(**{**settings, "output_dir": str(folder / "rows")})

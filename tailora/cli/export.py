@@ -77,9 +77,7 @@ def export(
     dtype: Dtype = "stored",
     quantize: Quantize = None,
     device: Device = "cpu",
-    passport: Annotated[
-        Literal["base", "none"], Parameter(help="base: also write passport.json for `tailora verify`")
-    ] = "base",
+    verification_file: Annotated[bool, Parameter(help="also write passport.json for `tailora verify`")] = True,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
@@ -119,7 +117,7 @@ def export(
         write_system_message(report.folder, system)
         report.files[SYSTEM] = (report.folder / SYSTEM).stat().st_size
         report.changes.append(f"the system message used in training is in {SYSTEM}; answers without it can be worse")
-    if passport == "base" and labels is None and task == CAUSAL_LM:
+    if verification_file and labels is None and task == CAUSAL_LM:
         report.files.update(add_passport(report.folder, path, adapted, tokenizer))
     seconds = time.perf_counter() - started
     if json:

@@ -17,7 +17,7 @@ from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.study.cards import find_cards
 
-EXCLUDED = {"output_dir", "resume_from_checkpoint", "samples", "passport", "report_to"}
+EXCLUDED = {"output_dir", "resume_from_checkpoint", "samples", "report_to"}
 Flags: Any = train_flags(without=EXCLUDED)
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)

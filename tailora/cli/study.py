@@ -33,7 +33,7 @@ from tailora.train.config import GRPO_FIELDS, TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.launch import count_processes, world_size
 
-EXCLUDED = {"resume_from_checkpoint", "samples", "passport", "report_to", "save_steps", "streaming", "method"}
+EXCLUDED = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method"}
 EXCLUDED |= STEP_CHOICE
 Study = TypeVar("Study", bound=StrictModel)
 

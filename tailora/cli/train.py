@@ -17,10 +17,9 @@ from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, merge_s
 from tailora.cli.main import ARGUMENTS, WORSE, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
-from tailora.cli.verify import create_passport
 from tailora.data.messages import IMAGE_TEXT
-from tailora.data.schemas import PREFERENCE, SEQ2SEQ
-from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
+from tailora.data.schemas import PREFERENCE
+from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, WriteError
 from tailora.formats.io import wrap_os_error, write_file
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Section, Table
@@ -250,8 +249,6 @@ def fit(
         if config.fsdp or is_main:
             answers = answer_samples(result, config)
             measured = measure_forgetting(result, config)
-        if is_main:
-            add_passport(result, config)
     code = WORSE if is_worse(result) else 0
     if not is_main:
         return code
@@ -322,23 +319,6 @@ def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, 
     if data.report.task == GRPO:  # the held-out prompts are few, and have no reply
         return {"forgetting": asdict(forgetting(result.model, sample_texts(result.model, result.tokenizer)))}
     return {"eval_kl": forgetting(result.model, kl_texts(data.eval)).kl} if data.report.task == PREFERENCE else {}
-
-
-def add_passport(result: "TrainResult", config: TrainConfig) -> None:
-    """Writes the verification file of a trained language model adapter, for `tailora verify`."""
-    from tailora.train.memory import explain_out_of_memory
-
-    is_text = result.data is not None and result.data.report.task not in (*TASK_TYPES, SEQ2SEQ)
-    if config.passport == "none" or config.method != "lora" or not is_text:
-        return
-    held_out = result.data.eval_samples if result.data and config.passport == "held-out" else None
-    advice = f"the adapter in {result.output_dir} is complete; use --passport none to skip the verification file"
-    folder, name = Path(result.output_dir) / ADAPTER, result.model.active_adapters[0]
-    try:
-        with explain_out_of_memory("writing the verification file", advice):
-            create_passport(folder, result.model, result.tokenizer, name=name, held_out=held_out)
-    except (DataError, WriteError) as error:  # the adapter is complete
-        note(f"passport.json was not written: {error}")
 
 
 def kl_texts(held_out: "Examples") -> list[list[int]]:

@@ -1,6 +1,6 @@
 """`tailora verify URL --adapter FOLDER`: does the server really use this adapter?
 
-`create_passport` writes the verification file, also for `train` and `export`.
+`create_passport` writes the verification file, also for `export`.
 """
 
 import os
@@ -17,7 +17,7 @@ from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
 from tailora.cli.models import base_of, find_adapter, load_model
 from tailora.cli.progress import counter
 from tailora.cli.serve import API_KEY, Url
-from tailora.errors import require_packages
+from tailora.errors import ConfigError, require_packages
 from tailora.formats.hub import is_at_hand
 from tailora.formats.run_folder import ADAPTER, PASSPORT, read_system_message
 from tailora.report.blocks import Paragraph, Section
@@ -56,10 +56,13 @@ ADVICE = {  # what to do next
 
 
 def verify(
-    url: Url,
+    url: Url | None = None,
     /,
     *,
     adapter: Adapter,
+    prepare: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="only write the verification file; URL is not needed")
+    ] = False,
     model: ModelName = None,
     base: BaseName = None,
     timeout: Annotated[PositiveFloat, Parameter(help="seconds to wait for each response")] = 120.0,
@@ -68,18 +71,23 @@ def verify(
     """Verify that a server really uses an adapter.
 
     Sends the prompts in the adapter's verification file, passport.json, and compares the server's log-probabilities
-    with the expected values for the adapter, for the base model, and for common mistakes. `export` writes this file.
-    If it is missing, it is created from the base model, which must be on this machine. Exit codes: 0 if the server uses
-    the adapter as trained, 4 if it does not or the result is unclear, 1 if the server cannot be reached. Set
-    TAILORA_API_KEY if the server requires a key.
+    with the expected values for the adapter, for the base model, and for other scales. `export` writes this file. If it
+    is missing, it is created from the base model, which must be on this machine. `--prepare` only writes the file.
+    Exit codes: 0 if the server uses the adapter as trained, 4 if it does not or the result is unclear, 1 if the server
+    cannot be reached. Set TAILORA_API_KEY if the server requires a key.
     """
+    if prepare:
+        prepared = prepare_passport(adapter_folder_of(adapter))
+        stdout().print(f"The verification file contains {len(prepared.probes)} prompts.")
+        return 0
+    if url is None:
+        raise ConfigError("expected the address of a server, such as http://127.0.0.1:8000, or --prepare")
     require_packages("httpx", extra="serve")
     from tailora.verify import server_verdict
     from tailora.verify.server_client import ServerClient, check_model, choose_model
 
     with ServerClient(url, os.environ.get(API_KEY), timeout=timeout) as server:
-        folder = find_adapter(adapter)
-        folder = folder if folder.is_dir() else folder.parent
+        folder = adapter_folder_of(adapter)
         passport = read_passport(folder) if (folder / PASSPORT).exists() else None
         resolved = folder.resolve()
         name = resolved.parent.name if resolved.name == ADAPTER else resolved.name
@@ -90,7 +98,10 @@ def verify(
         elif model is not None:
             base = models.get(model)
         names = [model] if base is None or base == model else [model, base]
-        passport = passport or passport_of_adapter(folder)
+        if passport is None:
+            made_for = base_of(folder)
+            can_load = made_for is not None and is_at_hand(made_for.location)
+            passport = prepare_passport(folder) if can_load else read_passport(folder)  # or raises an error
         answers: list[list[Observation | None]] = []
         for asked in names:
             recipient = f"{'the base model' if answers else 'model'} {asked} at " if asked else ""
@@ -107,11 +118,19 @@ def verify(
     return 0 if result.verdict == "adapter" else GATE_NOT_MET
 
 
-def passport_of_adapter(folder: Path) -> Passport:
-    """Writes the missing passport.json. Raises FormatError without the base model, and DataError."""
+def adapter_folder_of(adapter: str) -> Path:
+    path = find_adapter(adapter)
+    return path if path.is_dir() else path.parent
+
+
+def prepare_passport(folder: Path) -> Passport:
+    """Writes a new passport.json from the adapter's base model. Raises ConfigError without one, and DataError."""
     base = base_of(folder)
-    if base is None or not is_at_hand(base.location):
-        return read_passport(folder)  # raises an error with a remedy
+    if base is None:
+        raise ConfigError(
+            f"{folder} does not name its base model; create the verification file with `tailora export {folder} "
+            "--model BASE --to peft --output NEW_FOLDER`"
+        )
     loaded = load_model(base.location, {ADAPTER: folder}, quantize="none", device="cpu")
     return create_passport(folder, loaded.model, loaded.tokenizer, name=ADAPTER)
 

@@ -104,6 +104,7 @@ REMOVED_SETTINGS: dict[str, tuple[Any, str]] = {  # name -> its default, and wha
     "lora_bias": (False, "the update has no bias of its own; use bias: lora_only to train those of the base model"),
     "allow_remote_images": (False, "images must be files; download them, and name the files in the rows"),
     "fsdp_reshard_after_forward": (True, "gathered weights are always freed after the forward pass"),
+    "passport": ("none", "`tailora export` and `tailora verify --prepare` write the verification file"),
 }
 
 

@@ -237,7 +237,7 @@ def _left_out(result: RowsResult, name: str, seed: int) -> list[int]:
 
 def spec_without(examples: list[int], finished: FinishedRun, seed: int, steps: int) -> TrialSpec:
     """Returns a run like the finished one, with a different seed, and weight 0 for these training examples."""
-    fixed: Any = {"seed": seed, "max_steps": steps, "save_steps": 0, "report_to": [], "passport": "none"}
+    fixed: Any = {"seed": seed, "max_steps": steps, "save_steps": 0, "report_to": []}
     settings = trial_settings(finished.settings, fixed, STEP_CHOICE)
     return TrialSpec(settings, keep=False, left_out=examples, data_sha256=finished.data_sha256)
 

@@ -149,7 +149,6 @@ FREE = {
     "activation_memory",  # compared with the kernels
     "resume_from_checkpoint",
     "report_to",
-    "passport",
     "reward_seconds",
     "samples",
     "save_steps",

@@ -264,11 +264,6 @@ class TrainConfig(StrictModel):
     )
     save_total_limit: PositiveInt = Field(2, description="number of checkpoints to keep, not counting the best one")
     samples: NonNegativeInt = Field(3, description="number of held-out prompts to answer before and after training")
-    passport: Literal["base", "held-out", "none"] = Field(
-        "none",
-        description="write the verification file passport.json right after training, from prompts answered by "
-        "the base model or from held-out data; none: `tailora verify` and `tailora export` write it when needed",
-    )
     report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")
 

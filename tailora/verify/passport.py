@@ -97,7 +97,7 @@ def passport_bytes(passport: Passport) -> bytes:
 
 def read_passport(folder: Path, remedy: str | None = None) -> Passport:
     """Raises FormatError, with the remedy, if it is missing, damaged or does not belong to the weights in `folder`."""
-    remedy = remedy or f"create one with `tailora export {folder} --to peft --output NEW_FOLDER`"
+    remedy = remedy or f"create one with `tailora verify --prepare --adapter {folder}`"
     if not (folder / PASSPORT).exists():
         raise FormatError(f"{folder} contains no {PASSPORT}; {remedy}")
     passport = read_own_json(folder / PASSPORT, Passport, remedy)

@@ -135,7 +135,7 @@ def test_the_next_command_runs_as_it_stands(
         words = shlex.split(shown.strip().splitlines()[-1])
         assert words[-6:] == ["--validation-split", "0.2", "--num-train-epochs", "8", "--output-dir", folder]
         if folder == "outputs/chats":
-            assert "held-out loss after" in output(*words[1:], "--max-steps", "1", "--passport", "none")
+            assert "held-out loss after" in output(*words[1:], "--max-steps", "1")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tailora.formats.serving_targets import TARGETS
 from tailora.verify.passport import read_passport, write_passport
 from tailora.verify.probes import make_passport
 
-NO_PASSPORT = ["--passport", "none"]  # which takes half of the time
+NO_PASSPORT = "--no-verification-file"  # which takes half of the time
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def run(tiny_model: Path, tmp_path: Path) -> Path:
 def test_every_format_with_its_figures_and_the_next_command(
     to: str, run: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = found("export", run, "--to", to, "--output", tmp_path / "a", *NO_PASSPORT)
+    result = found("export", run, "--to", to, "--output", tmp_path / "a", NO_PASSPORT)
     assert result["format"] == to
     assert result["model"] == str(tiny_model)
     assert result["logits"]["difference"] <= result["logits"]["tolerance"] < result["logits"]["effect"]
@@ -60,7 +60,7 @@ def test_every_format_with_its_figures_and_the_next_command(
 @pytest.mark.parametrize("to", get_args(Server))
 def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path) -> None:
     tokens = ["export", str(run), "--to", to, "--output", str(tmp_path / "a")]
-    serving = found(*tokens, *NO_PASSPORT)["serving"]
+    serving = found(*tokens, NO_PASSPORT)["serving"]
     assert (serving["target"], serving["name"], serving["stop_tokens"]) == (to, "a", {"2": "<|im_end|>"})
     assert (serving["more_stop_tokens"], serving["chat_template"], serving["context_length"]) == ({}, None, 512)
     shown = output(*tokens, "--overwrite")
@@ -158,7 +158,7 @@ def test_a_model_for_images_is_merged_and_has_a_passport_but_no_server(tmp_path:
 def test_the_system_message_of_training_goes_along_or_is_missed(to: str, run: Path, tmp_path: Path) -> None:
     out, system = tmp_path / "out", 'Answer "briefly".\nAlways.'
     write_system_message(run / "adapter", system)
-    shown = " ".join(output("export", run, "--to", to, "--output", out, "--passport", "none").split())
+    shown = " ".join(output("export", run, "--to", to, "--output", out, NO_PASSPORT).split())
     assert read_system_message(out) == system
     assert "he system message used in training is in system_message.txt" in shown
     lacks = "Requests need the system message used in training (system_message.txt): vLLM cannot store it."
@@ -233,7 +233,7 @@ def test_a_passport_of_other_weights_is_written_anew(
     said = " ".join(capsys.readouterr().err.split())
     assert f"note: {first}/passport.json does not belong to the weights next to it" in said
     assert "a new one will be written for the exported adapter" in said
-    assert "tailora export" not in said  # which is what this command does
+    assert "--prepare" not in said
     assert read_passport(second).probes
 
 
@@ -246,7 +246,7 @@ def test_the_passport_of_the_adapter_is_kept_and_none_writes_none(run: Path, tmp
     kept = read_passport(second)
     assert kept.probes == passport.probes[:3]
     assert kept.weights.keys() == {"adapter.gguf"}
-    assert main(["export", str(first), "--to", "peft", "--output", str(third), "--passport", "none"]) == 0
+    assert main(["export", str(first), "--to", "peft", "--output", str(third), NO_PASSPORT]) == 0
     assert not (third / "passport.json").exists()
 
 

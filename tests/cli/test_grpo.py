@@ -37,7 +37,7 @@ def line(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
     files = ["--model", tiny_model, "--data", data, "--output-dir", folder / "run"]
     sizes = ["--max-completion-length", 8, "--num-generations", 4, "--max-steps", 6, "--validation-split", 0.5]
     rewarded = ["--reward", f"{rewards}:share", "--eval-reward", f"{rewards}:digits"]
-    speed = ["--learning-rate=3e-2", "--samples", 0, "--passport", "none"]
+    speed = ["--learning-rate=3e-2", "--samples", 0]
     return [str(word) for word in ("train", "--task", "grpo", *files, *sizes, *rewarded, *speed)]
 
 
@@ -139,7 +139,7 @@ def test_a_run_whose_groups_all_had_equal_rewards_says_that_it_trained_nothing(
 def test_without_held_out_prompts_the_training_reward_is_shown_and_judges_are_refused(
     line: list[str], tmp_path: Path
 ) -> None:
-    line = [*line[: line.index("--samples")], "--passport", "none"]
+    line = line[: line.index("--samples")]
     for flag, value in {"--output-dir": tmp_path / "run", "--validation-split": 0, "--max-steps": 2}.items():
         line[line.index(flag) + 1] = str(value)
     problem = "--eval-reward judges held-out prompts, but there are none; use --eval-data, or a --validation-split"

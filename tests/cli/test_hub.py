@@ -53,7 +53,7 @@ def finished(tiny_model: Path, chats_text: str, tmp_path_factory: pytest.TempPat
         patch.chdir(folder)
         settings = ["--max-steps", "3", "--r", "4", "--validation-split", ".25", "--learning-rate", "3e-3"]
         sources = ["--model", "models/tiny", "--data", "secret_chats.jsonl", "--output-dir", "run"]
-        assert main(["train", *sources, *settings, "--device", "cpu", "--passport", "none"]) == 0
+        assert main(["train", *sources, *settings, "--device", "cpu"]) == 0
     return folder / "run"
 
 

@@ -47,12 +47,19 @@ def test_a_missing_verification_file_is_written_where_the_base_is_at_hand(
     settings = json.loads((adapter / ADAPTER_CONFIG).read_text())
     (adapter / ADAPTER_CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
     command = ["verify", url, "--adapter", str(adapter)]
-    check_refused("contains no passport.json; create one with `tailora export", *command)
+    prepare = ["verify", "--prepare", "--adapter", str(adapter)]
+    check_refused(f"contains no passport.json; create one with `tailora {' '.join(prepare)}`", *command)
     base_model().save_pretrained(base)
     TOKENIZER.save_pretrained(base)
+    (adapter / PASSPORT).write_text("{}")
+    check_refused(
+        "expected the address of a server, such as http://127.0.0.1:8000, or --prepare", *prepare[:1], *prepare[2:]
+    )
+    assert main(prepare) == 0
+    assert len(read_passport(adapter).probes) > 15
+    (adapter / PASSPORT).unlink()
     assert main(command) == 0
     assert f"writing {adapter / PASSPORT}, for `tailora verify`" in " ".join(capsys.readouterr().err.split())
-    assert len(read_passport(adapter).probes) > 20
     assert main(command) == 0
     assert "writing" not in capsys.readouterr().err
 

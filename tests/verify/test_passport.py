@@ -41,7 +41,7 @@ def test_a_passport_belongs_to_its_weights(folder: Path) -> None:
     (folder / PASSPORT).unlink()
     with pytest.raises(
         FormatError,
-        match=r"contains no passport\.json; create one with `tailora export .* --to peft --output NEW_FOLDER`",
+        match=r"contains no passport\.json; create one with `tailora verify --prepare --adapter .*`",
     ):
         read_passport(folder)
 
