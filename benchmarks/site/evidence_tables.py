@@ -1,7 +1,4 @@
-"""Tables of docs/experiments.md and docs/questions/learning_rate.md, from what evidence.py and learning_rates.py wrote.
-
-A cell that was not measured contains a note.
-"""
+"""Tables of docs/experiments.md and docs/questions/learning_rate.md, from recorded results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,20 +6,21 @@ from statistics import median
 from typing import Any
 
 from benchmarks.site.tables import table
-from benchmarks.studies.evidence_data import FULL, MODEL_OF, PLAIN, STUDIES
-from benchmarks.studies.evidence_rules import FAILS, HOLDS, STATEMENTS, UNCLEAR, Finding, overall
+from benchmarks.studies.evidence_data import FULL, MODEL_OF, PLAIN
+from benchmarks.studies.evidence_rules import LESS, MARGIN, MORE_INTRUDERS, STATEMENTS, Finding, better, overall
 from benchmarks.studies.learning_rates import is_judged
 
 Content = Mapping[str, Any]  # of evidence.json
-MISSING, ORDER = "not measured", (HOLDS, FAILS, UNCLEAR)
+HOLDS, FAILS, UNCLEAR, NO_GAIN, FALSE, EQUAL = "holds", "does not hold", "cannot tell", "no gain", "false", "equal"
+ORDER = (FALSE, NO_GAIN, EQUAL, UNCLEAR, HOLDS)  # of a statement with several parts, the first one counts
 SETTINGS = {
     "markov": "tiny model, changed language",
     "reviews": "SmolLM2-135M, film reviews",
     "chats": "SmolLM2-135M, chats",
     "letters": "SmolLM2-135M, first letters",
-    "tiny_lm": "tiny model, [experiment 6](#experiment-6-a-tiny-language-model)",
+    "tiny_lm": "tiny model, experiment 6",
 }
-NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "rank": ["rank", "few"], "mlp": ["layers"]}
+VARIANTS = ("dora", "pissa", "loraplus", "rslora")
 ARMS = {
     PLAIN: "LoRA, r = 8",
     FULL: "full fine-tuning",
@@ -52,44 +50,51 @@ def verdicts(content: Content) -> str:
     rows = []
     for name, (text, _) in STATEMENTS.items():
         found = findings_of(content, name)
+        failed = {word(finding) for finding in found} & {FALSE, NO_GAIN, EQUAL}
+        verdict = overall(found)
+        if verdict == FAILS:
+            verdict = failed.pop() if len(failed) == 1 else NO_GAIN  # which the other two include
         of_models = [counted([each for each in found if MODEL_OF[each.setting] == model]) for model in models]
-        rows.append([text, f"**{overall(found)}**" if found else MISSING, *of_models])
+        rows.append([text, f"**{verdict}**", *of_models])
     return table(["statement", "verdict", *models], rows)
+
+
+def word(finding: Finding) -> str:
+    """Returns the verdict; what does not hold is "equal" (within the margin), "false" (the opposite) or "no gain"."""
+    value, low, high = finding.value, finding.low, finding.high
+    verdict = better(value, low, high) if finding.statement == "alpha" else finding.verdict  # not of all parts
+    if verdict != FAILS or finding.statement in ("rank", "rate", "rewards"):
+        return FALSE if verdict == FAILS else verdict
+    centre, margin = {"forgetting": (1, 1 - LESS), "intruders": (0, MORE_INTRUDERS)}.get(finding.statement, (0, MARGIN))
+    if centre - margin < low and high < centre + margin:
+        return EQUAL
+    return FALSE if low > centre else NO_GAIN
 
 
 def counted(found: Sequence[Finding]) -> str:
     """Returns what the settings say, and how many of them: "holds (2), cannot tell (1)"."""
-    given = list({finding.setting: finding.verdict for finding in found}.values())
-    return ", ".join(f"{verdict} ({given.count(verdict)})" for verdict in ORDER if verdict in given) or MISSING
+    words = {each.setting: [word(part) for part in found if part.setting == each.setting] for each in found}
+    given = [min(of_setting, key=ORDER.index) for of_setting in words.values()]
+    return ", ".join(f"{verdict} ({given.count(verdict)})" for verdict in ORDER if verdict in given)
 
 
-def statement(content: Content, name: str) -> str:
-    """What every setting shows of a statement. Settings that were planned and are missing are named."""
-    found = findings_of(content, name)
-    rows = [
-        [SETTINGS[each.setting], named(each.quantity), number(each), f"{each.verdict}{remark(each)}"] for each in found
-    ]
-    planned = [setting for setting, studies in STUDIES.items() if set(NEEDED.get(name, [name])) & set(studies)]
-    missing = [setting for setting in planned if setting not in {each.setting for each in found}]
-    rows += [[SETTINGS[setting], "", "", MISSING] for setting in missing]
+def statement_of(content: Content, names: Sequence[str]) -> str:
+    """What every setting shows of these statements."""
+    found = [each for name in names for each in findings_of(content, name)]
+    rows = [[SETTINGS[each.setting], named(each.quantity), number(each), word(each)] for each in found]
     return table(["where", "what", "value (95% interval)", "verdict"], rows)
 
 
 def named(quantity: str) -> str:
-    """Returns "dora - lora, nats per token" with the arms in words."""
-    arms, comma, unit = quantity.partition(",")
-    words = " - ".join(ARMS.get(arm, arm) for arm in arms.split(" - "))
-    return f"{words}{comma}{unit}"
+    """Returns "dora - lora, nats per token" with the arms in words, without the unit."""
+    arms = quantity.removesuffix(", nats per token").removesuffix(", reward").split(" - ")
+    return " - ".join(ARMS.get(arm, arm) for arm in arms)
 
 
 def number(finding: Finding) -> str:
     form = "{:.1f}" if finding.statement == "rate" else "{:.2f}" if finding.statement == "forgetting" else "{:+.3f}"
     value, low, high = (form.format(end) for end in (finding.value, finding.low, finding.high))
     return f"{value} ({low} to {high})"
-
-
-def remark(finding: Finding) -> str:
-    return f": {finding.remark}" if finding.remark else ""
 
 
 def source(content: Content) -> str:
@@ -122,8 +127,6 @@ def intruders(content: Content) -> str:
             counts = [f"{means[name]:.2f}" for name in names[:3]]
             norms = [f"{means[name]:.3f}" for name in names[3:]]
             rows.append([SETTINGS[cell["cell"]["setting"]], str(len(matrices)), *counts, *norms])
-    if not rows:
-        return "Not measured."
     head = ["where", "matrices", "LoRA, of 10", "full, of 10", "random, of 10", "LoRA, dW/W", "full, dW/W"]
     return table(head, rows)
 
@@ -230,7 +233,8 @@ def span(values: Sequence[float], form: str) -> str:
 
 PARTS: dict[str, Callable[[Content], str]] = {  # name of a part of the page -> what makes it
     "evidence-verdicts": verdicts,
-    **{f"evidence-{name}": partial(statement, name=name) for name in STATEMENTS},
+    **{f"evidence-{name}": partial(statement_of, names=[name]) for name in STATEMENTS if name not in VARIANTS},
+    "evidence-variants": partial(statement_of, names=VARIANTS),
     "evidence-matrices": intruders,
     "evidence-source": source,
 }
