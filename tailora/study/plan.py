@@ -446,7 +446,7 @@ def full_fine_tuning(
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
 
 
-WITHOUT_FSDP = {"fsdp": False, "fsdp_reshard_after_forward": True, "fsdp_offload_params": False}
+WITHOUT_FSDP = {"fsdp": False, "fsdp_offload_params": False}
 AS_SET = "as set"
 ACTIVATIONS = f"--activation-memory {ACTIVATION_MEMORY}"
 CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"

@@ -144,7 +144,6 @@ FREE = {
     "output_dir",
     "device",  # only the device type is compared
     "fsdp",
-    "fsdp_reshard_after_forward",
     "fsdp_offload_params",
     "activation_memory",  # compared with the kernels
     "resume_from_checkpoint",
@@ -178,20 +177,17 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
     if diverged and now["learning_rate"] < then["learning_rate"]:
         free = free | {"learning_rate"}
-    facts = (saved.keys() & current.keys()) - {"settings", "base"}  # earlier versions recorded fewer
+    facts = current.keys() - {"settings", "base"}
     remedy = ""
-    if saved.get("processes") != current["processes"]:
-        batches_then = batches_per_step(then, saved.get("processes", 1))
+    if saved["processes"] != current["processes"]:
+        batches_then = batches_per_step(then, saved["processes"])
         batches, rest = divmod(batches_then, current["processes"])
         if batches_then == batches_per_step(now, current["processes"]):
             facts, free = facts - {"processes"}, free | {ACCUMULATION}
         elif not rest:
             remedy = f"\nTo take the same steps on {current['processes']} processes, use --gradient-accumulation-steps"
             remedy += f" {batches}"
-    # a run of an earlier version, which had no such setting, did what is now the default
-    defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
-    names = sorted((then.keys() | now.keys()) - free - FREE)  # earlier versions stored some of FREE
-    compared = [(name, then.get(name, defaults.get(name)), now.get(name)) for name in names]
+    compared = [(name, then.get(name), now[name]) for name in sorted(now.keys() - free)]
     compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
     changes = [f"{name} was {old!r} and is now {new!r}" for name, old, new in compared if old != new]
     bases = [

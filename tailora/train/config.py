@@ -22,8 +22,7 @@ LabelTask = Literal["sequence-classification", "regression", "token-classificati
 GRPO = "grpo"  # task: reinforcement learning
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "rloo"]
-Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
-SHARDED_QUANTIZE = ("nf4", "fp4")  # FSDP2 can shard these; it would lose the scales of the others
+Quantize = Literal["nf4", "int8", "torchao-int8"]
 NATS_PER_TOKEN = "nats per token"  # the unit of a language model's loss
 PER_EXAMPLE = "per example"  # the unit of losses of preferences
 REWARD = "reward"  # the unit of reinforcement learning, whose loss of held-out prompts is minus their reward
@@ -64,7 +63,7 @@ COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ..
     (("streaming",), "max_steps", True),  # a stream has no end
     (("skip_bad_rows",), "streaming", False),
     (("early_stopping_patience",), "eval_steps", True),
-    (("fsdp_reshard_after_forward", "fsdp_offload_params"), "fsdp", True),
+    (("fsdp_offload_params",), "fsdp", True),
 )
 
 
@@ -165,7 +164,6 @@ class TrainConfig(StrictModel):
     )
     use_rslora: bool = Field(False, description="rank-stabilized LoRA: scale by alpha / sqrt(r)")
     use_dora: bool = Field(False, description="DoRA: also train the magnitude of every output row")
-    lora_bias: bool = Field(False, description="add a trainable bias to the update")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases of the base model to train")
     trainable_token_indices: list[int] | None = Field(
         None, description="ids of tokens whose embeddings are trained, such as new tokens"
@@ -243,9 +241,6 @@ class TrainConfig(StrictModel):
     quantize: Quantize | None = Field(None, description="quantization method for the base model")
     device: str = Field("auto", description="device: auto (a GPU if available), cpu, cuda, cuda:1, mps, xpu")
     fsdp: bool = Field(False, description="shard the base model across processes (FSDP2)")
-    fsdp_reshard_after_forward: bool = Field(
-        True, description="FSDP2: free gathered weights between the forward and the backward pass"
-    )
     fsdp_offload_params: bool = Field(
         False, description="FSDP2: keep sharded weights in host memory and copy each layer to the device when it runs"
     )
@@ -301,8 +296,8 @@ class TrainConfig(StrictModel):
                 "--method full needs an explicit --learning-rate; use a lower one than for LoRA, such as 5e-5",
             ),
             (
-                self.fsdp and self.quantize and self.quantize not in SHARDED_QUANTIZE,
-                f"--fsdp does not support --quantize {self.quantize}, because its scales would be lost; use nf4 or fp4",
+                self.fsdp and self.quantize not in (None, "nf4"),  # FSDP2 would lose the scales of the others
+                f"--fsdp does not support --quantize {self.quantize}, because its scales would be lost; use nf4",
             ),
             (
                 self.optim == "adamw_8bit" and self.fsdp and full,

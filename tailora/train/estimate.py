@@ -411,8 +411,7 @@ def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process
     gradients, stored, gathered, fragmentation = step.gradients, weights.stored, 0, FRAGMENTATION
     if shards > 1:
         stored = weights.outside if config.fsdp_offload_params else weights.on_rank(shards)
-        gathered = weights.largest_layer if config.fsdp_reshard_after_forward else weights.sharded
-        gathered += (2 if is_on_cpu else 1) * weights.largest_layer
+        gathered = (3 if is_on_cpu else 2) * weights.largest_layer
         fragmentation = FRAGMENTATION_SHARDED if is_on_cpu else FRAGMENTATION
         if isinstance(fake.model, FullModel):
             growth = adapter_dtype(fake.base.dtype).itemsize // fake.base.dtype.itemsize

@@ -40,7 +40,6 @@ from tailora.formats.hub import check_model_exists
 from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import ADAPTER_CONFIG, TOKENIZER_FILES, adapter_folder, recorded_metadata
 from tailora.quiet import quiet_transformers
-from tailora.train.config import SHARDED_QUANTIZE
 from tailora.train.image_text_to_text import check_processor
 from tailora.train.parallel import Sharding
 from tailora.train.quantize import (
@@ -366,7 +365,7 @@ def fitted_labels(labels: Labels, config: PretrainedConfig) -> Labels:
 def check_can_be_sharded(config: PretrainedConfig, name: str, quantize: str | None = None) -> None:
     """Raises ConfigError unless quantized weights keep their scales on the layer. quantize: None: as in the files."""
     stored = stored_quantization(config)
-    if quantize in SHARDED_QUANTIZE or (quantize is None and stored.get("load_in_4bit")):
+    if quantize == "nf4" or (quantize is None and stored.get("load_in_4bit")):
         return
     if method := quantize or stored.get("quant_method"):
         eight_bits = ", in 8 bits" if stored.get("load_in_8bit") else ""

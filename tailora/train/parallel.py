@@ -114,12 +114,10 @@ class Sharding:
     From then on every forward, and every read of a weight's numbers (`whole_tensor`), needs all ranks.
 
     device: of this rank.
-    reshard_after_forward: False keeps gathered weights until the backward has used them.
     offload_params: keeps the rank's parts in pinned host memory; forward and backward copy a layer to the device.
     """
 
     device: torch.device
-    reshard_after_forward: bool = True
     offload_params: bool = False
 
     def shard(self, base: PreTrainedModel) -> None:
@@ -136,7 +134,6 @@ class Sharding:
             fully_shard(
                 layer,
                 mesh=mesh,
-                reshard_after_forward=self.reshard_after_forward,
                 offload_policy=CPUOffloadPolicy() if self.offload_params else OffloadPolicy(),
                 mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
                 ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},

@@ -1,10 +1,9 @@
 """Quantized base models: the methods of `--quantize`, and the formats of models that are quantized already.
 
     METHODS  name of --quantize -> how to quantize
-    nf4, fp4       bitsandbytes: 4 bits, in blocks of 64; the scales are quantized too (QLoRA, arXiv:2305.14314)
+    nf4            bitsandbytes: 4 bits, in blocks of 64; the scales are quantized too (QLoRA, arXiv:2305.14314)
     int8           bitsandbytes: 8 bits, one scale a row (LLM.int8, arXiv:2208.07339); evaluation rounds inputs too
     torchao-int8   torchao: 8 bits, one scale a row, weights only; its backward keeps a 16-bit copy of every weight
-    torchao-int4   torchao: 4 bits in groups of 32, weights only; has no kernel for a CPU (0.18)
 
     QUANTIZED_FORMATS  quant_method of config.json -> how to load the files
 
@@ -66,7 +65,7 @@ class Method:
     package: str
     settings: Callable[[torch.dtype], Any]  # precision of the other tensors -> quantization_config of transformers
     layer: Callable[[nn.Linear], nn.Module]  # plain layer -> quantized layer
-    stored: Stored | None = None  # None if unknown
+    stored: Stored
 
 
 def _four_bit_scales(weight: Tensor) -> int:
@@ -86,46 +85,47 @@ def _bitsandbytes_layer(class_name: str, settings: dict[str, Any], plain: nn.Lin
     return layer.to(plain.weight.device)
 
 
-def _four_bits(quant_type: str) -> Method:
-    def settings(dtype: torch.dtype) -> Any:
-        return transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant_type,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=True,
-        )
-
-    layer = partial(_bitsandbytes_layer, "Linear4bit", {"quant_type": quant_type})
-    return Method("bitsandbytes", settings, layer, Stored(4, _four_bit_scales))
+def _nf4(dtype: torch.dtype) -> Any:
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
 
 
-def _torchao(bits: int, stored: Stored | None = None) -> Method:
-    def config() -> Any:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+def _torchao_int8(_: torch.dtype) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
 
-        return Int8WeightOnlyConfig(version=2) if bits == 8 else Int4WeightOnlyConfig(group_size=32)
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
 
-    def layer(plain: nn.Linear) -> nn.Module:
-        from torchao.quantization import quantize_
 
-        plain = plain.requires_grad_(False).to(torch.bfloat16 if bits == 4 else None)
-        quantize_(plain, config())
-        return plain
+def _torchao_layer(plain: nn.Linear) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    return Method("torchao", lambda _: transformers.TorchAoConfig(config()), layer, stored)
+    quantize_(plain.requires_grad_(False), Int8WeightOnlyConfig(version=2))
+    return plain
 
 
 METHODS = {
-    "nf4": _four_bits("nf4"),
-    "fp4": _four_bits("fp4"),
+    "nf4": Method(
+        "bitsandbytes",
+        _nf4,
+        partial(_bitsandbytes_layer, "Linear4bit", {"quant_type": "nf4"}),
+        Stored(4, _four_bit_scales),
+    ),
     "int8": Method(
         "bitsandbytes",
         _int8,
         partial(_bitsandbytes_layer, "Linear8bitLt", {"has_fp16_weights": False}),
         Stored(8, lambda weight: 4 * len(weight), per_output=4),  # sums of int8 are int32
     ),
-    "torchao-int8": _torchao(8, Stored(8, lambda weight: weight.itemsize * len(weight), keeps_dense=True)),
-    "torchao-int4": _torchao(4),
+    "torchao-int8": Method(
+        "torchao",
+        _torchao_int8,
+        _torchao_layer,
+        Stored(8, lambda weight: weight.itemsize * len(weight), keeps_dense=True),
+    ),
 }
 
 
@@ -181,7 +181,7 @@ class QuantizedFormat:
     """How transformers loads a format of quantized models, so that gradients pass its layers.
 
     settings: for quantization_config.    packages: modules that it needs.
-    stored: quantization_config -> what its layers need, for an estimate; None if they become dense.
+    stored: quantization_config -> what its layers need, for an estimate; None if dense or unknown.
     """
 
     settings: dict[str, Any]
@@ -202,7 +202,7 @@ def _stored_by_bitsandbytes(settings: dict[str, Any]) -> Stored | None:
 
 def _stored_by_torchao(settings: dict[str, Any]) -> Stored | None:
     is_int8 = "Int8WeightOnlyConfig" in str(settings.get("quant_type"))
-    return METHODS["torchao-int8" if is_int8 else "torchao-int4"].stored
+    return METHODS["torchao-int8"].stored if is_int8 else None
 
 
 def _stored_in_groups(settings: dict[str, Any]) -> Stored:

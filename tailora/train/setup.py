@@ -395,7 +395,7 @@ LoadBase = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 def loader_of(config: TrainConfig, device: torch.device, labels: Labels | None) -> LoadBase:
     """Returns what loads the base model and its tokenizer, as often as it is called."""
-    sharding = Sharding(device, config.fsdp_reshard_after_forward, config.fsdp_offload_params) if config.fsdp else None
+    sharding = Sharding(device, config.fsdp_offload_params) if config.fsdp else None
     options: dict[str, Any] = {"sharding": sharding, "task": config.task, "labels": labels, "seed": config.seed}
     return partial(load_base, config.model, config.dtype, device, config.quantize, **options)
 

@@ -94,7 +94,7 @@ for name, settings in json.loads(sys.argv[1]).items():
     lacks_compiler = rank == 1 and config.fast != "compile"
     obstacles = (lambda *_: "the second machine has no compiler"), obstacle_to_compiling
     kernel_choice.obstacle_to_compiling = obstacles[0] if lacks_compiler else obstacles[1]
-    if name in ("sharded", "full, gathered until the backward, resumed from one process"):
+    if name in ("sharded", "full, sharded, resumed from one process"):
         fit(config, as_json=True, overwrite=False)
     elif "broken" in name:
         with suppress(DivergedError, ProcessFailedError):
@@ -128,11 +128,7 @@ CASES: dict[str, dict[str, Any]] = {
         "max_steps": 20,
     },
     "sharded, resumed from one process": {"fsdp": True},
-    "full, gathered until the backward, resumed from one process": {
-        "fsdp": True,
-        "fsdp_reshard_after_forward": False,
-        **FULL,
-    },
+    "full, sharded, resumed from one process": {"fsdp": True, **FULL},
     "dpo": {"data": "pairs"},
     "grpo": {
         "task": "grpo",
@@ -148,7 +144,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, one rank splits the loss": {"fsdp": True},
 }
 RESUMED = [case for case in CASES if "resumed" in case]
-IN_ONE = {"fsdp": False, "fsdp_reshard_after_forward": True, "gradient_accumulation_steps": 2}
+IN_ONE = {"fsdp": False, "gradient_accumulation_steps": 2}
 
 
 class Ranks(NamedTuple):
@@ -262,7 +258,7 @@ def test_every_rank_names_the_module_that_broke_on_one(two_ranks: Ranks) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["sharded", "full, gathered until the backward, resumed from one process"])
+@pytest.mark.parametrize("case", ["sharded", "full, sharded, resumed from one process"])
 def test_ranks_answer_together_and_only_the_first_writes_and_prints(case: str, two_ranks: Ranks, settings: Any) -> None:
     one, two = settings(**{**SHARED, **CASES[case], **IN_ONE}), two_ranks.folder / case
     answers = json.loads(json.dumps([asdict(answer) for answer in answer_samples(run(one), one)]))
@@ -414,7 +410,6 @@ PRODUCT: dict[str, dict[str, Any]] = {
     "compiled": {"fast": "compile", "max_steps": 4},
     "bfloat16": {"dtype": "bfloat16"},
     "slots": SLOTS,
-    "bias": {"lora_bias": True},
     "copies of a layer's modules": {"modules_to_save": ["input_layernorm", "down_proj"], "target_modules": ["q_proj"]},
     **{init: {"init_lora_weights": init} for init in ("pissa", "olora", "eva")},
 }
@@ -428,7 +423,6 @@ MODELS: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "copied": {},
     "sharded": {"fsdp": True},
-    "gathered until the backward": {"fsdp": True, "fsdp_reshard_after_forward": False},
 }
 
 
@@ -437,7 +431,6 @@ FULL_PRODUCT: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True},
     "padded": {"packing": "off"},
-    "gathered until the backward": {"fsdp_reshard_after_forward": False},
     "GPT2LMHeadModel": {},
     "Gemma3ForCausalLM": {},
     "bfloat16": {"dtype": "bfloat16"},
@@ -481,7 +474,7 @@ def test_a_sharded_base_trains_what_a_copied_one_does(
     for case, changes in FULL_PRODUCT.items():
         model = {"model": models[case]["model"]} if case in models else {}
         for way in ("copied", "sharded"):
-            changes = {**changes, **({"fsdp": True} if way == "sharded" else {"fsdp_reshard_after_forward": True})}
+            changes = {**changes, "fsdp": way == "sharded"}
             folder = str(tmp_path / "full" / case / way)
             configs[f"full/{case}/{way}"] = make_settings(output_dir=folder, **{**full, **model, **changes})
     train_on_ranks(ranks, configs, tmp_path)
@@ -529,12 +522,11 @@ def test_one_process_has_nothing_to_shard(settings: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fsdp_reshard_after_forward": False}, "requires --fsdp"),
         ({"fsdp_offload_params": True}, "requires --fsdp"),
         ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "unquantized weights; remove it"),
         *(
             ({"fsdp": True, "quantize": method}, f"--fsdp does not support --quantize {method}.*; use nf4")
-            for method in ("int8", "torchao-int8", "torchao-int4")
+            for method in ("int8", "torchao-int8")
         ),
     ],
 )
