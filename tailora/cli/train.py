@@ -31,7 +31,7 @@ from tailora.train.launch import count_processes, how_to_resume, is_launched_by_
 
 if TYPE_CHECKING:
     from tailora.data.dataset import Examples
-    from tailora.evaluation.generate import Answer
+    from tailora.evaluation.generate import ComparedAnswer
     from tailora.train.events import TrainResult
 
 Flags: Any = train_flags()
@@ -243,7 +243,7 @@ def fit(
                     return INTERRUPTED
                 message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
                 raise KeyboardInterrupt(message) from interrupted
-        is_main, answers, measured = PartialState().is_main_process, list["Answer"](), dict[str, Any]()
+        is_main, answers, measured = PartialState().is_main_process, list["ComparedAnswer"](), dict[str, Any]()
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState()))
         if config.fsdp or is_main:
@@ -272,7 +272,7 @@ def is_worse(result: "TrainResult") -> bool:
 
 
 def write_results(
-    folder: Path, answers: Sequence["Answer"], measured: Mapping[str, Any], started: float, peak: int
+    folder: Path, answers: Sequence["ComparedAnswer"], measured: Mapping[str, Any], started: float, peak: int
 ) -> tuple[dict[str, Any] | None, str]:
     """Writes the reports; returns report.json, and where report.html is or how to get it. peak: bytes of memory."""
     from tailora.report.pages.train import write_train_report
@@ -294,7 +294,7 @@ def write_results(
     return report, page
 
 
-def answer_samples(result: "TrainResult", config: TrainConfig) -> list["Answer"]:
+def answer_samples(result: "TrainResult", config: TrainConfig) -> list["ComparedAnswer"]:
     """Returns answers of the base and the fine-tuned model to the first held-out prompts."""
     from tailora.evaluation.generate import ANSWER_TOKENS, compare_answers
     from tailora.train.memory import explain_out_of_memory

@@ -36,14 +36,14 @@ ANSWER_TOKENS = 48  # of an answer before and after training
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class EncodedPrompt:
     text: str  # shown to the user: the last message before the answer
     ids: list[int]
     earlier_messages: int = 0  # also in the ids; without the system message
     images: tuple[Image, ...] = ()
 
 
-def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
+def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> EncodedPrompt:
     """Returns the prompt for a question, or for the last reply of a sample. Raises DataError if the template fails."""
     earlier: Messages = []
     if isinstance(question, str):
@@ -57,9 +57,9 @@ def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
         *earlier, asked = question.messages[: last_reply(question)]
         text, ids = text_of(asked), prompt_ids(question, tokenizer)
     if is_seq2seq(model):  # an encoder's texts end with special tokens, and earlier messages are not among them
-        return Prompt(text, encoder_ids(text, tokenizer))
+        return EncodedPrompt(text, encoder_ids(text, tokenizer))
     images = images_of(question.messages[: last_reply(question)]) if isinstance(question, Conversation) else ()
-    return Prompt(text, ids, sum(message["role"] != "system" for message in earlier), images)
+    return EncodedPrompt(text, ids, sum(message["role"] != "system" for message in earlier), images)
 
 
 def is_seq2seq(model: Any) -> bool:
@@ -111,7 +111,13 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # 
 
 
 def generation_arguments(
-    model: Any, tokenizer: Any, prompt: Prompt, *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    model: Any,
+    tokenizer: Any,
+    prompt: EncodedPrompt,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> dict[str, Any]:
     """Returns the arguments of `model.generate` that continue the prompt; temperature 0 is greedy decoding.
 
@@ -183,11 +189,11 @@ def stream_reply(
     """
     if is_seq2seq(model):
         text = prompt if isinstance(prompt, str) else plain_text(prompt)
-        asked = Prompt(text, encoder_ids(text, tokenizer))
+        asked = EncodedPrompt(text, encoder_ids(text, tokenizer))
     elif isinstance(prompt, str):
-        asked = Prompt(prompt, plain_ids(prompt, tokenizer))
+        asked = EncodedPrompt(prompt, plain_ids(prompt, tokenizer))
     else:
-        asked = Prompt("", chat_ids(prompt, tokenizer, tools), images=images_of(prompt))
+        asked = EncodedPrompt("", chat_ids(prompt, tokenizer, tools), images=images_of(prompt))
     arguments = generation_arguments(
         model, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
     )
@@ -218,7 +224,7 @@ def stream_reply(
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ComparedAnswer:
     prompt: str
     base: str
     tuned: str
@@ -234,7 +240,7 @@ def compare_answers(
     *,
     max_new_tokens: int = ANSWER_TOKENS,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> list[Answer]:
+) -> list[ComparedAnswer]:
     """Returns greedy answers of the base and the tuned model. With a sharded model, all ranks must call it.
 
     For a sample, its last reply is generated again. Prompts that leave the model no positions for an answer are
@@ -254,7 +260,7 @@ def compare_answers(
                     texts[-1].append(_greedy_answer(model, tokenizer, prompt, max_new_tokens))
                     progress(sum(map(len, texts)), 2 * len(prompts))
     return [
-        Answer(prompt.text, base, tuned, prompt.earlier_messages, reference, prompt.images)
+        ComparedAnswer(prompt.text, base, tuned, prompt.earlier_messages, reference, prompt.images)
         for prompt, tuned, base, reference in zip(prompts, *texts, references, strict=True)
     ]
 
@@ -266,7 +272,7 @@ def _reference(question: str | Sample, tokenizer: Any) -> str:
     return reply_text(question, tokenizer)
 
 
-def _greedy_answer(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int) -> str:
+def _greedy_answer(model: Any, tokenizer: Any, prompt: EncodedPrompt, max_new_tokens: int) -> str:
     """Returns the answer, with … at the end if it is truncated.
 
     Prompts are answered one by one: padding to a common length would change the rounding, and thus the text.

@@ -41,7 +41,7 @@ from tailora.engine.interface import Engine, SamplingParams
 from tailora.engine.interface import Request as EngineRequest
 from tailora.engine.sampling import json_matcher
 from tailora.errors import DataError
-from tailora.evaluation.generate import Prompt, image_obstacle
+from tailora.evaluation.generate import EncodedPrompt, image_obstacle
 from tailora.serve import schemas
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
 from tailora.serve.images import decode_images
@@ -142,7 +142,7 @@ class Server:
                 param,
             )
 
-    def chat_prompt(self, body: schemas.ChatRequest) -> Prompt:
+    def chat_prompt(self, body: schemas.ChatRequest) -> EncodedPrompt:
         """Returns the prompt of a chat, whose ids include the tokens of its images. Raises RequestError."""
         if self.chat_tokenizer.template is None:
             raise RequestError(400, "this model has no chat template; use /v1/completions", "messages")
@@ -159,7 +159,7 @@ class Server:
         except DataError as error:
             raise RequestError(400, str(error), param) from error
         self.check_length(prompt, param)
-        return Prompt(prompt, self.chat_tokenizer.chat_ids(prompt), images=images_of(chat.messages))
+        return EncodedPrompt(prompt, self.chat_tokenizer.chat_ids(prompt), images=images_of(chat.messages))
 
     def with_images(self, messages: Messages) -> Messages:
         """Returns the messages with decoded images. Raises RequestError."""
@@ -170,7 +170,7 @@ class Server:
             raise RequestError(400, message, "messages")
         return decode_images(messages)
 
-    def prompts(self, prompt: Any) -> list[Prompt]:
+    def prompts(self, prompt: Any) -> list[EncodedPrompt]:
         """Returns each prompt with its token ids. prompt: one or several, as text or token ids."""
         prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         size = len(self.tokenizer)
@@ -189,7 +189,7 @@ class Server:
                 raise RequestError(400, message, "prompt")
             if max(ids) >= size:
                 raise RequestError(400, f"expected token ids below {size}, got {max(ids)}", "prompt")
-            result.append(Prompt("", ids))
+            result.append(EncodedPrompt("", ids))
         return result
 
     def params(
@@ -242,7 +242,7 @@ class Server:
     async def start(
         self,
         body: GenerationRequest,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[EncodedPrompt],
         params: SamplingParams,
         grammar: LLMatcher | None = None,
     ) -> Generation:

@@ -21,14 +21,14 @@ REFUSED = (400, 404, 405, 422, 500, 501)  # for a request that the server does n
 BUSY = (429, 503)  # the request is repeated, after longer and longer waits
 FIRST_WAIT = 0.5  # seconds
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
-MOST_BYTES = 16 * 10**6  # of an answer; the answer to a probe has a few thousand
+MOST_BYTES = 16 * 10**6  # of a response; the answer to a probe has a few thousand
 FARTHEST = 1e6  # nats; lower values are not log-probabilities
 MOST_PROBABILITY = 1.005  # of a server's tokens together: more is not a distribution, even with rounding
 LEAST_LEFT = 1e-3  # of the probability, for all tokens that a server does not list
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     status: int
     content: bytes
 
@@ -73,10 +73,10 @@ class ServerClient(AbstractContextManager["ServerClient"]):
 
     def models(self) -> dict[str, str | None]:
         """Returns name -> name of its base, if the server lists them. Raises ServerError."""
-        answer = self._request("GET", "/v1/models")
-        if answer.status == 404:
+        response = self._request("GET", "/v1/models")
+        if response.status == 404:
             return {}
-        data = self._body(answer, "/v1/models").get("data")
+        data = self._body(response, "/v1/models").get("data")
         if not isinstance(data, list):
             raise ServerError(f"{self.url}/v1/models returned no list of models; use an OpenAI-compatible server")
         models = [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
@@ -109,43 +109,43 @@ class ServerClient(AbstractContextManager["ServerClient"]):
             else:
                 body |= {"messages": probe.messages, "logprobs": None if top is None else True, "top_logprobs": top}
             body = {name: value for name, value in body.items() if value is not None}
-            answer = self._request("POST", endpoint, body)
-            if answer.status == 200:
+            response = self._request("POST", endpoint, body)
+            if response.status == 200:
                 self._top[endpoint] = top
-                return _observation(probe, self._body(answer, endpoint))
+                return _observation(probe, self._body(response, endpoint))
         if endpoint in self._top:
-            raise ServerError(f"{self.url}{endpoint} returned {_explanation(answer)}")
-        self.refusals[endpoint] = _explanation(answer)
+            raise ServerError(f"{self.url}{endpoint} returned {_explanation(response)}")
+        self.refusals[endpoint] = _explanation(response)
         return None
 
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Response:
         try:
-            answer = self._runner.run(self._until_not_busy(method, path, body))
+            response = self._runner.run(self._until_not_busy(method, path, body))
         except TimeoutError:
             raise ServerError(
                 f"{self.url}{path} did not answer within {self._timeout:g} s; use a longer --timeout"
             ) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"cannot reach {self.url}: {error or type(error).__name__}") from None
-        if answer.status in (401, 403):
+        if response.status in (401, 403):
             raise ServerError(
-                f"{self.url} requires a key; set TAILORA_API_KEY. The server returned {_explanation(answer)}"
+                f"{self.url} requires a key; set TAILORA_API_KEY. The server returned {_explanation(response)}"
             )
-        if answer.status >= 300 and answer.status not in REFUSED:
-            raise ServerError(f"{self.url}{path} returned {_explanation(answer)}")
-        return answer
+        if response.status >= 300 and response.status not in REFUSED:
+            raise ServerError(f"{self.url}{path} returned {_explanation(response)}")
+        return response
 
-    async def _until_not_busy(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
+    async def _until_not_busy(self, method: str, path: str, body: Mapping[str, Any] | None) -> Response:
         end, wait = asyncio.get_running_loop().time() + self._timeout, FIRST_WAIT
         async with asyncio.timeout_at(end):
-            answer = await self._read(method, path, body)
-            while body and answer.status in BUSY and asyncio.get_running_loop().time() + wait < end:
+            response = await self._read(method, path, body)
+            while body and response.status in BUSY and asyncio.get_running_loop().time() + wait < end:
                 await asyncio.sleep(wait)
                 wait *= 2
-                answer = await self._read(method, path, body)
-        return answer
+                response = await self._read(method, path, body)
+        return response
 
-    async def _read(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
+    async def _read(self, method: str, path: str, body: Mapping[str, Any] | None) -> Response:
         async with self._http.stream(method, path, json=body) as response:
             content = bytearray()
             async for part in response.aiter_raw():  # never unpacked: a few bytes could become gigabytes
@@ -155,12 +155,12 @@ class ServerClient(AbstractContextManager["ServerClient"]):
             if response.has_redirect_location:
                 location = response.headers["Location"]
                 raise ServerError(f"{self.url}{path} redirects to {location}; use that address")
-        return Answer(response.status_code, bytes(content))
+        return Response(response.status_code, bytes(content))
 
-    def _body(self, answer: Answer, path: str) -> dict[str, Any]:
-        body = _parsed(answer.content)
-        if answer.status != 200 or not isinstance(body, dict):
-            raise ServerError(f"{self.url}{path} returned {_explanation(answer)}, which is not OpenAI-compatible")
+    def _body(self, response: Response, path: str) -> dict[str, Any]:
+        body = _parsed(response.content)
+        if response.status != 200 or not isinstance(body, dict):
+            raise ServerError(f"{self.url}{path} returned {_explanation(response)}, which is not OpenAI-compatible")
         return body
 
 
@@ -261,11 +261,11 @@ def _parsed(content: bytes) -> Any:
         return None
 
 
-def _explanation(answer: Answer) -> str:
+def _explanation(response: Response) -> str:
     """Returns the status and the message of an error response."""
-    body = _parsed(answer.content)
+    body = _parsed(response.content)
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else error
-    text = message if isinstance(message, str) else answer.content.decode(errors="replace")
+    text = message if isinstance(message, str) else response.content.decode(errors="replace")
     printable = "".join(character if character.isprintable() else " " for character in text)
-    return f"{answer.status} {' '.join(printable.split())[:200]}".strip()
+    return f"{response.status} {' '.join(printable.split())[:200]}".strip()

@@ -22,8 +22,8 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
 from tailora.evaluation.generate import (
-    Answer,
-    Prompt,
+    ComparedAnswer,
+    EncodedPrompt,
     cache_implementation,
     chat_ids,
     compare_answers,
@@ -174,7 +174,7 @@ def test_base_and_tuned_each_say_their_own(tuned: LoRAModel, tiny: Make, tokeniz
     for question, answer in zip(questions, found, strict=True):
         base = "".join(stream_reply(tiny(), tokenizer, asked(question), max_new_tokens=12)).strip()
         own = "".join(stream_reply(tuned, tokenizer, asked(question), max_new_tokens=12)).strip()
-        assert answer == Answer(question, f"{base}…", f"{own}…")  # both are cut
+        assert answer == ComparedAnswer(question, f"{base}…", f"{own}…")  # both are cut
         assert base != own
 
 
@@ -276,7 +276,7 @@ def test_both_caches_give_the_same_tokens(kind: str, tokenizer: PreTrainedTokeni
     model = AutoModelForCausalLM.from_config(MODELS[kind]).eval()
     model.generation_config.eos_token_id = None
     ids = torch.randint(300, (12,)).tolist()
-    asked = generation_arguments(model, tokenizer, Prompt("", ids), max_new_tokens=10)
+    asked = generation_arguments(model, tokenizer, EncodedPrompt("", ids), max_new_tokens=10)
     static = model.generate(**asked)
     asked["generation_config"].cache_implementation = None
     assert torch.equal(static, model.generate(**asked))

@@ -22,7 +22,7 @@ from tailora.evaluation.classification import (
     label_details,
     label_scores,
 )
-from tailora.evaluation.generate import Answer
+from tailora.evaluation.generate import ComparedAnswer
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
 from tailora.evaluation.rewards import MEANINGS, NOTHING_TRAINED, describe_rewards, reward_changes, scores_of
 from tailora.evaluation.statistics import (
@@ -138,7 +138,7 @@ class TrainReport:
     run: dict[str, Any]
     steps: list[Step]
     evaluations: list[StepEvaluation]
-    samples: list[Answer]
+    samples: list[ComparedAnswer]
     result: Result | None  # None if the run was interrupted or diverged
     held_out: HeldOut | None
     verdict: str
