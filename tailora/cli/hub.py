@@ -76,21 +76,11 @@ def push(
     New repositories are private by default. All files are checked first and uploaded in one commit. Logs, data
     and local paths are not uploaded. Samples are not uploaded unless --samples is given.
     """
-    check_repository_name(repository)
-    path = adapter_folder(folder)
-    if not path.is_dir():
-        raise ConfigError(f"{folder} is not a folder{nearest_path(folder)}; pass the folder of an adapter or of a run")
-    if not message.strip():
-        raise ConfigError("--message is empty; expected a commit message")
-    if model is not None and hub.repository_of(model) is None:
-        raise ConfigError(f"--model {model}: expected the base model's Hub id, owner/name")
-    from huggingface_hub import get_token
+    check_push(folder, repository, message, model)
+    from tailora.formats.upload import upload
 
-    from tailora.formats.upload import TO_LOG_IN, upload
-
-    if get_token() is None:
-        raise ConfigError(f"uploading to the Hub needs an access token: {TO_LOG_IN}")
     log("checking the adapter")
+    path = adapter_folder(folder)
     files = files_to_push(path, repository, model, license, samples=samples, replace_card=replace_card)
     if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
         note(f"not uploaded: {', '.join(left_behind)}")
@@ -128,6 +118,24 @@ def push(
     ]
     print_section(stdout(), Section(f"Uploaded to {repository}", "", contents))
     return 0
+
+
+def check_push(folder: Path, repository: str, message: str, model: str | None) -> None:
+    """Raises ConfigError for arguments that cannot work, and without a token."""
+    from huggingface_hub import get_token
+
+    check_repository_name(repository)
+    if not adapter_folder(folder).is_dir():
+        raise ConfigError(f"{folder} is not a folder{nearest_path(folder)}; pass the folder of an adapter or of a run")
+    if not message.strip():
+        raise ConfigError("--message is empty; expected a commit message")
+    if model is not None and hub.repository_of(model) is None:
+        raise ConfigError(f"--model {model}: expected the base model's Hub id, owner/name")
+    if get_token() is None:
+        raise ConfigError(
+            "uploading to the Hub needs an access token: log in with `hf auth login`, or set HF_TOKEN to a token with "
+            "write access"
+        )
 
 
 def check_repository_name(repo_id: str) -> None:

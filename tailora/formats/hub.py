@@ -242,19 +242,18 @@ def check_model_exists(name: str) -> None:
 
     Without a network, transformers would try for most of a minute.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
 
     errors: Any = import_module("huggingface_hub.errors")
     path = Path(name)
-    if path.is_dir() or gguf_file(name):
-        return
     if could_be_repository(repository := name.partition(":")[0]):
         name = repository  # of a GGUF file in it
+    if is_at_hand(name):
+        return
     if path.is_file():
         raise ConfigError(f"model {name!r} is a file; use a folder, a GGUF file, a Hub id, or 'demo'")
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=MODEL_TIMEOUT)
+        HfApi().model_info(name, timeout=MODEL_TIMEOUT)
         return
     except errors.RepositoryNotFoundError:
         cause = "the Hub has no such model (a private one needs HF_TOKEN)"

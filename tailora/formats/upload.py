@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SYSTEM, *TOKENIZER_FILES)  # uploaded, along with the card and PASSPORT
 UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message", "commit_description"}
-TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 
 # ---- The files to publish
 
@@ -107,11 +106,9 @@ def _unescape(escape: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """is_private: the repository.    keeps_card: its card was written or edited by someone, so it is not replaced."""
-
     commit: "CommitInfo"
-    is_private: bool
-    keeps_card: bool
+    is_private: bool  # the repository
+    keeps_card: bool  # because someone wrote or edited it
 
 
 def upload(
@@ -128,7 +125,8 @@ def upload(
     """Uploads the files of a folder as one commit. Creates the repository and the branch `revision` if necessary.
 
     A card in the repository that someone wrote or edited stays, unless `replace_card`.
-    tags: added to a new card.    options: of `HfApi.upload_folder`.
+    tags: added to a new card.
+    options: of `HfApi.upload_folder`.
     Raises ConfigError for a repository that is public but should be private, WriteError if the Hub refuses the files.
     """
     from huggingface_hub import HfApi, ModelCard
