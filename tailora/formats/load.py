@@ -8,9 +8,10 @@ restore             StoredAdapter + base model -> Adapter: finds the layers in t
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
-from tailora.core.extras import extra_targets, input_embedding
+from tailora.core.extras import ExtraTargets, extra_targets, input_embedding
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import EMBEDDING, Shape, layer_of, layer_type_of
 from tailora.core.quantization import quantized_layers
@@ -68,7 +69,8 @@ def load(
 ) -> Adapter:
     """Returns the adapter in a file or folder, or otherwise in the Hub's repository "owner/name".
 
-    revision: branch, tag or commit of the repository.    token: for a private one.
+    revision: branch, tag or commit of the repository.
+    token: for a private repository.
     subfolder: the adapter's folder in the repository.
     is_trainable: False freezes its parameters.
     allow_base_mismatch: loads an adapter that was made for a different base.
@@ -108,19 +110,25 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
 # ---- StoredAdapter -> Adapter
 
 
-@dataclass
+@dataclass(frozen=True)
+class Selected:
+    """What the settings select in the base model."""
+
+    config: LoRAConfig
+    targets: list[str]  # paths of the low-rank layers
+    empty: dict[str, LoRALayer]  # path -> layer; without those of an impossible rank
+    wrappers: dict[str, PeftLayer]  # by key prefix
+    saved: list[str]  # paths of modules_to_save
+    extras: ExtraTargets  # trained biases, and embeddings with trained rows
+
+
+@dataclass(frozen=True)
 class SortedTensors:
-    """The file's tensors, sorted, and all problems so far.
+    """The file's tensors."""
 
-    low_rank: path -> slot -> tensor.
-    saved: path of a module of modules_to_save -> name in it -> tensor.
-    extras: key of a trained bias, or of trained rows of an embedding -> tensor.
-    """
-
-    low_rank: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    low_rank: dict[str, dict[str, Tensor]]  # path -> slot -> tensor
+    saved: dict[str, dict[str, Tensor]]  # path of a module of modules_to_save -> name in it -> tensor
+    extras: dict[str, Tensor]  # by key
 
 
 def restore(
@@ -137,10 +145,29 @@ def restore(
     Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes too
     long, and BaseMismatchError if the adapter was made for different weights, unless `allow_base_mismatch` is set.
     """
-    modules, problems = dict(base_model.named_modules()), list[str]()
+    modules, problems = dict(base_model.named_modules()), list[str]()  # each step adds its problems
     if not allow_base_mismatch:
         _check_vocabulary(stored, base_model)
-    # The layers in the settings
+    selected = _select(stored, base_model, modules, problems)
+    tensors = _sort_tensors(stored, modules, selected, problems)
+    problems += _missing_modules(selected, tensors, base_model)
+    low_rank = _low_rank_layers(stored, base_model, selected, tensors, problems)
+    copies = _saved_modules(modules, tensors, problems)
+    extras = _extras(modules, selected, tensors, problems)
+    if problems:
+        raise FormatError(f"{stored.folder} does not fit this model: {listing(problems)}")
+    if not allow_base_mismatch:
+        _check_base(stored, base_model, low_rank, {} if known_base is None else known_base)
+    if unknown := stored.metadata.scaling.keys() - low_rank.keys():
+        raise FormatError(f"{stored.folder} contains learned scales of unknown layers: {', '.join(sorted(unknown))}")
+    unfold_learned_scales(stored.metadata.scaling, low_rank)
+    share_parameters({path: modules[path] for path in copies}, copies)
+    adapter = Adapter(selected.config, low_rank, copies, extras)
+    _check_computed(adapter, stored)
+    return adapter
+
+
+def _select(stored: peft.StoredAdapter, base_model: nn.Module, modules: Modules, problems: list[str]) -> Selected:
     paths_in_file = _paths_with_factors(stored, modules)
     config, file_config = stored_configs(stored, paths_in_file)
     if (stored.settings or {}).get("ensure_weight_tying"):
@@ -149,7 +176,7 @@ def restore(
     targets = {path: target_of(candidate, config) for path, candidate in candidates.items()}
     empty: dict[str, LoRALayer] = {}
     for path, target in targets.items():
-        with suppress(ConfigError, TargetError):  # an impossible rank, which `_low_rank` reports
+        with suppress(ConfigError, TargetError):  # an impossible rank, which `_low_rank_layers` reports
             empty[path] = _empty_layer(target, config, stored)
     wrappers = peft_layers(base_model, empty)
     if config is not file_config:
@@ -160,61 +187,12 @@ def restore(
             for path, candidate in selected_candidates(base_model, modules, file_config).items()
             if candidate.layer_path not in adapted
         ]
-    # Their tensors in the file
-    saved_paths = list(saved_modules(modules, config))
+    saved = list(saved_modules(modules, config))
     if stored.metadata.saved_modules is not None:
-        saved_paths = [path for path in saved_paths if path in stored.metadata.saved_modules]
-    extra, extra_problems = extra_targets(base_model, modules, config, {*targets, *paths_in_file}, saved_paths)
-    extra_paths = peft_keys.extra_keys(extra)
-    tensors = _sort_tensors(stored, modules, saved_paths, wrappers, extra_paths)
-    problems = tensors.problems = [*problems, *tensors.problems, *extra_problems]
-    problems += [
-        f"missing {path}, which is in modules_to_save; save the adapter again"
-        for path in saved_paths
-        if path not in tensors.saved
-    ]
-    problems += [
-        f"missing {path}, which the base model's files lack as well, so its weights are random; use the base model "
-        "that the adapter was trained on"
-        for path in missing_pooler(base_model)
-        if path not in tensors.saved and path not in saved_paths
-    ]
-    # The parts, filled with these tensors
-    low_rank: dict[str, LoRALayer] = {}
-    for path in dict.fromkeys((*tensors.low_rank, *targets)):
-        layer = _low_rank(path, empty.get(path), base_model, config, tensors, stored)
-        if layer is not None:
-            low_rank[path] = layer
-    quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
-    problems += [quantized_saved_module(path) for path in quantized]
-    copies = {path: _saved_module(path, modules, tensors) for path in tensors.saved if path not in quantized}
-    extras = extra_parts(extra, modules)
-    parameters = {key: next(extras[path].parameters()) for key, path in extra_paths.items()}
-    problems += _shape_problems(
-        {key: tensor.shape for key, tensor in tensors.extras.items()},
-        {key: parameter.shape for key, parameter in parameters.items()},
-    )
-    if problems:
-        raise FormatError(f"{stored.folder} does not fit this model: {listing(problems)}")
-    for key, parameter in parameters.items():
-        parameter.data.copy_(tensors.extras[key])
-    if not allow_base_mismatch:
-        _check_base(stored, base_model, low_rank, {} if known_base is None else known_base)
-    if unknown := stored.metadata.scaling.keys() - low_rank.keys():
-        raise FormatError(f"{stored.folder} contains learned scales of unknown layers: {', '.join(sorted(unknown))}")
-    unfold_learned_scales(stored.metadata.scaling, low_rank)
-    share_parameters({path: modules[path] for path in copies}, copies)
-    adapter = Adapter(config, low_rank, copies, extras)
-    addresses = {tensor.data_ptr() for tensor in stored.tensors.values()}
-    computed = {
-        f"{name} of {path}": tensor
-        for path, part in adapter.parts.items()
-        for name, tensor in named_tensors(part)
-        if tensor.data_ptr() not in addresses  # the file's tensors have been checked
-    }
-    if overflown := [f"not finite in {computed[name].dtype}: {name}" for name in not_finite(computed)]:
-        raise FormatError(f"{stored.folder} does not fit this model: {listing(overflown)}")
-    return adapter
+        saved = [path for path in saved if path in stored.metadata.saved_modules]
+    extras, extra_problems = extra_targets(base_model, modules, config, {*targets, *paths_in_file}, saved)
+    problems += extra_problems
+    return Selected(config, list(targets), empty, wrappers, saved, extras)
 
 
 # ---- The config, and its layers
@@ -296,92 +274,128 @@ def _paths_with_factors(stored: peft.StoredAdapter, modules: Modules) -> list[st
 
 
 def _sort_tensors(
-    stored: peft.StoredAdapter,
-    modules: Modules,
-    saved_paths: Collection[str],
-    wrappers: Mapping[str, PeftLayer],
-    extra_keys: Collection[str],
+    stored: peft.StoredAdapter, modules: Modules, selected: Selected, problems: list[str]
 ) -> SortedTensors:
     doubled_out_proj = peft_config.adds_out_proj_twice(stored.settings or {})
-    result = SortedTensors()
-    result.problems += [f"not finite: {key} {tuple(stored.tensors[key].shape)}" for key in not_finite(stored.tensors)]
+    low_rank, saved = defaultdict[str, dict[str, Tensor]](dict), defaultdict[str, dict[str, Tensor]](dict)
+    extras, extra_keys = dict[str, Tensor](), peft_keys.extra_keys(selected.extras)
+    problems += [f"not finite: {key} {tuple(stored.tensors[key].shape)}" for key in not_finite(stored.tensors)]
     for key, tensor in peft_keys.without_second_copies(stored.tensors).items():
         path, slot = peft_keys.path_and_slot(key)
-        saved_path = peft_keys.saved_path_of(key, saved_paths, modules)
-        if slot and path in wrappers:
-            wrapper = wrappers[path]
+        saved_path = peft_keys.saved_path_of(key, selected.saved, modules)
+        if slot and path in selected.wrappers:
+            wrapper = selected.wrappers[path]
             if slot == "B" and path.endswith("base_layer.out_proj") and doubled_out_proj:
                 tensor = 2 * tensor
             parts = wrapper.split(slot, tensor, 2 if stored.metadata.start else 1)
             if parts is None:
                 names = ", ".join(part_path.rpartition(".")[2] for part_path in wrapper.layers)
-                result.problems.append(f"wrong shape of {key}: {tuple(tensor.shape)} cannot be split into {names}")
+                problems.append(f"wrong shape of {key}: {tuple(tensor.shape)} cannot be split into {names}")
                 parts = dict.fromkeys(wrapper.layers, tensor)
             for part_path, part in parts.items():
-                result.low_rank.setdefault(part_path, {})[slot] = part
+                low_rank[part_path][slot] = part
         elif slot and path in modules and layer_type_of(modules[path]):
-            result.low_rank.setdefault(path, {})[slot] = tensor
+            low_rank[path][slot] = tensor
         elif saved_path is not None:
-            result.saved.setdefault(saved_path, {})[key.removeprefix(f"{saved_path}.")] = tensor
+            saved[saved_path][key.removeprefix(f"{saved_path}.")] = tensor
         elif key in extra_keys:
-            result.extras[key] = tensor
+            extras[key] = tensor
         elif (base_weight := peft_keys.base_weight_of(key, modules)) is not None:
             if problem := peft_keys.base_weight_problem(key, tensor, *base_weight):
-                result.problems.append(problem)
+                problems.append(problem)
         else:
-            result.problems.append(
+            problems.append(
                 f"unexpected {key} {tuple(tensor.shape)}: the model has no module for it, or the settings exclude it"
             )
         if saved_path is None and not tensor.is_floating_point():
-            result.problems.append(f"expected floats in {key} {tuple(tensor.shape)}, got {tensor.dtype}")
-    return result
+            problems.append(f"expected floats in {key} {tuple(tensor.shape)}, got {tensor.dtype}")
+    return SortedTensors(low_rank, saved, extras)
 
 
-def _low_rank(
-    path: str,
-    empty: LoRALayer | None,
-    base_model: nn.Module,
-    config: LoRAConfig,
-    tensors: SortedTensors,
+def _missing_modules(selected: Selected, tensors: SortedTensors, base_model: nn.Module) -> list[str]:
+    in_settings = [
+        f"missing {path}, which is in modules_to_save; save the adapter again"
+        for path in selected.saved
+        if path not in tensors.saved
+    ]
+    return in_settings + [
+        f"missing {path}, which the base model's files lack as well, so its weights are random; use the base model "
+        "that the adapter was trained on"
+        for path in missing_pooler(base_model)
+        if path not in tensors.saved and path not in selected.saved
+    ]
+
+
+# ---- The parts, filled with the tensors
+
+
+def _low_rank_layers(
     stored: peft.StoredAdapter,
-) -> LoRALayer | None:
-    """Returns the layer, `empty` or a new one, with the file's tensors. Adds what does not fit to the problems."""
-    module = layer_of(base_model, path)
-    if reason := obstacle_to_adapting(module):
-        tensors.problems.append(f"{path}: {reason}")
-        return None
-    try:
-        layer = empty or _empty_layer(target_at(base_model, path, config), config, stored)
-    except (ConfigError, TargetError) as error:
-        tensors.problems.append(f"{path}: {error}")
-        return None
-    slots = tensors.low_rank.get(path, {})
+    base_model: nn.Module,
+    selected: Selected,
+    tensors: SortedTensors,
+    problems: list[str],
+) -> dict[str, LoRALayer]:
+    layers = {}
+    for path in dict.fromkeys((*tensors.low_rank, *selected.targets)):
+        if reason := obstacle_to_adapting(layer_of(base_model, path)):
+            problems.append(f"{path}: {reason}")
+            continue
+        try:
+            layer = selected.empty.get(path)
+            layer = layer or _empty_layer(target_at(base_model, path, selected.config), selected.config, stored)
+        except (ConfigError, TargetError) as error:
+            problems.append(f"{path}: {error}")
+            continue
+        problems += _fill_layer(path, layer, tensors.low_rank.get(path, {}), with_start=stored.metadata.start)
+        layers[path] = layer
+    return layers
+
+
+def _fill_layer(path: str, layer: LoRALayer, slots: Mapping[str, Tensor], *, with_start: bool) -> list[str]:
+    """Returns the problems of tensors that do not fit."""
     suffixes = EMBEDDING_SUFFIXES if layer.layer_type is EMBEDDING else SUFFIXES
-    needed = peft.slot_shapes(layer, stored.metadata.start)
     problems = _shape_problems(
         {path + suffixes[slot]: tensor.shape for slot, tensor in slots.items()},
-        {path + suffixes[slot]: shape for slot, shape in needed.items()},
+        {path + suffixes[slot]: shape for slot, shape in peft.slot_shapes(layer, with_start).items()},
     )
-    tensors.problems += problems
     if not problems:
         try:
-            peft.load_layer(layer, slots, stored.metadata.start)
+            peft.load_layer(layer, slots, with_start)
         except FormatError as error:
-            tensors.problems.append(f"{path}: {error}")
-    return layer
+            problems.append(f"{path}: {error}")
+    return problems
 
 
-def _saved_module(path: str, modules: Modules, tensors: SortedTensors) -> nn.Module:
-    """Returns a copy of the module with the file's tensors. If they do not fit, `tensors.problems` gets the reasons."""
-    module, saved = trained_copy(modules[path]), tensors.saved[path]
-    problems = _shape_problems(
-        {f"{path}.{name}": tensor.shape for name, tensor in saved.items()},
-        {f"{path}.{name}": tensor.shape for name, tensor in module.state_dict().items()},
+def _saved_modules(modules: Modules, tensors: SortedTensors, problems: list[str]) -> dict[str, nn.Module]:
+    """Returns copies of modules_to_save with the file's tensors."""
+    quantized = [path for path in tensors.saved if quantized_layers(modules[path])]
+    problems += [quantized_saved_module(path) for path in quantized]
+    copies = {path: trained_copy(modules[path]) for path in tensors.saved if path not in quantized}
+    for path, module in copies.items():
+        wrong = _shape_problems(
+            {f"{path}.{name}": tensor.shape for name, tensor in tensors.saved[path].items()},
+            {f"{path}.{name}": tensor.shape for name, tensor in module.state_dict().items()},
+        )
+        problems += wrong
+        if not wrong:
+            module.load_state_dict(tensors.saved[path])
+    return copies
+
+
+def _extras(modules: Modules, selected: Selected, tensors: SortedTensors, problems: list[str]) -> dict[str, nn.Module]:
+    """Returns trained biases, and trained rows of embeddings."""
+    extras = extra_parts(selected.extras, modules)
+    keys = peft_keys.extra_keys(selected.extras)
+    parameters = {key: next(extras[path].parameters()) for key, path in keys.items()}
+    wrong = _shape_problems(
+        {key: tensor.shape for key, tensor in tensors.extras.items()},
+        {key: parameter.shape for key, parameter in parameters.items()},
     )
-    tensors.problems += problems
-    if not problems:
-        module.load_state_dict(saved)
-    return module
+    problems += wrong
+    for key, parameter in parameters.items() if not wrong else ():
+        parameter.data.copy_(tensors.extras[key])
+    return extras
 
 
 def _shape_problems(in_file: Mapping[str, Shape], needed: Mapping[str, Shape]) -> list[str]:
@@ -412,6 +426,19 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     if all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values()):
         return []
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def _check_computed(adapter: Adapter, stored: peft.StoredAdapter) -> None:
+    """Raises FormatError for tensors that became infinite in the adapter's dtype. Those of the file were checked."""
+    addresses = {tensor.data_ptr() for tensor in stored.tensors.values()}
+    computed = {
+        f"{name} of {path}": tensor
+        for path, part in adapter.parts.items()
+        for name, tensor in named_tensors(part)
+        if tensor.data_ptr() not in addresses
+    }
+    if overflown := [f"not finite in {computed[name].dtype}: {name}" for name in not_finite(computed)]:
+        raise FormatError(f"{stored.folder} does not fit this model: {listing(overflown)}")
 
 
 # ---- The base in the metadata
