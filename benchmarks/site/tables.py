@@ -99,39 +99,26 @@ def seconds_to(curve: Cells, target: float) -> float:
     raise ValueError(f"the curve ends at {curve[-1]['loss']}, above {target}")
 
 
-GOALS = (  # of docs/performance.md: what, cell, its number, and the target for each of INSTRUCTIONS
-    ("bfloat16, speed / PEFT's", ("training", "bfloat16"), "x_peft", (6, 3.5, 2)),
-    ("bfloat16, PEFT's step / bound", ("training", "bfloat16"), "peft_x_bound", (6, 3.5, 2)),
-    ("float32, speed / PEFT's", ("training", "float32"), "x_peft", (1.2, 1.2, 1.2)),
-    ("bfloat16, memory / PEFT's", ("training", "bfloat16"), "memory_x_peft", (0.2, 0.2, 0.2)),
-    ("float32, memory / PEFT's", ("training", "float32"), "memory_x_peft", (0.2, 0.2, 0.2)),
-    ("bfloat16, step / bound", ("training", "bfloat16"), "x_bound", (1.4, 1.4, 1.4)),
-    ("8 requests, speed / `generate`", ("serving", None), "x_generate", (2, 2, 1.5)),
+RATIOS = (  # of docs/performance.md: what, cell, its number
+    ("bfloat16, speed / PEFT's", ("training", "bfloat16"), "x_peft"),
+    ("float32, speed / PEFT's", ("training", "float32"), "x_peft"),
+    ("bfloat16, memory / PEFT's", ("training", "bfloat16"), "memory_x_peft"),
+    ("float32, memory / PEFT's", ("training", "float32"), "memory_x_peft"),
+    ("8 requests, speed / `generate`", ("serving", None), "x_generate"),
 )
 
 
 def processors(content: dict[str, Any]) -> str:
-    """What is gained on smaller processors, with the targets; the speed and memory of every arm; the losses."""
+    """What is gained on smaller processors, and the losses."""
     keys = ("what", "dtype", "instructions", "threads")
     results = {tuple(cell["cell"].get(key) for key in keys): cell["result"] for cell in content["cells"]}
     columns = {"AVX2": "AVX2", "AVX512": "AVX512", "all": ", ".join(content["machine"]["bf16"]).upper() or "all"}
-    goals = []
-    for title, (what, dtype), key, targets in GOALS:
+    rows = []
+    for title, (what, dtype), key in RATIOS:
         for threads in (1, 2) if what == "training" else (1,):
             values = [results.get((what, dtype, name, threads)) for name in columns]
-            shown = [f"{r[key]['median']:.2f} ({goal})" if r else "" for r, goal in zip(values, targets, strict=True)]
-            goals += [[title, str(threads), *shown]] if any(shown) else []
-    arms = [
-        [
-            f"{columns[name]}, {dtype}, {threads}",
-            *(ranged(rates[arm], "{:.0f}") for arm in (OURS, "PEFT", "Trainer", "TRL")),
-        ]
-        for (what, dtype, name, threads), result in results.items()
-        if what == "training"
-        for rates in [result["tokens_per_cpu_second"]]
-    ]
-    head = ["tokens per CPU second", OURS, "PEFT", "Trainer", "TRL"]
-    parts = [table(["", "threads", *columns.values()], goals), table(head, arms)]
+            rows.append([title, str(threads), *(f"{r[key]['median']:.2f}" if r else "" for r in values)])
+    parts = [table(["", "threads", *columns.values()], rows)]
     parts += [losses(result) for (what, *_), result in results.items() if what == "losses"]
     return "\n\n".join([*parts, f"On {machine(content)}. {load(content)}"])
 
