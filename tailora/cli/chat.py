@@ -1,4 +1,4 @@
-"""`tailora chat` and `tailora generate`: answers from a model with or without adapters.
+"""`tailora chat`: a conversation with a model, with or without adapters.
 
 Answers go to stdout, everything else to stderr.
 """
@@ -6,26 +6,22 @@ Answers go to stdout, everything else to stderr.
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from json import dumps
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from tailora.cli.flags import Json, Overwrite
-from tailora.cli.main import log, note, print_json, stderr, write_stdout
+from tailora.cli.main import log, note, write_stdout
 from tailora.cli.models import (
     Adapters,
     Device,
     Loaded,
-    MaxNewTokens,
     Model,
     Quantize,
-    Seed,
+    Sampling,
     Temperature,
     TopP,
     base_model_name,
@@ -33,15 +29,9 @@ from tailora.cli.models import (
     parse_adapters,
 )
 from tailora.data.messages import Messages, place_images
-from tailora.data.readers import JSON_LINES, READERS, TXT, Row, RowProblem, data_error, read_file
-from tailora.data.schemas import IMAGE_COLUMNS
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
-from tailora.formats.io import check_new_file, partial_file, write_lines
 from tailora.formats.run_folder import adapter_folder, read_system_message, recorded_settings
 
-IgnoreChatTemplate = Annotated[
-    bool, Parameter(negative=(), show_default=False, help="continue the prompt as plain text, without a chat template")
-]
 Images = Annotated[
     list[Path] | None,
     Parameter(
@@ -66,10 +56,20 @@ HELP = """\
 COMMANDS = [line.split()[0] for line in HELP.splitlines()]
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ChatSampling(Sampling):
+    temperature: Temperature = 0.7
+    top_p: TopP = 0.9
+
+
+DEFAULT_SAMPLING = ChatSampling()
+
+
 @dataclass
 class ChatSession:
     loaded: Loaded
-    sampling: dict[str, Any]  # arguments of `stream_reply`
+    sampling: ChatSampling
     systems: dict[str, str | None]  # adapter -> its system message
     system: str | None  # of the active adapter
     obstacle: str  # why messages cannot contain images; "" if they can
@@ -84,10 +84,7 @@ def chat(
     image: Images = None,
     system: System = None,
     quantize: Quantize = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    seed: Seed = 0,
+    sampling: ChatSampling = DEFAULT_SAMPLING,
     device: Device = "auto",
 ) -> int:
     """Chat with a model, with or without adapters.
@@ -101,7 +98,6 @@ def chat(
     loaded = load_model(model, folders, quantize=quantize, device=device)
     from tailora.evaluation.generate import image_obstacle
 
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     systems = training_systems(system, folders or {model: Path(model)})
     obstacle = image_obstacle(loaded.model, loaded.tokenizer)
     session = ChatSession(loaded, sampling, systems, next(iter(systems.values())), obstacle)
@@ -145,9 +141,10 @@ def answer(session: ChatSession, text: str) -> None:
     images, session.images = session.images, []
     reply = ""
     try:
-        messages = [*session.messages, *user_message(text, images, session.obstacle)]
+        asked: Messages = [{"role": "user", "content": text}]
+        messages = [*session.messages, *(asked if session.obstacle else place_images(asked, images))]
         with explain_out_of_memory("answering", MEMORY_ADVICE):
-            for piece in stream_reply(loaded.model, loaded.tokenizer, [*system, *messages], **session.sampling):
+            for piece in stream_reply(loaded.model, loaded.tokenizer, [*system, *messages], **asdict(session.sampling)):
                 reply += piece
                 write_stdout(piece)
     except KeyboardInterrupt:
@@ -198,164 +195,7 @@ def run_command(session: ChatSession, line: str) -> str:
     raise ConfigError(f"unknown command {command}{nearest(command, COMMANDS) or '; type /help for the commands'}")
 
 
-# ---- `tailora generate`
-
-
-Prompts = Annotated[
-    list[str] | None, Parameter(negative=(), help="prompt to answer; repeatable; default: text from stdin")
-]
-
-PromptsFile = Annotated[
-    Path | None,
-    Parameter(
-        help="file of prompts: JSONL, JSON, CSV or Parquet with a prompt column, or text with one prompt per line"
-    ),
-]
-OutputFile = Annotated[Path | None, Parameter(help="JSONL file to write prompts and answers to, instead of stdout")]
-
-
-def generate(
-    *,
-    model: Model = None,
-    adapter: Adapters = None,
-    prompt: Prompts = None,
-    prompts: PromptsFile = None,
-    image: Images = None,
-    system: System = None,
-    ignore_chat_template: IgnoreChatTemplate = False,
-    quantize: Quantize = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    device: Device = "auto",
-    output: OutputFile = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> int:
-    """Answer each prompt independently. Images are added to every prompt.
-
-    If you name several adapters, all of them are active, and their updates are added together.
-    """
-    if prompt and prompts is not None:
-        raise ConfigError("--prompt and --prompts cannot be combined; use only one")
-    if ignore_chat_template and system is not None:
-        raise ConfigError(
-            "--system needs the chat template, so it cannot be combined with --ignore-chat-template; put the system "
-            "message into --prompt instead"
-        )
-    if ignore_chat_template and image:
-        raise ConfigError("--image needs the chat template, so it cannot be combined with --ignore-chat-template")
-    images = read_images(image)
-    rows = [{"prompt": text} for text in prompt or [piped_text()]] if prompts is None else read_prompts(prompts)
-    questions = [row["prompt"] for row in rows]
-    if output is not None:
-        check_answers_file(output, overwrite=overwrite)
-    folders = parse_adapters(adapter or [])
-    model = base_model_name(model, list(folders.values()))
-    log("loading the model")
-    loaded = load_model(model, folders, quantize=quantize, device=device)
-    from tailora.cli.progress import counter
-    from tailora.evaluation.generate import image_obstacle, stream_reply
-    from tailora.train.memory import explain_out_of_memory
-
-    obstacle = image_obstacle(loaded.model, loaded.tokenizer)
-    check_accepts_images(obstacle, images)
-    if not obstacle and any(row.get(column) for row in rows for column in IMAGE_COLUMNS):
-        raise ConfigError(
-            f"--prompts {prompts}: images in rows are not supported here; use --image for images that belong to every "
-            "prompt, or `tailora eval` for rows with images and replies"
-        )
-    systems = {} if ignore_chat_template else training_systems(system, folders or {model: Path(model)})
-    if len(set(systems.values())) > 1:
-        note("the adapters were trained with different system messages, so none is used; set one with --system TEXT")
-        systems = {}
-    system = next(iter(systems.values()), None)
-    first = [{"role": "system", "content": system}] if system else []
-    sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    named = {"images": [file.name for file in images]} if images else {}
-    is_shown = output is None and not json
-    answers = []
-    with (
-        counter(stderr(), "prompts") if output else nullcontext(lambda *_: None) as progress,
-        partial_answers(output) if output else nullcontext(lambda _: None) as write,
-    ):
-        for number, text in enumerate(questions, 1):
-            asked = text if ignore_chat_template else [*first, *user_message(text, images, obstacle)]
-            reply = ""
-            with explain_out_of_memory("answering", MEMORY_ADVICE):
-                for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **sampling):
-                    reply += piece
-                    if is_shown:
-                        write_stdout(piece)
-            answers.append({"prompt": text, **named, "text": reply})
-            write(dumps(answers[-1], ensure_ascii=False))
-            progress(number, len(questions))
-            if is_shown:
-                write_stdout("\n")
-    if output is not None:
-        log(f"{len(answers):,} answers written to {output}")
-    if json:
-        print_json({"model": model, "adapters": loaded.adapters, "answers": answers})
-    return 0
-
-
-def check_answers_file(output: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError if the file exists, or if its name has the suffix of a format other than JSON lines."""
-    if (suffix := output.suffix.lower()) in READERS.keys() - {*JSON_LINES, TXT}:
-        raise ConfigError(
-            f"--output {output}: expected a .jsonl file, got {suffix[1:].upper()}; use {output.with_suffix('.jsonl')}"
-        )
-    for path in (output, partial_file(output)):
-        check_new_file(path, overwrite=overwrite)
-
-
-@contextmanager
-def partial_answers(output: Path) -> Iterator[Callable[[str], None]]:
-    """Yields the function of `write_lines`. If the block fails, prints where the answers so far are."""
-    try:
-        with write_lines(output) as write:
-            yield write
-    finally:
-        if (partial := partial_file(output)).exists():
-            log(f"the answers so far are in {partial}")
-
-
-def piped_text() -> str:
-    """Returns the text from stdin. Raises ConfigError if there is none."""
-    text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
-    if not text:
-        raise ConfigError("no prompts to answer; use --prompt TEXT or --prompts FILE, or pipe text to stdin")
-    return text
-
-
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a data file, or a row for each line of any other. Raises ConfigError or DataError."""
-    if path.suffix.lower() not in READERS.keys() - {TXT}:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeError) as error:
-            cause = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
-            raise ConfigError(f"--prompts {path}: {cause}; use a readable UTF-8 text file") from None
-        prompts = [{"prompt": line} for line in lines if line.strip()]
-    else:
-        rows = list(read_file(path))
-        problems = [row for row in rows if isinstance(row, RowProblem)]
-        fields = [row for row in rows if isinstance(row, Row)]
-        problems += [
-            row.problem(f"no text in column 'prompt'; columns: {', '.join(row.fields) or 'none'}")
-            for row in fields
-            if not (isinstance(row.fields.get("prompt"), str) and row.fields["prompt"].strip())
-        ]
-        if problems:
-            raise data_error(problems)
-        prompts = [row.fields for row in fields]
-    if not prompts:
-        raise ConfigError(f"--prompts {path} contains no prompts; write one per line")
-    return prompts
-
-
-# ---- What both share
+# ---- What `tailora predict` shares
 
 
 def read_images(files: Sequence[Path] | None) -> list[Any]:
@@ -371,15 +211,6 @@ def check_accepts_images(obstacle: str, images: Sequence[Any]) -> None:
     """Raises ConfigError if there are images and an obstacle of `image_obstacle`."""
     if images and obstacle:
         raise ConfigError(f"this model cannot answer questions about images: {obstacle}; use a vision-language model")
-
-
-def user_message(text: str, images: list[Any], obstacle: str) -> Messages:
-    """Returns a message with the images where its text contains <image>, or before it. Raises DataError.
-
-    obstacle: why there can be no images. Then <image> is ordinary text.
-    """
-    messages: Messages = [{"role": "user", "content": text}]
-    return messages if obstacle else place_images(messages, images)
 
 
 def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str, str | None]:

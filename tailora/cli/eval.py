@@ -293,7 +293,7 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
     """Returns what to evaluate. Raises ConfigError or FormatError."""
     if adapter is None:
         if model is None:
-            raise ConfigError("nothing to evaluate; pass an ADAPTER, or use --model to evaluate a model without one")
+            raise ConfigError("no model; pass an ADAPTER, or use --model for a model without one")
         check_sources(model=model)
         return EvalTarget(model, None, None)
     path = Path(adapter)

@@ -52,8 +52,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "curve": ("study", "Measure whether more data, or a higher rank, would help."),
     "report": ("study", "Regenerate report.html for a run or a study."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
-    "generate": ("chat", "Answer each prompt independently."),
-    "predict": ("predict", "Predict labels, or generate answers, for all rows of a file."),
+    "predict": ("predict", "Predict labels, or generate answers, for the rows of a file or for prompts."),
     "combine": ("adapters", "Combine several adapters into one."),
     "shrink": ("adapters", "Reduce the rank of an adapter."),
     "extract": ("adapters", "Extract an adapter from a fine-tuned model and its base model."),
@@ -67,7 +66,8 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "data": ("data", "Show what would be trained on, token by token."),
     "doctor": ("doctor", "Show what this machine can do."),
 }
-DATA_COMMANDS = ("demo", "plan", "train", "compare", "eval", "search", "curve", "predict")  # with the flag --data
+SYNONYMS = {"predict": ("generate",)}  # words for which the error about an unknown command suggests this one
+DATA_COMMANDS = ("demo", "plan", "train", "compare", "eval", "search", "curve")  # with the flag --data
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
 Exit codes: 0 success; 1 failure; 2 invalid usage or settings; 3 diverged;
@@ -87,6 +87,7 @@ GATE_NOT_MET = 4  # exit code
 WORSE = 5  # exit code of a run that raised the held-out loss
 ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the running command line
 LIVE: ContextVar[Console | None] = ContextVar("live")  # the console with the progress bar
+STDIN = "/dev/stdin"  # what - means
 MAX_LINES = 21  # of a message; --json prints it in full
 BUG = "This is a bug in tailora. Please report it with the lines below."
 MEMORY_ADVICE = "try a smaller --model, --max-length or --max-new-tokens, or close other programs"
@@ -107,10 +108,11 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
     if tokens[:1] == ["--"]:  # torchrun forwards it; without it, torchrun would read --r itself
         tokens = tokens[1:]
     ARGUMENTS.set(tokens)
+    readable = [STDIN if token == "-" else token for token in tokens]  # cyclopts takes - for an option
     as_json = "--json" in tokens
     try:
         with quiet_loggers(*NOISY_LOGGERS), warnings_as_notes():
-            code = app(tokens)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+            code = app(tokens)(readable, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except BrokenPipeError:  # as in `tailora ... | head`; otherwise Python reports a second error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -144,7 +146,8 @@ def app(tokens: Sequence[str] = ()) -> App:
     )
     for order, (name, (file, summary)) in enumerate(COMMANDS.items()):
         called = list(tokens[:1]) == [name]
-        root.command(f"tailora.cli.{file}:{name}", name=name, help=None if called else summary, sort_key=order)
+        shown: Any = {"help": None if called else summary, "sort_key": order, "synonym": SYNONYMS.get(name)}
+        root.command(f"tailora.cli.{file}:{name}", name=name, **shown)
     return root
 
 
@@ -213,9 +216,9 @@ def message_of(error: BaseException) -> str:
     if not isinstance(error, CycloptsError):
         return str(error)
     message, command = str(error).removesuffix("."), " ".join(error.command_chain or ())
-    if isinstance(error, UnknownOptionError) and error.token.keyword:
+    if isinstance(error, UnknownOptionError):
         flags = {name for item in error.argument_collection for name in item.names}
-        known, first = {name.lstrip("-").replace("-", "_") for name in flags}, error.token.keyword
+        known, first = {name.lstrip("-").replace("-", "_") for name in flags}, error.token.keyword or error.token.value
         if ours := our_name(first.lstrip("-").removeprefix("no-").replace("-", "_"), known, is_flag=True):
             message = f"Unknown option: {first}. {ours[:1].upper()}{ours[1:]}"
         typed = dict.fromkeys(text.partition("=")[0] for text in ARGUMENTS.get() if text.startswith("--"))

@@ -69,7 +69,6 @@ DEVICE_HELP = TrainConfig.model_fields["device"].description
 DEVICE_NAME = re.compile(r"[a-z_]+(:\d+)?")  # such as auto, cpu, cuda:1; torch knows which exist
 DEVICE_PARAMETER = Parameter(name="--device", help=DEVICE_HELP)
 Device = Annotated[str, DEVICE_PARAMETER]
-MaxNewTokens = Annotated[PositiveInt, Parameter(help="maximum tokens per answer")]
 Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the most likely token")]
 TopP = Annotated[
     float,
@@ -78,7 +77,17 @@ TopP = Annotated[
         validator=Number(gt=0, lte=1),
     ),
 ]
-Seed = Annotated[NonNegativeInt, Parameter(help="seed for sampling", validator=Number(lt=2**63))]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How answers are generated: arguments of `stream_reply`."""
+
+    max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens per answer")] = 256
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: Annotated[NonNegativeInt, Parameter(help="seed for sampling", validator=Number(lt=2**63))] = 0
 
 
 # ---- Where adapters are, and what their runs recorded

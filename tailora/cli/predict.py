@@ -1,9 +1,11 @@
-"""`tailora predict`: writes predictions for the rows of a file as JSONL: labels with probabilities, or answers."""
+"""`tailora predict`: labels with probabilities, or answers, for the rows of a file or for prompts."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from itertools import islice
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from dataclasses import field as dataclass_field
+from itertools import chain, islice
 from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,34 +13,53 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from tailora.cli.chat import MEMORY_ADVICE, check_answers_file, partial_answers
-from tailora.cli.eval import Adapter, Flags, find_target
-from tailora.cli.flags import Json, Overwrite, log_columns, merge_with_run
-from tailora.cli.main import log, print_json, stderr, write_stdout
+from tailora.cli.chat import MEMORY_ADVICE, Images, check_accepts_images, read_images, training_systems
+from tailora.cli.eval import Adapter, find_target
+from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
+from tailora.cli.main import STDIN, log, note, print_json, stderr, write_stdout
 from tailora.cli.models import (
+    Adapters,
     BaseModel,
     Device,
-    MaxNewTokens,
+    Loaded,
     Quantize,
+    Sampling,
+    base_model_name,
     check_sources,
     labels_of,
     load_model,
+    parse_adapters,
     refuse_system,
 )
 from tailora.data.demo import resolve_demo
-from tailora.data.readers import Row, RowProblem, data_error, read_rows
-from tailora.errors import DataError
+from tailora.data.readers import JSON_LINES, READERS, TXT, Row, RowProblem, data_error, read_json_lines, read_rows
+from tailora.errors import ConfigError, DataError
+from tailora.formats.io import check_new_file, partial_file, write_lines
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from tailora.data.chat_template import ChatTokenizer
     from tailora.data.labels import Labels
-    from tailora.data.schemas import Conversation
+    from tailora.data.messages import Messages, Tools
 
+Flags: Any = flags_of(TrainConfig, ["field", "system", "max_length", "dtype"])
 Data = Annotated[
-    str, Parameter(help="rows to predict: JSONL, JSON, CSV, Parquet, folder or Hub id; labels are ignored")
+    str | None,
+    Parameter(
+        name="--data",
+        metavar="FILE",
+        help="rows to predict: JSONL, JSON, CSV, Parquet, folder, Hub id, text with a prompt per line, or - for stdin",
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    Parameter(name="--prompt", negative=(), help="prompt instead of FILE; repeatable; - reads a prompt from stdin"),
+]
+IgnoreChatTemplate = Annotated[
+    bool, Parameter(negative=(), show_default=False, help="continue prompts as plain text, without a chat template")
 ]
 Output = Annotated[Path | None, Parameter(help="JSONL file to write rows and predictions to, instead of stdout")]
+DEFAULT_SAMPLING = Sampling()
 CHUNK = 1000  # rows predicted at a time
 
 Prediction = dict[str, Any]
@@ -48,69 +69,171 @@ DIGITS = 6  # of predicted numbers; float32 has about 7
 def predict(
     adapter: Adapter = None,
     /,
+    data: Data = None,
     *,
-    data: Data,
+    prompt: Prompts = None,
+    adapters: Adapters = None,
     model: BaseModel = None,
+    image: Images = None,
+    ignore_chat_template: IgnoreChatTemplate = False,
     output: Output = None,
     limit: Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")] = None,
-    max_new_tokens: MaxNewTokens = 256,
+    sampling: Sampling = DEFAULT_SAMPLING,
     quantize: Quantize = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Predict labels, or generate answers, for all rows of a file.
+    """Predict labels, or generate answers, for the rows of a file or for prompts.
 
-    Each output line contains the columns of a row and the prediction: label and probabilities, tags and probabilities,
-    or answer. Predictions replace columns with the same name.
+    Answers to --prompt are printed as text. For a FILE, each line of the output is a JSON object with the columns of
+    the row and these columns:
+
+    - a language model: messages (the chat that was answered, with the system message) and answer,
+    - sequence-classification: label and probabilities,
+    - token-classification: tags and probabilities,
+    - regression: label.
+
+    They replace columns with the same name. With several --adapter, which replace ADAPTER, the updates of all adapters
+    are added together.
     """
-    check_sources(data=[data])
-    if output is not None:
-        check_answers_file(output, overwrite=overwrite)
-    target = find_target(adapter, model)
-    config = merge_with_run(flags, target.folder, arguments={"model": target.model})
+    if adapters and data is None:
+        adapter, data = None, adapter
+    check_arguments(adapter, adapters, data, prompt, output, overwrite=overwrite)
+    settings = flags or {}
+    if ignore_chat_template and (image or "system" in settings):
+        flag = "--image" if image else "--system"
+        raise ConfigError(f"{flag} needs the chat template, so it cannot be combined with --ignore-chat-template")
+    images = read_images(image)
+    model, folders = what_answers(adapter, adapters, model)
+    config = merge_with_run(flags, next(iter(folders.values()), None), arguments={"model": model})
     log_columns(flags, config)
-    rows = read_all(resolve_demo(data, "eval_data"), limit)
-    log("loading the model")
-    folders = {} if target.folder is None else {"default": target.folder}
-    labels = labels_of(target.model, list(folders.values()))
+    labels = labels_of(model, list(folders.values()))
     refuse_system(labels, flags)
-    loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
+    if labels is not None and (len(folders) > 1 or image or ignore_chat_template):
+        raise ConfigError(
+            f"several adapters, --image and --ignore-chat-template are for language models, but this model is for "
+            f"{labels.task}; remove them"
+        )
+    rows = read_all(data, prompt, "prompt" if labels is None else "text", limit)
+    log("loading the model")
+    loaded = load_model(model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
     from tailora.cli.progress import counter
+    from tailora.evaluation.generate import image_obstacle
     from tailora.train.memory import explain_out_of_memory
 
+    show = write_stdout if prompt and labels is None and output is None and not json else None
+    if labels is not None:
+        results = label_predictions(loaded, labels, rows, config)
+    else:
+        obstacle = image_obstacle(loaded.model, loaded.tokenizer)
+        check_accepts_images(obstacle, images)
+        system = None if ignore_chat_template else system_of(settings.get("system"), folders or {model: Path(model)})
+        options = ChatOptions(config.field, system, images, obstacle, ignore_chat_template)
+        results = answer_predictions(loaded, rows, options, sampling, show)
     predictions: list[Prediction] = []
     with (
         explain_out_of_memory("answering", MEMORY_ADVICE),
-        counter(stderr(), "rows") as progress,
+        counter(stderr(), "rows") if output else nullcontext(lambda *_: None) as progress,
         partial_answers(output) if output else nullcontext(lambda line: write_stdout(f"{line}\n")) as write,
     ):
-        results = (
-            answer_predictions(loaded.model, loaded.tokenizer, rows, config, max_new_tokens)
-            if labels is None
-            else label_predictions(loaded.model, loaded.tokenizer, labels, rows, config)
-        )
         for number, prediction in enumerate(results, 1):
-            if output is not None or not json:
+            if output is not None or not (json or show):
                 write(dumps(prediction, ensure_ascii=False))
             predictions += [prediction] if json else []
             progress(number, len(rows))
     if output is not None:
         log(f"{len(rows):,} predictions written to {output}")
     if json:
-        print_json({"model": target.model, "adapter": target.adapter, "predictions": predictions})
+        print_json({"model": model, "adapters": loaded.adapters, "predictions": predictions})
     return 0
 
 
-def read_all(source: str, limit: int | None) -> list[Row]:
-    """Returns the rows. Raises DataError with all unreadable rows, or if there are none."""
-    items = list(islice(read_rows(source, split="validation"), limit))
-    if problems := [item for item in items if isinstance(item, RowProblem)]:
+def check_arguments(
+    adapter: str | None,
+    adapters: Sequence[str] | None,
+    data: str | None,
+    prompt: Sequence[str] | None,
+    output: Path | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Raises ConfigError or DataError for contradictions, missing data and an output that cannot be written."""
+    if adapters and adapter is not None:
+        raise ConfigError(f"use either ADAPTER ({adapter}) or --adapter, which is repeatable")
+    if prompt and data is not None:
+        raise ConfigError(f"--prompt and a FILE ({data}) cannot be combined; use only one")
+    if not prompt and data is None:
+        raise ConfigError("nothing to predict; add a FILE, --prompt TEXT, or - to read stdin")
+    check_sources(data=[] if data == STDIN else [data])
+    if output is None:
+        return
+    if (suffix := output.suffix.lower()) in READERS.keys() - {*JSON_LINES, TXT}:
+        raise ConfigError(
+            f"--output {output}: expected a .jsonl file, got {suffix[1:].upper()}; use {output.with_suffix('.jsonl')}"
+        )
+    for path in (output, partial_file(output)):
+        check_new_file(path, overwrite=overwrite)
+
+
+def what_answers(
+    adapter: str | None, adapters: Sequence[str] | None, model: str | None
+) -> tuple[str, Mapping[str, Path]]:
+    """Returns the model to load, and name -> folder of its adapters. Raises ConfigError or FormatError."""
+    if adapters:
+        folders = parse_adapters(adapters)
+        return base_model_name(model, list(folders.values())), folders
+    target = find_target(adapter, model)
+    return target.model, parse_adapters([target.adapter]) if target.adapter is not None else {}
+
+
+@contextmanager
+def partial_answers(output: Path) -> Iterator[Callable[[str], None]]:
+    """Yields the function of `write_lines`. If the block fails, prints where the answers so far are."""
+    try:
+        with write_lines(output) as write:
+            yield write
+    finally:
+        if (partial := partial_file(output)).exists():
+            log(f"the answers so far are in {partial}")
+
+
+# ---- Rows
+
+
+def read_all(data: str | None, prompts: Sequence[str] | None, column: str, limit: int | None) -> list[Row]:
+    """Returns the rows of a source, or one for each prompt. Raises DataError with all unreadable rows, or without rows.
+
+    column: of prompts, and of lines of text.
+    """
+    piped = sys.stdin.read() if STDIN in (data, *(prompts or ())) else ""
+    rows: Iterable[Row | RowProblem]
+    if prompts:
+        texts = [piped.strip() if text == STDIN else text for text in prompts]
+        rows = [Row("--prompt", number, {column: text}) for number, text in enumerate(texts, 1)]
+    elif data == STDIN:
+        rows = rows_of_text("stdin", piped, column)
+    else:
+        rows = read_rows(resolve_demo(str(data), "eval_data"), split="validation")
+        if str(data).lower().endswith(TXT):
+            rows = chain.from_iterable(
+                rows_of_text(row.file, row.fields["text"], column) if isinstance(row, Row) else [row] for row in rows
+            )
+    rows = list(islice(rows, limit))
+    if problems := [row for row in rows if isinstance(row, RowProblem)]:
         raise data_error(problems)
-    if not items:
-        raise data_error([RowProblem(source, 0, "no rows to predict")])
-    return [item for item in items if isinstance(item, Row)]
+    if not rows:
+        raise data_error([RowProblem(str(data), 0, "no rows to predict")])
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def rows_of_text(file: str, text: str, column: str) -> Iterable[Row | RowProblem]:
+    """Returns the rows of JSON lines, or a row for each line of any other text."""
+    lines = text.splitlines()
+    if text.lstrip().startswith("{"):
+        return read_json_lines(Path(file), [line.encode() for line in lines])
+    return [Row(file, number, {column: line}) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def columns_of(row: Row) -> Any:
@@ -122,7 +245,7 @@ def columns_of(row: Row) -> Any:
 
 
 def label_predictions(
-    model: Any, tokenizer: Any, labels: "Labels", rows: Sequence[Row], config: TrainConfig
+    loaded: Loaded, labels: "Labels", rows: Sequence[Row], config: TrainConfig
 ) -> Iterator[Prediction]:
     """Yields the predictions of a model for labels. Raises DataError with all unreadable rows first."""
     from tailora.data.schemas import convert_row, detect_source_schema
@@ -134,7 +257,7 @@ def label_predictions(
         raise data_error(problems)
     for first in range(0, len(rows), CHUNK):
         part = slice(first, first + CHUNK)
-        results = predict_labels(model, tokenizer, labels, samples[part], max_length=config.max_length)
+        results = predict_labels(loaded.model, loaded.tokenizer, labels, samples[part], max_length=config.max_length)
         for row, result in zip(rows[part], results, strict=True):
             if isinstance(result, DataError):
                 raise data_error([row.problem(result)])
@@ -149,46 +272,94 @@ def rounded(prediction: Any) -> Any:
 # ---- Answers
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """How rows become chats."""
+
+    field: Mapping[str, str] = dataclass_field(default_factory=dict)  # names of columns
+    system: str | None = None  # for chats without a system message
+    images: Sequence[Any] = ()  # for every chat
+    obstacle: str = ""  # why chats cannot contain images; "" if they can
+    ignore_chat_template: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    asked: "Messages | str"
+    tools: "Tools | None"
+    columns: Prediction  # of the output
+
+
 def answer_predictions(
-    model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, max_new_tokens: int
+    loaded: Loaded, rows: Sequence[Row], options: ChatOptions, sampling: Sampling, show: Callable[[str], None] | None
 ) -> Iterator[Prediction]:
-    """Yields the greedy answers of a language model. Raises DataError with all rows without a question first."""
+    """Yields the answers of a language model. Raises DataError with all rows without a question first.
+
+    show: receives each answer while it is generated, and a line break after it.
+    """
     from tailora.data.chat_template import ChatTokenizer, DataSettings
     from tailora.evaluation.generate import stream_reply
 
-    chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(system=config.system))
-    questions = [question(row, config.field, chat_tokenizer) for row in rows]
-    if problems := [item for item in questions if isinstance(item, RowProblem)]:
+    tokenizer = ChatTokenizer.of(loaded.tokenizer, DataSettings(system=options.system))
+    items = [read_question(row, options, tokenizer) for row in rows]
+    if problems := [item for item in items if isinstance(item, RowProblem)]:
         raise data_error(problems)
-    for row, chat in zip(rows, questions, strict=True):
-        assert not isinstance(chat, RowProblem)
-        pieces = stream_reply(model, tokenizer, chat.messages, tools=chat.tools, max_new_tokens=max_new_tokens)
-        yield columns_of(row) | {"messages": chat.messages, "answer": "".join(pieces)}
+    questions = [item for item in items if isinstance(item, Question)]
+    for row, question in zip(rows, questions, strict=True):
+        answer = ""
+        arguments = {"tools": question.tools, **asdict(sampling)}
+        for piece in stream_reply(loaded.model, loaded.tokenizer, question.asked, **arguments):
+            answer += piece
+            if show is not None:
+                show(piece)
+        if show is not None:
+            show("\n")
+        yield columns_of(row) | question.columns | {"answer": answer}
 
 
-def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> "Conversation | RowProblem":
-    """Returns the chat to answer, from `messages` or `prompt`, with its tools and the settings' system message."""
+def read_question(row: Row, options: ChatOptions, tokenizer: "ChatTokenizer") -> Question | RowProblem:
+    """Returns the chat in the columns `messages` or `prompt`, with its tools and the system message."""
     from tailora.data.chat_template import fit_to_template, with_system
-    from tailora.data.messages import parsed_list, read_messages, read_tools
+    from tailora.data.messages import parsed_list, place_images, read_messages, read_tools, text_value
     from tailora.data.schemas import IMAGE_COLUMNS, Conversation
 
-    keys = {key: field.get(key, key) for key in ("messages", "prompt")}
-    key = next((key for key, column in keys.items() if column in row.fields), None)
+    columns = {
+        key: row.fields.get(options.field.get(key, key)) for key in ("messages", "prompt", "tools", *IMAGE_COLUMNS)
+    }
+    key = next((key for key in ("messages", "prompt") if options.field.get(key, key) in row.fields), None)
     if key is None:
         return row.problem(f"expected a column messages or prompt; columns: {', '.join(row.fields) or 'none'}")
     try:
-        value = parsed_list(row.fields[keys[key]], key)
-        messages = read_messages(value, key) if isinstance(value, list) else [{"role": "user", "content": value}]
+        value = parsed_list(columns[key], key)
+        is_chat = isinstance(value, list)
+        messages = read_messages(value, key) if is_chat else [{"role": "user", "content": text_value(value, key)}]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages or not str(messages[-1]["content"] or "").strip():
             raise DataError(f"{key} is empty")
-        for name in IMAGE_COLUMNS:
-            if parsed_list(row.fields.get(field.get(name, name)), name):
-                raise DataError(f"{name}: predict does not support images; remove the column, or use `tailora eval`")
-        tools = read_tools({"tools": row.fields.get(field.get("tools", "tools"))})
-        chat = with_system(Conversation(messages, tools=tools), tokenizer)
+        if name := next((name for name in IMAGE_COLUMNS if parsed_list(columns[name], name)), None):
+            raise DataError(
+                f"{name}: predict does not support images in rows; use --image for images that belong to every row, or "
+                "`tailora eval`"
+            )
+        if options.ignore_chat_template:
+            if is_chat:
+                raise DataError("messages need the chat template; remove --ignore-chat-template")
+            return Question(messages[0]["content"], None, {})
+        chat = with_system(Conversation(messages, tools=read_tools({"tools": columns["tools"]})), tokenizer)
         assert isinstance(chat, Conversation)
-        return fit_to_template(replace(chat, first=len(chat.messages)), tokenizer)
+        chat = fit_to_template(replace(chat, first=len(chat.messages)), tokenizer)
+        asked = chat.messages if options.obstacle else place_images(chat.messages, list(options.images))
+        named = {"images": [file.name for file in options.images]} if options.images else {}
+        return Question(asked, chat.tools, {"messages": chat.messages, **named})
     except DataError as error:
         return row.problem(error)
+
+
+def system_of(given: str | None, sources: Mapping[str, Path]) -> str | None:
+    """Returns the system message for all sources together. Raises FormatError."""
+    systems = {*training_systems(given, sources).values()}
+    if len(systems) > 1:
+        note("the adapters were trained with different system messages, so none is used; set one with --system TEXT")
+        return None
+    return systems.pop() or None

@@ -159,16 +159,16 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     columns = ["--field", pairs] if pairs and not is_lora else []  # an adapter's run records them
     evaluated = [str(folder)] if is_lora else tuned
     prompt, images = first_prompt(folder)
-    generate = ["tailora", "generate", *tuned, "--prompt", prompt, *(word for i in images for word in ("--image", i))]
+    answer = ["tailora", "predict", *evaluated, "--prompt", prompt, *(word for i in images for word in ("--image", i))]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
     system = ["--system", config.system] if config.system and not is_lora else []
     images_of_data = ["--image-folder", config.image_folder] if config.image_folder else []
     evaluate = ["tailora", "eval", *evaluated, *system, *held_out, *images_of_data]
     if config.task in (*TASK_TYPES, "seq2seq"):
         predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", *columns, "--output", "PREDICTIONS.jsonl"]
-        return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]
+        return [*([] if config.task in TASK_TYPES else [answer]), evaluate, predict]
     evaluation = [] if config.task == GRPO else [evaluate]  # prompts have no replies to evaluate
-    commands = [["tailora", "chat", *tuned], generate, *evaluation]
+    commands = [["tailora", "chat", *tuned], answer, *evaluation]
     if is_lora:
         target, name = ("merged", "merged") if _reads_images(folder) else ("llama-server", "llama")
         commands.append(["tailora", "export", str(folder), "--to", target, "--output", f"{folder}-{name}"])

@@ -193,14 +193,18 @@ def read_file(path: Path) -> Rows:
 def read_jsonl(path: Path) -> Rows:
     """Reads one JSON object per line; skips blank lines."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    value = _parse_json(line.decode("utf-8-sig").rstrip())
-                except (ValueError, RecursionError) as error:
-                    yield RowProblem(str(path), number, _json_cause(error), content=line.decode(errors="replace"))
-                else:
-                    yield _row(path, number, value)
+        yield from read_json_lines(path, file)
+
+
+def read_json_lines(path: Path, lines: Iterable[bytes]) -> Rows:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                value = _parse_json(line.decode("utf-8-sig").rstrip())
+            except (ValueError, RecursionError) as error:
+                yield RowProblem(str(path), number, _json_cause(error), content=line.decode(errors="replace"))
+            else:
+                yield _row(path, number, value)
 
 
 def read_json(path: Path) -> Rows:

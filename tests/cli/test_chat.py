@@ -1,4 +1,4 @@
-"""`tailora chat` and `tailora generate`."""
+"""`tailora chat`, and what `tailora predict` answers."""
 
 import io
 import json
@@ -125,32 +125,45 @@ def test_quit_ends_before_the_rest_is_read(
     assert capsys.readouterr().out == ""
 
 
-def test_generate_answers_every_prompt_in_order(tiny_model: Path, adapter: Path) -> None:
-    tokens = ["generate", "--model", tiny_model, "--max-new-tokens", "4", "--prompt", "a", "--prompt", "b"]
+def test_predict_answers_every_prompt_in_order(tiny_model: Path, adapter: Path) -> None:
+    tokens = ["predict", "--model", tiny_model, "--max-new-tokens", "4", "--prompt", "a", "--prompt", "b"]
     tuned = found(*tokens, "--adapter", f"mine={adapter}")
     assert tuned["adapters"] == ["mine"]
-    assert [answer["prompt"] for answer in tuned["answers"]] == ["a", "b"]
-    assert found(*tokens)["answers"] != tuned["answers"]
+    assert [row["prompt"] for row in tuned["predictions"]] == ["a", "b"]
+    assert found("predict", adapter, *tokens[1:])["predictions"] == tuned["predictions"]
+    assert found(*tokens)["predictions"] != tuned["predictions"]
+    assert call(*tokens, "--adapter", adapter)[1].splitlines() == [row["answer"] for row in tuned["predictions"]]
 
 
-def test_generate_reads_a_prompt_from_a_pipe(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
-    tokens = ["generate", "--model", tiny_model, "--max-new-tokens", 4]
-    assert call(*tokens)[:2] == call(*tokens, "--prompt", "two\nlines")[:2]
+@pytest.mark.parametrize(
+    ("piped", "tokens", "prompts"),
+    [
+        ("two\nlines\n", ["--prompt", "-"], ["two\nlines"]),
+        ("two\n\nlines\n", ["-"], ["two", "lines"]),
+        ('{"prompt": "a"}\n{"prompt": "b", "id": 3}\n', ["--data", "-"], ["a", "b"]),
+    ],
+)
+def test_predict_reads_stdin(
+    piped: str, tokens: list[str], prompts: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+    predictions = found("predict", tiny_model, *tokens, "--max-new-tokens", 4)["predictions"]
+    assert [row["prompt"] for row in predictions] == prompts
 
 
 @pytest.mark.parametrize(
     ("tokens", "hint"),
     [
         (["--adapter", "RUN", "--adapter", "RUN"], "two adapters are named run"),
+        (["RUN", "--data", "x.jsonl"], "--prompt and a FILE (x.jsonl) cannot be combined"),
         (["--temperature", "-1"], "--temperature. Must be >= 0"),
         (["--seed", str(2**70)], "--seed. Must be < "),
         (["--system", "be brief", "--ignore-chat-template"], "--system needs the chat template"),
     ],
 )
-def test_mistakes_of_generate_exit_with_2(tokens: list[str], hint: str, tiny_model: Path, adapter: Path) -> None:
+def test_mistakes_of_predict_exit_with_2(tokens: list[str], hint: str, tiny_model: Path, adapter: Path) -> None:
     given = [adapter if token == "RUN" else token for token in tokens]
-    check_refused(hint, "generate", "--model", tiny_model, "--prompt", "a", *given)
+    check_refused(hint, "predict", *given, "--model", tiny_model, "--prompt", "a")
 
 
 def test_an_adapter_is_called_as_asked_or_as_its_run(adapter: Path, tmp_path: Path) -> None:
@@ -174,7 +187,7 @@ def test_a_system_message_changes_the_answer_and_stays_after_a_reset(
     assert talk(["hello"], model, monkeypatch) == 0
     without = capsys.readouterr().out
     assert without != f"{first}\n"
-    tokens = ["generate", *model, "--max-new-tokens", 6, "--prompt", "hello"]
+    tokens = ["predict", *model, "--max-new-tokens", 6, "--prompt", "hello"]
     assert call(*tokens, "--system", "be brief")[1] == f"{first}\n"
     assert call(*tokens)[1] == without
 
@@ -187,7 +200,7 @@ def test_the_system_message_of_the_training_is_used_and_said(
         shutil.copytree(adapter, folder)
     write_system_message(run / "adapter", "be brief\nand kind")
     model = ["--model", str(tiny_model), "--adapter"]
-    tokens = ["generate", *model, str(run), "--max-new-tokens", "6", "--prompt", "hello"]
+    tokens = ["predict", *model, str(run), "--max-new-tokens", "6", "--prompt", "hello"]
     asked, without = (call(*tokens, "--system", text)[1] for text in ("be brief\nand kind", ""))
     code, answer, err = call(*tokens)
     assert (code, answer) == (0, asked)
@@ -207,14 +220,14 @@ def test_the_system_message_of_the_training_is_used_and_said(
 
 def test_a_system_message_that_was_not_stored_is_reported(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "run")
-    tokens = ["generate", "--model", tiny_model, "--adapter", tmp_path / "run", "--max-new-tokens", 2, "--prompt", "x"]
+    tokens = ["predict", "--model", tiny_model, "--adapter", tmp_path / "run", "--max-new-tokens", 2, "--prompt", "x"]
     for count in (5, 0):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"data": {"messages": {"user": 5, "system": count}}}))
         assert ("have different system messages" in call(*tokens)[2]) == bool(count)
 
 
-def test_generate_continues_a_text_without_the_chat_template(tiny_model: Path) -> None:
-    tokens = ["generate", "--model", tiny_model, "--max-new-tokens", 6, "--prompt", "hello"]
+def test_predict_continues_a_text_without_the_chat_template(tiny_model: Path) -> None:
+    tokens = ["predict", "--model", tiny_model, "--max-new-tokens", 6, "--prompt", "hello"]
     _, answer, _ = call(*tokens, "--ignore-chat-template")
     loaded = load_model(str(tiny_model), {})
     assert answer == "".join(stream_reply(loaded.model, loaded.tokenizer, "hello", max_new_tokens=6)) + "\n"
@@ -231,14 +244,15 @@ def test_generate_continues_a_text_without_the_chat_template(tiny_model: Path) -
 def test_prompts_of_a_file_are_answered_into_a_file(name: str, text: str, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     output = tmp_path / "out" / "answers.jsonl"
-    tokens = ["generate", "--model", tiny_model, "--max-new-tokens", 4]
-    to_file = [*tokens, "--prompts", tmp_path / name, "--output", output]
+    tokens = ["predict", "--model", tiny_model, "--max-new-tokens", 4]
+    to_file = [*tokens, "--data", tmp_path / name, "--output", output]
     code, out, err = call(*to_file)
     assert (code, out) == (0, "")
-    assert f"2 answers written to {output}" in err
+    assert f"2 predictions written to {output}" in err
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in written] == ["hello", "what colour?"]
-    assert written == found(*tokens, "--prompt", "hello", "--prompt", "what colour?")["answers"]
+    prompts = found(*tokens, "--prompt", "hello", "--prompt", "what colour?")["predictions"]
+    assert [row["answer"] for row in written] == [row["answer"] for row in prompts]
     check_refused("already exists; use a different file, or --overwrite", *to_file)
     assert call(*to_file, "--overwrite")[0] == 0
     assert [path.name for path in output.parent.iterdir()] == ["answers.jsonl"]
@@ -247,33 +261,30 @@ def test_prompts_of_a_file_are_answered_into_a_file(name: str, text: str, tiny_m
 @pytest.mark.parametrize(
     ("name", "content", "hint"),
     [
-        ("a.txt", b"\n \n", "contains no prompt"),
+        ("a.txt", b"\n \n", "no rows to predict"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         (
             "a.jsonl",
             b'{"prompt": "a"}\n{"text": "b"}\n{"prompt": 3}\n{',
-            "a.jsonl:2: no text in column 'prompt'; columns: text",
+            "not JSON",
         ),
-        ("absent.txt", None, "absent.txt: No such file"),
-        ("absent.jsonl", None, "absent.jsonl: No such file"),
+        ("absent.txt", None, "absent.txt: no such file"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_refused_before_the_model_is_loaded(
-    name: str, content: bytes | None, hint: str, tmp_path: Path
+    name: str, content: bytes | None, hint: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     output = tmp_path / "new" / "answers.jsonl"
-    check_refused(hint, "generate", "--model", "absent", "--prompts", tmp_path / name, "--output", output)
+    check_refused(hint, "predict", "--model", tiny_model, "--data", tmp_path / name, "--output", output)
     assert not output.parent.exists()
 
 
-def test_an_output_in_a_file_is_refused_in_words_of_generate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_in_a_file_is_refused_in_words_of_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "x" / "y.jsonl"
-    assert main(["generate", "--model", "absent", "--prompt", "a", "--output", str(output)]) != 0
+    assert main(["predict", "--model", "absent", "--prompt", "a", "--output", str(output)]) != 0
     shown = capsys.readouterr().err
     assert f"{tmp_path / 'file'} is a file, not a folder; use a different path" in shown
     assert "--output-dir" not in shown
@@ -301,7 +312,7 @@ def test_answers_so_far_stay_in_a_partial_file(
     output = tmp_path / "answers.jsonl"
     partial = tmp_path / "answers.jsonl.partial"
     prompts = [part for text in "abc" for part in ("--prompt", text)]
-    tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "4", *prompts, "--output", str(output)]
+    tokens = ["predict", "--model", str(tiny_model), "--max-new-tokens", "4", *prompts, "--output", str(output)]
     assert main(tokens) == code
     said = capsys.readouterr().err
     assert f"the answers so far are in {partial}" in said

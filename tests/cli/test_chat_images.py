@@ -1,4 +1,4 @@
-"""`tailora chat` and `tailora generate` with images."""
+"""`tailora chat` and `tailora predict` with images."""
 
 import io
 from pathlib import Path
@@ -37,15 +37,16 @@ def expected(folder: Path, *parts: str) -> str:
 
 def test_answers_are_those_of_transformers_for_the_same_images(folder: Path) -> None:
     red, blue = folder / "red.png", folder / "blue.png"
-    tokens = ["generate", "--model", folder / "model", "--max-new-tokens", TOKENS]
+    tokens = ["predict", "--model", folder / "model", "--max-new-tokens", TOKENS]
     answers = found(*tokens, "--prompt", "which", "--prompt", "say <image> or <image>", "--image", red, "--image", blue)
-    assert [answer["text"] for answer in answers["answers"]] == [
+    assert [row["answer"] for row in answers["predictions"]] == [
         expected(folder, "red.png", "blue.png", "which"),
         expected(folder, "say ", "red.png", " or ", "blue.png"),
     ]
-    assert [answer["images"] for answer in answers["answers"]] == [[str(red), str(blue)]] * 2
-    (without,) = found(*tokens, "--prompt", "which")["answers"]
-    assert without == {"prompt": "which", "text": expected(folder, "which")}
+    assert [row["images"] for row in answers["predictions"]] == [[str(red), str(blue)]] * 2
+    (without,) = found(*tokens, "--prompt", "which")["predictions"]
+    messages = [{"role": "user", "content": "which"}]
+    assert without == {"prompt": "which", "messages": messages, "answer": expected(folder, "which")}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_answers_are_those_of_transformers_for_the_same_images(folder: Path) -> 
         (["--image", "."], "image .: Is a directory"),
         (["--image", "red.png", "--ignore-chat-template"], "--image needs the chat template"),
         (["--image", "red.png", "--prompt", "<image><image>"], "expected 2, one for each <image> in the messages, got"),
-        (["--prompts", "rows.jsonl"], "--prompts rows.jsonl: images in rows are not supported here; use --image"),
+        (["--data", "rows.jsonl"], "rows.jsonl:1: image: predict does not support images in rows; use --image"),
         (["--image", "red.png", "--model", "TEXT"], "this model cannot answer questions about images: it reads only"),
     ],
 )
@@ -67,18 +68,18 @@ def test_images_that_cannot_be_used_are_refused(
     (folder / "rows.jsonl").write_text('{"prompt": "which", "image": "red.png"}')
     monkeypatch.chdir(folder)
     model = [] if "--model" in tokens else ["--model", "model"]
-    prompt = [] if {"--prompt", "--prompts"} & {*tokens} else ["--prompt", "a"]
-    check_refused(hint, "generate", *model, *prompt, *(tiny_model if token == "TEXT" else token for token in tokens))
+    prompt = [] if {"--prompt", "--data"} & {*tokens} else ["--prompt", "a"]
+    check_refused(hint, "predict", *model, *prompt, *(tiny_model if token == "TEXT" else token for token in tokens))
 
 
 def test_a_model_for_text_reads_the_placeholder_as_text(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = ["--model", str(tiny_model), "--max-new-tokens", "4"]
-    (answer,) = found("generate", *tokens, "--prompt", "a <image> b")["answers"]
+    (answer,) = found("predict", *tokens, "--prompt", "a <image> b")["predictions"]
     monkeypatch.setattr("sys.stdin", io.StringIO("a <image> b\n"))
     assert main(["chat", "--temperature", "0", *tokens]) == 0
-    assert capsys.readouterr().out == answer["text"] + "\n"
+    assert capsys.readouterr().out == answer["answer"] + "\n"
 
 
 def test_an_image_goes_with_the_next_message_and_stays_in_the_conversation(
@@ -162,6 +163,6 @@ def test_an_adapter_answers_about_an_image(folder: Path) -> None:
     model.save_adapter(folder / "adapter")
     parts = [{"type": "image", "path": str(folder / "red.png")}, {"type": "text", "text": "which"}]
     tokens = ["--adapter", folder / "adapter", "--image", folder / "red.png", "--prompt", "which"]
-    (answer,) = found("generate", "--model", folder / "model", *tokens, "--max-new-tokens", TOKENS)["answers"]
+    (row,) = found("predict", "--model", folder / "model", *tokens, "--max-new-tokens", TOKENS)["predictions"]
     tuned = plain_answer(model.eval(), outspoken_llava()[1], [{"role": "user", "content": parts}], TOKENS)
-    assert answer["text"] == tuned != expected(folder, "red.png", "which")
+    assert row["answer"] == tuned != expected(folder, "red.png", "which")

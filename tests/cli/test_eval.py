@@ -132,10 +132,10 @@ def test_gates_decide_the_exit_code(adapter: Path, chats: Path) -> None:
 @pytest.mark.slow
 def test_exact_match_is_of_the_answer_in_the_data(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Rows whose reply is what the model says, one with other spaces, one in other letters, one wrong."""
-    tokens = ["generate", "--model", tiny_model, "--adapter", adapter, "--max-new-tokens", 12]
+    tokens = ["predict", "--model", tiny_model, "--adapter", adapter, "--max-new-tokens", 12]
     questions = ["hello", "what colour", "is thing 7", "it is"]
     asked = [part for question in questions for part in ("--prompt", question)]
-    said = [each["text"] for each in found(*tokens, *asked)["answers"]]
+    said = [row["answer"] for row in found(*tokens, *asked)["predictions"]]
     replies = [said[0], f"  {said[1]}\n", said[2].swapcase(), f"x{said[3]}"]
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": asked, "completion": reply} for asked, reply in zip(questions, replies, strict=True)]
@@ -198,7 +198,7 @@ def test_an_adapter_that_is_trained_further_has_the_rows_of_both_runs(tmp_path: 
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "nothing": (["--data", "CHATS"], "nothing to evaluate; pass an ADAPTER"),
+    "nothing": (["--data", "CHATS"], "no model; pass an ADAPTER"),
     "no data": (["ONE"], "nothing to evaluate on; use --data"),
     "gate without data": (["ONE", "--gate", "loss<1"], "--gate loss<1 needs held-out data; add --data"),
     "gate of a task and one without data": (

@@ -216,7 +216,7 @@ def test_a_lora_file_of_another_tool_needs_the_model_and_becomes_a_peft_folder(
     capsys.readouterr()
     for adapter in (file, tmp_path / "p"):
         tokens = ["--model", str(tiny_model), "--adapter", str(adapter), "--prompt", "a", "--max-new-tokens", "4"]
-        assert found("generate", *tokens)["adapters"] == [adapter.stem]
+        assert found("predict", *tokens)["adapters"] == [adapter.stem]
 
 
 def test_a_passport_of_other_weights_is_written_anew(

@@ -271,7 +271,7 @@ def test_lora_config_in_python_names_the_setting_too() -> None:
 def test_a_flag_that_is_not_needed_says_why() -> None:
     check_refused("Unknown option: --stage. Remove it: the task is inferred from the data", "train", "--stage", "sft")
     check_refused(
-        "--lr. Other commands call this --learning-rate, but this one does not support it.", "generate", "--lr", "1"
+        "--lr. Other commands call this --learning-rate, but this one does not support it.", "predict", "--lr", "1"
     )
 
 

@@ -174,7 +174,7 @@ def test_a_run_on_chats_prints_commands_and_files_that_fit_rewards(
     assert code in (0, WORSE), progress
     assert limits == [8] * 4  # --max-completion-length
     commands = [words.split()[1] for words in text.partition("\nNext\n")[2].splitlines() if words]
-    assert commands == ["chat", "generate", "export"]
+    assert commands == ["chat", "predict", "export"]
     assert re.search(r"metrics.jsonl +reward, learning rate", text)
     assert re.search(r"examples.jsonl +reward of each held-out example", text)
     header = " ".join(progress.split())

@@ -105,9 +105,9 @@ def test_a_run_is_pushed_and_comes_back(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     prompt = ["--model", str(tiny_model), "--prompt", "What colour?", "--max-new-tokens", "4", "--temperature", "0"]
-    _, answer, _ = call("generate", "--adapter", run, *prompt)
-    assert call("generate", "--adapter", "adapter", *prompt)[:2] == (0, answer)
-    assert call("generate", "--adapter", "user/adapter", *prompt)[:2] == (0, answer)
+    _, answer, _ = call("predict", "--adapter", run, *prompt)
+    assert call("predict", "--adapter", "adapter", *prompt)[:2] == (0, answer)
+    assert call("predict", "--adapter", "user/adapter", *prompt)[:2] == (0, answer)
 
 
 def test_the_card_says_what_the_run_measured(hub: Server, run: Path) -> None:

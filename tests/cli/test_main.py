@@ -44,6 +44,7 @@ def test_help_and_version_exit_with_0(
     ("tokens", "hint"),
     [
         (["trian"], 'Did you mean "train"'),
+        (["generate", "--prompt", "hi"], 'Did you mean "predict"?'),
         (["train", "--learning-rat", "1"], "Did you mean --learning-rate"),
         (
             ["train", "--zz", "1", "--no-use-dora", "--yy=3"],
@@ -272,7 +273,7 @@ def test_no_escape_sequence_of_others_is_printed(
     (tmp_path / "adapter").mkdir()
     config = {"base_model_name_or_path": f"./{STEERING}", "peft_type": "LORA"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    assert main(["generate", "--adapter", str(tmp_path / "adapter"), "--prompt", "hi"]) == 2
+    assert main(["predict", "--adapter", str(tmp_path / "adapter"), "--prompt", "hi"]) == 2
     assert main(["train", "--data", f"{STEERING}.jsonl", "--model", str(tmp_path)]) == 2
     assert main(["train", f"--{STEERING}"]) == 2
     note(f"the server has {STEERING}")

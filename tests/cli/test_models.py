@@ -41,7 +41,7 @@ def test_the_base_is_quantised_as_the_run_did(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_finished_is_named_as_the_reason(tmp_path: Path) -> None:
     shutil.move(run_folder(tmp_path / "demo", {"settings": {}}), tmp_path / "elsewhere")
-    for command in (["generate", "--prompt", "hi", "--adapter"], ["eval", "--data", "demo"], ["inspect"]):
+    for command in (["predict", "--prompt", "hi", "--adapter"], ["eval", "--data", "demo"], ["inspect"]):
         message = check_refused(
             "contains no adapter, because its run has not finished. no ch", *command, tmp_path / "demo"
         )
@@ -65,7 +65,7 @@ def test_generate_and_export_take_the_quantization_of_the_run(
     assert quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)])).model)
     assert not quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)]), quantize="none").model)
 
-    asked = ["generate", "--model", str(tiny_model), "--adapter", str(out), "--prompt", "hello", "--json"]
+    asked = ["predict", "--model", str(tiny_model), "--adapter", str(out), "--prompt", "hello", "--json"]
     assert main([*asked, "--max-new-tokens", "3"]) == 0
     assert json.loads(capfd.readouterr().out)["adapters"] == ["run"]
     assert main([*asked, "--quantize", "nf5"]) == 2
@@ -122,7 +122,7 @@ SHORT = ["--max-new-tokens", "2", "--prompt", "hello"]
 
 @pytest.mark.usefixtures("project")
 def test_generate_loads_the_base_that_the_adapter_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--adapter", "run", *SHORT, "--device", "cpu", "--json"]) == 0
+    assert main(["predict", "--adapter", "run", *SHORT, "--device", "cpu", "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["model"] == "models/base"
     assert "note: the base model is models/base, as recorded in run/adapter; use --model to change it" in shown.err
@@ -133,20 +133,20 @@ def test_a_relative_base_is_found_from_any_folder(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert found("generate", "--adapter", project / "run", *SHORT)["model"] == str(project / "models" / "base")
+    assert found("predict", "--adapter", project / "run", *SHORT)["model"] == str(project / "models" / "base")
     moved = project.rename(tmp_path / "moved")
     monkeypatch.chdir(moved)
     assert base_model_name(None, [moved / "run" / "adapter"]) == "models/base"
 
 
-@pytest.mark.parametrize("command", ["generate", "eval", "export", "inspect", "combine", "shrink", "train"])
+@pytest.mark.parametrize("command", ["predict", "eval", "export", "inspect", "combine", "shrink", "train"])
 def test_every_command_says_where_the_name_of_a_missing_base_is_from(
     command: str, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree("models")
     out = ["--output-dir", "out"]
     tokens = {
-        "generate": ["--adapter", "run", *SHORT],
+        "predict": ["--adapter", "run", *SHORT],
         "eval": ["run", "--data", "demo"],
         "export": ["run", "--to", "peft", "--output", "out"],
         "inspect": ["run", "--data", "demo"],
@@ -173,7 +173,7 @@ def test_training_an_adapter_further_takes_its_base(tmp_path: Path) -> None:
 COMMANDS_WITH_A_DEVICE = {
     "train": ["--model", "{model}", "--data", "{data}", "--output-dir", "{out}"],
     "plan": ["--model", "{model}"],
-    "generate": ["--adapter", "{adapter}", "--prompt", "hello"],
+    "predict": ["--adapter", "{adapter}", "--prompt", "hello"],
     "chat": ["--adapter", "{adapter}"],
     "eval": ["{adapter}", "--data", "{data}"],
     "inspect": ["{adapter}", "--model", "{model}"],

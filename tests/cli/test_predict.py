@@ -13,9 +13,10 @@ from tiny import tiny_model as random_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.cli.predict import question
+from tailora.cli.predict import ChatOptions, Question, read_question
 from tailora.data.chat_template import ChatTokenizer
-from tailora.data.readers import Row, RowProblem
+from tailora.data.readers import Row
+from tailora.formats.run_folder import write_system_message
 
 WORDS = {"positive": ["great", "lovely", "fine"], "negative": ["awful", "dull", "poor"]}
 ROWS = [
@@ -102,20 +103,18 @@ def test_a_system_message_is_refused_for_labels(command: str, folder: Path) -> N
 def test_a_question_has_the_tools_of_its_row_and_no_images() -> None:
     tokenizer = ChatTokenizer.of(chat_tokenizer(["a"]))
     fields = {"prompt": "Rain?", "tools": '[{"name": "weather", "parameters": {}}]', "images": "[]"}
-    chat = question(Row("rows.csv", 1, fields), {}, tokenizer)
-    assert not isinstance(chat, RowProblem)
-    assert '"name": "weather"' in chat.messages[0]["content"]  # the template supports no tools
-    with_image = question(Row("rows.csv", 1, {"prompt": "What?", "images": ["a.png"]}), {}, tokenizer)
+    question = read_question(Row("rows.csv", 1, fields), ChatOptions(), tokenizer)
+    assert isinstance(question, Question)
+    assert '"name": "weather"' in question.asked[0]["content"]  # the template supports no tools
+    with_image = read_question(Row("rows.csv", 1, {"prompt": "What?", "images": ["a.png"]}), ChatOptions(), tokenizer)
     assert "images: predict does not support images" in str(with_image)
 
 
-@pytest.mark.parametrize("command", ["generate", "predict"])
 @pytest.mark.parametrize("suffix", [".csv", ".JSON", ".parquet"])
-def test_a_file_of_another_format_is_not_filled_with_json_lines(command: str, suffix: str, tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_not_filled_with_json_lines(suffix: str, tmp_path: Path) -> None:
     output, rows = tmp_path / f"sorted{suffix}", write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}])
-    asked = ("--data" if command == "predict" else "--prompts", rows)
     hint = f"--output {output}: expected a .jsonl file, got {suffix[1:].upper()}; use {tmp_path}/sorted.jsonl"
-    check_refused(hint, command, "--model", "absent", *asked, "--output", output)
+    check_refused(hint, "predict", "--model", "absent", "--data", rows, "--output", output)
 
 
 def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
@@ -127,7 +126,9 @@ def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
 def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path) -> None:
     columns = {"number": 1, "share": float("nan"), "label": "unknown"}
     rows = write(tmp_path / "rows.jsonl", [{"text": row["text"], **columns} for row in ROWS])
-    predictions = found("predict", folder / "run", "--data", rows)["predictions"]
+    predictions = found("predict", folder / "run", rows)["predictions"]
+    (one,) = found("predict", folder / "run", "--prompt", ROWS[0]["text"])["predictions"]
+    assert one["label"] == predictions[0]["label"]
     assert [row["text"] for row in predictions] == [row["text"] for row in ROWS]
     for row in predictions:
         assert (row["number"], row["share"]) == (1, None)
@@ -227,7 +228,7 @@ def test_a_language_model_answers_rows(tiny_model: Path, chats: Path, tmp_path: 
 def test_answers_get_the_system_message_that_the_run_trained_with(tiny_model: Path, tmp_path: Path) -> None:
     model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=2))
     model.save_adapter(tmp_path / "run" / "adapter")
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {"system": "be brief"}}))
+    write_system_message(tmp_path / "run" / "adapter", "be brief")
     own = {"role": "system", "content": "be loud"}
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}, {"messages": [own, {"role": "user", "content": "Hi"}]}])
 
@@ -273,7 +274,10 @@ def test_an_adapter_for_labels_is_shrunk_exported_and_inspected(folder: Path, tm
             "--r or",
         ),
         (["chat", "--adapter", "RUN"], "cannot generate text"),
-        (["generate", "--adapter", "RUN", "--prompt", "a"], "tailora predict"),
+        (
+            ["predict", "RUN", "--prompt", "a", "--ignore-chat-template"],
+            "are for language models, but this model is for",
+        ),
         (["serve", "--adapter", "RUN"], "was trained for sequence-classification: it predicts labels and cannot"),
         (["export", "RUN", "--to", "gguf", "--output", "OUT"], "cannot export this adapter to gguf"),
         (["export", "RUN", "--to", "vllm", "--output", "OUT"], "--to vllm is for language models, but"),

@@ -316,7 +316,7 @@ def test_what_comes_next_fits_the_run(finished: FinishedRun) -> None:
     prompt = json.loads((finished.folder / "samples.json").read_text())[0]["prompt"]
     assert [shlex.split(line) for line in following.splitlines() if line] == [
         ["tailora", "chat", "--adapter", folder],
-        ["tailora", "generate", "--adapter", folder, "--prompt", prompt],
+        ["tailora", "predict", folder, "--prompt", prompt],
         ["tailora", "eval", folder, "--data", "HELD_OUT.jsonl"],
         ["tailora", "export", folder, "--to", "llama-server", "--output", f"{folder}-llama"],
     ]
@@ -421,7 +421,7 @@ def test_a_suggested_prompt_comes_with_its_images(tmp_path: Path, prompt: str, s
     sample = {"prompt": prompt, "base": "", "tuned": "", "images": [{"path": "a.png"}, {"path": "b.png"}]}
     (tmp_path / "samples.json").write_text(json.dumps([sample]))
     assert first_prompt(tmp_path) == (shown, images)
-    command = next(command for command in next_commands(TrainConfig(), tmp_path) if command[1] == "generate")
+    command = next(command for command in next_commands(TrainConfig(), tmp_path) if command[1] == "predict")
     assert command[-1 - 2 * len(images) :] == [shown, *(word for image in images for word in ("--image", image))]
 
 
@@ -454,7 +454,7 @@ def test_an_adapter_of_a_model_for_images_is_merged_because_servers_do_not_load_
 
 def test_after_sequence_to_sequence_no_chat_and_no_export_is_proposed(tmp_path: Path) -> None:
     config = TrainConfig(task="seq2seq", data="a.jsonl")
-    assert [command[1] for command in next_commands(config, tmp_path)] == ["generate", "eval", "predict"]
+    assert [command[1] for command in next_commands(config, tmp_path)] == ["predict", "eval", "predict"]
 
 
 @pytest.mark.parametrize("length", [1, 7, 900, 5000])
@@ -468,4 +468,4 @@ def test_kl_is_measured_on_few_tokens(length: int) -> None:
 
 def test_a_run_with_rewards_has_no_replies_to_evaluate(tmp_path: Path) -> None:
     commands = next_commands(TrainConfig(task="grpo", reward=["math"]), tmp_path)
-    assert [command[1] for command in commands] == ["chat", "generate", "export", "data"]
+    assert [command[1] for command in commands] == ["chat", "predict", "export", "data"]

@@ -48,7 +48,7 @@ def layers(result: dict[str, Any]) -> object:
 
 # command -> its arguments, and the part of its JSON that is compared
 COMMANDS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
-    "generate": ("--adapter {top}/run --prompt 3:red --max-new-tokens 5", lambda result: result["answers"]),
+    "predict": ("{top}/run --prompt 3:red --max-new-tokens 5", lambda result: result["predictions"]),
     "eval": (
         "{top}/run --data {top}/chats.jsonl --dtype float32",
         lambda result: [result[name]["loss"]["value"] for name in ("metrics", "base")],
@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
         lambda result: [result["logits"]["effect"]],
     ),
 }
-EXACT = {"generate", "shrink", "combine", "extract"}  # commands whose results are compared exactly
+EXACT = {"predict", "shrink", "combine", "extract"}  # commands whose results are compared exactly
 
 
 @pytest.mark.parametrize("command", COMMANDS)

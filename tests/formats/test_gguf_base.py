@@ -159,7 +159,7 @@ def test_commands_take_a_file(file: Path, tmp_path: Path) -> None:
     more = ("--max-steps", 2, "--samples", 0)
     assert call("train", "--model", file, "--data", data, "--output-dir", out, *more)[0] == 0
     assert json.loads((out / "run.json").read_text())["settings"]["model"] == str(file)
-    assert call("generate", "--adapter", out, "--prompt", "a", "--max-new-tokens", 2)[0] == 0
+    assert call("predict", out, "--prompt", "a", "--max-new-tokens", 2)[0] == 0
     assert call("export", out, "--to", "gguf", "--output", tmp_path / "gguf")[0] == 0
 
 
