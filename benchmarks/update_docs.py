@@ -484,7 +484,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/studies.md": {
         "compare": compared,
         "compare-rates": lambda: tiny_lm_tables.rates(read("compare")),
-        "search": partial(study, "search"),
     },
     "docs/experiments.md": {
         **{name: partial(evidence, name) for name in evidence_tables.PARTS},
