@@ -31,9 +31,8 @@ from tailora.core.inference import generating
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_calls import LayerCalls
 from tailora.core.layer_types import find_layer
-from tailora.core.mixed_batch import MixedBatch, mixed_parts
+from tailora.core.mixed_batch import MixedBatch, flat_layers, mixed_parts
 from tailora.core.quantization import allow_repacking, prevent_repacking
-from tailora.core.row_order import RowOrder
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
 
 
@@ -54,7 +53,6 @@ class AdapterSet:
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.layers: dict[str, nn.Module] = {}
-        self._row_order = RowOrder(base_model, self.layers)
         self.batch: MixedBatch | None = None
         self.training_obstacle = ""
         self._watched: set[str] = set()  # paths of layers whose first training forward was watched
@@ -137,7 +135,7 @@ class AdapterSet:
         for name, parameter in self.base_model.named_parameters(remove_duplicate=False):
             parameter.requires_grad = self._required_grad.get(name, False)  # a dequantized one is new
         self.adapters, self.active, self._modules = {}, (), {}
-        self.layers.clear()  # `_row_order` has the same dict
+        self.layers.clear()
 
     def _layers_of(self, names: Iterable[str]) -> set[str]:
         """Returns the paths of the layers that these adapters change."""
@@ -210,13 +208,13 @@ class AdapterSet:
         adapters = {name: self.adapters[name] for name in dict.fromkeys(names) if name is not None}
         check_compatible(adapters, by_row=True)
         device = next(self.base_model.parameters()).device
-        batch = MixedBatch(tuple(names), tuple(self.adapters), device, row_order=self._row_order)
+        batch = MixedBatch(tuple(names), tuple(self.adapters), device, flat=flat_layers(self.base_model, self.layers))
         parts = mixed_parts(batch, self.adapters, self._layer_paths, self.layers)
         obstacle = self.training_obstacle
         self.batch, self.training_obstacle = batch, _training_obstacle(adapters)
         try:
             in_use = {layer: parts.get(path, ()) for path, layer in self.layers.items()}
-            with attached(in_use), self._row_order.watched():
+            with attached(in_use), batch.watching(self.base_model):
                 yield
         finally:
             self.batch, self.training_obstacle = None, obstacle

@@ -19,8 +19,9 @@ Shapes: n rows, k adapters of ranks up to R followed by a zero update, m blocks 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -33,9 +34,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tailora.core.adapter import Adapter
 from tailora.core.attach import AdapterPart, call_plain
+from tailora.core.extras import input_embedding
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
-from tailora.core.row_order import RowOrder
 from tailora.errors import RowsError
 
 Names = tuple[str | None, ...]
@@ -134,7 +135,7 @@ class MixedBatch:
     Rows are the first dimension of a padded batch, or the tokens (1, tokens) of a packed batch, for inference.
 
     head: in a packed batch, the layer that gets one token of each sequence; None if all layers get all tokens.
-    row_order: of the model, for a padded batch; without it, every layer needs a dimension for the rows.
+    flat: of a padded batch, the layers that get all tokens in one dimension (`flat_layers`).
     dim: the dimension of the rows.
     is_constant: whether no parameter can change.
     terms: while constant, the terms of adapters that have been computed so far.
@@ -152,10 +153,10 @@ class MixedBatch:
         *,
         is_packed: bool = False,
         head: nn.Module | None = None,
-        row_order: RowOrder | None = None,
+        flat: Collection[nn.Module] = (),
     ) -> None:
         self.loaded, self.device, self.head = tuple(loaded), device or torch.device("cpu"), head
-        self.row_order = row_order
+        self.flat, self._padded_shape = flat, (0, 0)  # rows and tokens of the last embeddings
         self.dim = int(is_packed)
         self.rows = self.head_rows = Rows(names, self.loaded, self.device)
         self.is_constant = is_packed
@@ -200,15 +201,27 @@ class MixedBatch:
         if x.ndim >= min_ndim and x.shape[0] == n * self.repeats:
             return self._repeated[self.repeats]
         repeated = f", or {n * self.repeats} repeated by generate" if self.repeats > 1 else ""
-        rows, order = self._repeated[self.repeats], self.row_order
-        is_flat = order is not None and x.ndim == min_ndim == 2
-        if is_flat and cast(RowOrder, order).keeps(layer, len(x), rows.n):
+        rows, (given, tokens) = self._repeated[self.repeats], self._padded_shape
+        is_flat = x.ndim == min_ndim == 2 and (n == 1 or layer in self.flat) and not torch.compiler.is_compiling()
+        if is_flat and given == rows.n and len(x) == given * tokens:
             return rows
         packed = "; packed examples count as one row, so use padding instead" if n > 1 and x.shape[0] == 1 else ""
         raise RowsError(
             f"{path or 'the model'}: expected {n} rows{repeated}, as in adapter_rows, in the first dimension, got "
             f"{tuple(x.shape)}{packed}"
         )
+
+    @contextmanager
+    def watching(self, base_model: nn.Module) -> Iterator[None]:
+        """Within the block, the shape of the input is known from the embeddings, for `flat` layers."""
+
+        def keep_shape(_embeddings: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 3 and not torch.compiler.is_compiling():
+                self._padded_shape = output.shape[0], output.shape[1]
+
+        _, embeddings = input_embedding(base_model) or ("", None)
+        with nullcontext() if embeddings is None else embeddings.register_forward_hook(keep_shape):
+            yield
 
     def parameters_changed(self) -> None:
         """Makes the layers recompute their cached factors."""
@@ -228,6 +241,20 @@ class MixedBatch:
             yield
         finally:
             self.repeats, self.is_constant = 1, False
+
+
+# Layers to which transformers gives (rows * tokens, width), row after row: shared experts and routers, and OPT's MLP
+FLAT_PATHS = re.compile(r"(^|\.)(shared_experts?(_gate)?|router|gate)(\.|$)")
+FLAT_PARENTS = ("OPTDecoderLayer",)
+
+
+def flat_layers(base_model: nn.Module, layers: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """Returns those of these layers whose input has no dimension for the rows of a batch."""
+
+    def parent(path: str) -> str:
+        return type(base_model.get_submodule(path.rpartition(".")[0])).__name__
+
+    return {layer for path, layer in layers.items() if FLAT_PATHS.search(path) or parent(path) in FLAT_PARENTS}
 
 
 def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:

@@ -17,6 +17,7 @@ The second part of the file computes the loss of a model in one of these forms; 
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,6 @@ class Batch:
 
 
 Model = Any  # of transformers, or a LoRAModel around one
-Form = Callable[[Model, Batch], Tensor]  # losses, (supervised,), float32 at least
 
 
 def _frozen(model: Model, batch: Batch) -> Tensor:
@@ -280,13 +280,25 @@ def _own_logits_everywhere(model: Model, batch: Batch) -> Tensor:
     return cross_entropy(_tempered(rows, batch), batch.targets)
 
 
-FROZEN = "in chunks of tokens through the frozen output head"
-RECOMPUTED = "in chunks of tokens through a trained output head"
-OWN = "from the model's own logits"
-WHOLE = "from the model's own logits at all positions"
-FORMS: dict[str, Form] = {FROZEN: _frozen, RECOMPUTED: _recomputed, OWN: _own_logits, WHOLE: _own_logits_everywhere}
+class LossForm(StrEnum):
+    """How losses are computed, and the text for a run's header. HEAD: of tasks without a form (`Task.is_plain`)."""
+
+    FROZEN = "in chunks of tokens through the frozen output head"
+    RECOMPUTED = "in chunks of tokens through a trained output head"
+    OWN = "from the model's own logits"
+    WHOLE = "from the model's own logits at all positions"
+    HEAD = "from the model's own outputs"
 
 
-def own_form(model: Model) -> str:
+FROZEN, RECOMPUTED, OWN, WHOLE, HEAD = LossForm
+FORMS: dict[LossForm, Callable[[Model, Batch], Tensor]] = {  # -> losses, (supervised,), float32 at least
+    FROZEN: _frozen,
+    RECOMPUTED: _recomputed,
+    OWN: _own_logits,
+    WHOLE: _own_logits_everywhere,
+}
+
+
+def own_form(model: Model) -> LossForm:
     """Returns the form that is right for every model: its own logits, at supervised positions if it allows that."""
     return OWN if "logits_to_keep" in inspect.signature(model.forward).parameters else WHOLE

@@ -28,7 +28,7 @@ from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED
 from tailora.errors import ConfigError, FormatError, TailoraWarning
 from tailora.kernels.attention import packed_rows
-from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, Batch
+from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, Batch, LossForm
 from tailora.model import LoRAModel
 from tailora.train.kernel_choice import choose_form, choose_packing
 from tailora.train.kernel_comparison import short_examples, tolerance
@@ -79,7 +79,7 @@ class AdapterTraining:
     """Comes before a `Trainer` class in the bases and overrides its methods that save and load a model."""
 
     _packing: tuple[str | None, str | None] | None = None  # what `choose_packing` returned
-    _loss_form: str | None = None  # what `_choose_loss` returned; None before the first batch
+    _loss_form: LossForm | None = None  # what `_choose_loss` returned; None before the first batch
 
     def __init__(self, model: LoRAModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, LoRAModel):
@@ -250,8 +250,8 @@ class AdapterTraining:
         model.set_adapter(active)
 
 
-def _choose_loss(model: LoRAModel, *, packed: bool) -> str:
-    """Returns the form of the loss, a key of FORMS; one of CHUNKED only if it gives the loss that the model returns."""
+def _choose_loss(model: LoRAModel, *, packed: bool) -> LossForm:
+    """Returns the form of the loss; one of CHUNKED only if it gives the loss that the model returns."""
     base: Any = model.base_model
     if getattr(base, "loss_type", None) != "ForCausalLM":
         return OWN

@@ -40,7 +40,7 @@ from tailora.kernels.compiled_layers import (
 )
 from tailora.kernels.cpu_attention import BLOCK
 from tailora.kernels.device_attention import PROVIDERS
-from tailora.kernels.loss import FROZEN, RECOMPUTED, Batch, own_form
+from tailora.kernels.loss import FROZEN, HEAD, RECOMPUTED, Batch, LossForm, own_form
 from tailora.kernels.recompute import Recomputing, recomputed
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import (
@@ -55,7 +55,7 @@ from tailora.train.kernel_comparison import (
     parts_of,
     short_examples,
 )
-from tailora.train.loss import CAUSAL_LM, HEAD, BatchLayout, Task, make_batch
+from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
 from tailora.train.memory import ACTIVATION_MEMORY
 from tailora.train.model_loading import pad_id
 from tailora.train.parallel import first_of_ranks
@@ -166,7 +166,7 @@ def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
     return "varlen_attn" if device_type == "cuda" and dtype in HALF else "sdpa"
 
 
-def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[str, str | None]:
+def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[LossForm, str | None]:
     """Returns the form of least memory that is right, and why it is not chunked. compare: see `choose_layout`."""
     own, chunked = own_form(model), RECOMPUTED
     head = model.get_output_embeddings()

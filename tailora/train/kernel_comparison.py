@@ -26,7 +26,7 @@ from tailora.data.dataset import Example
 from tailora.kernels.attention import PackingError, packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
 from tailora.kernels.device_attention import BLOCK, PROVIDERS
-from tailora.kernels.loss import FORMS, Batch
+from tailora.kernels.loss import FORMS, Batch, LossForm
 from tailora.train.loss import CAUSAL_LM, BatchLayout, make_batch
 from tailora.train.parallel import first_of_ranks, forget_forward
 from tailora.train.trainable import Trainable, trained_module
@@ -192,10 +192,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that small ones do not
 
 
-def obstacle_to_form(model: Any, batch: Batch, chunked: str, own: str, *, compare: bool) -> str | None:
+def obstacle_to_form(model: Any, batch: Batch, chunked: LossForm, own: LossForm, *, compare: bool) -> str | None:
     """Returns why a chunked form does not give the losses and gradients of the model's own; None if it does.
 
-    chunked, own: keys of FORMS.    compare: see `kernel_choice.choose_layout`; without it all ranks see the same.
+    compare: see `kernel_choice.choose_layout`; without it all ranks see the same.
     """
     trials: list[Callable[[], str | None]] = [
         lambda: _structural_obstacle(model, batch),
@@ -263,7 +263,7 @@ def _change_around_head(model: Any, batch: Batch, compare: bool) -> str | None:
     return None
 
 
-def _loss_difference(model: Any, batch: Batch, chunked: str, own: str) -> str | None:
+def _loss_difference(model: Any, batch: Batch, chunked: LossForm, own: LossForm) -> str | None:
     """Returns how states, losses or gradients differ when the decoder is called alone; None if they do not."""
     expected = _loss_results(model, batch, own)
     for name, actual in _loss_results(model, batch, chunked).items():
@@ -274,7 +274,7 @@ def _loss_difference(model: Any, batch: Batch, chunked: str, own: str) -> str | 
     return None
 
 
-def _loss_results(model: Any, batch: Batch, form: str) -> dict[str, Tensor]:
+def _loss_results(model: Any, batch: Batch, form: LossForm) -> dict[str, Tensor]:
     """Returns the decoder's states, the losses in their precision, and the gradient of weighted losses by them."""
     states: list[Tensor] = []
 

@@ -34,7 +34,7 @@ from tailora.errors import CheckpointError
 from tailora.formats.io import write_file
 from tailora.formats.run_folder import REFERENCE
 from tailora.kernels.attention import packed_rows, padded_rows
-from tailora.kernels.loss import FORMS, Batch
+from tailora.kernels.loss import FORMS, Batch, LossForm
 from tailora.model import LoRAModel
 from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.trainable import FullModel, Trainable
@@ -252,15 +252,12 @@ class Seq2Seq(Task):
 SEQ2SEQ_TASK = Seq2Seq()
 
 
-HEAD = "from the model's own outputs"  # the loss of tasks whose batches are padded (`Task.is_plain`)
-
-
 @dataclass(frozen=True)
 class BatchLayout:
     """How examples become the model's input, and how losses are computed from its output."""
 
     packed: bool
-    loss: str  # a key of kernels.loss.FORMS, or HEAD
+    loss: LossForm
     pad_id: int
     attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
     float32_from: int | None = None  # tokens, from which on 16-bit products are computed in float32; None: never

@@ -20,9 +20,10 @@ from tailora.core.targets import missing_pooler
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.data.labels import Labels
 from tailora.errors import ConfigError, FormatError
+from tailora.kernels.loss import HEAD
 from tailora.train.classification import class_weights, label_task
 from tailora.train.config import TrainConfig
-from tailora.train.loss import HEAD, BatchLayout, Evaluation, evaluate, make_batch
+from tailora.train.loss import BatchLayout, Evaluation, evaluate, make_batch
 from tailora.train.model_loading import fitted_labels, labels_of_adapter, load_base, read_config
 from tailora.train.trainer import run
 

@@ -18,7 +18,8 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED
 from tailora.data.schemas import Pair
 from tailora.data.tokenize import EncodedSample, encode_samples
-from tailora.train.loss import HEAD, SEQ2SEQ_TASK, BatchLayout
+from tailora.kernels.loss import HEAD
+from tailora.train.loss import SEQ2SEQ_TASK, BatchLayout
 from tailora.train.step import Step
 
 WORDS = ["red", "green", "blue", "white"]
