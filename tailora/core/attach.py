@@ -18,19 +18,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-class AdapterPart(Protocol):
+class AdapterPart:
     """A part of an adapter, attached to a layer. In `generate` or a mixed batch, it stands for several parts."""
 
-    def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, /) -> Tensor:
+    def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: Any, /) -> Tensor:
         """Returns y + the change of the layer's `output` W x + b, for the layer's input x."""
-        ...
+        raise NotImplementedError
+
+    def whole_output(self, _x: Tensor, _layer: Any, /) -> Tensor | None:
+        """Returns the layer's output with the change, if computing both together is faster; None otherwise."""
+        return None
 
 
 class Swapped:
@@ -50,10 +54,8 @@ class Adapted(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(nn.Module, self)
         x = args[0] if args else next(iter(kwargs.values()))  # input=x
-        if len(self.adapter_parts) == 1 and (whole := getattr(self.adapter_parts[0], "whole_output", None)):
-            result: Tensor | None = whole(x, layer)
-            if result is not None:
-                return result
+        if len(self.adapter_parts) == 1 and (whole := self.adapter_parts[0].whole_output(x, layer)) is not None:
+            return whole
         output: Tensor = self.plain.forward(layer, *args, **kwargs)  # W x + b
         y = output
         for part in self.adapter_parts:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core import patterns
+from tailora.core.attach import AdapterPart
 from tailora.core.config import LoRAConfig
 from tailora.core.layer_types import CONV1D, EMBEDDING, is_called, layer_type_of, obstacle, weight_of, whole_tensor
 from tailora.errors import nearest
@@ -35,7 +36,7 @@ def biases_of(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters(recurse=False) if "bias" in name]
 
 
-class TrainedBias(nn.Module):
+class TrainedBias(nn.Module, AdapterPart):
     """Replaces a layer's bias without changing the layer's own. strength: adjustable factor, default 1."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
@@ -56,7 +57,7 @@ class TrainedBias(nn.Module):
         return (self.bias - cast(Tensor, layer.bias)) * self.strength
 
 
-class TokenRows(nn.Module):
+class TokenRows(nn.Module, AdapterPart):
     """Trained rows of an embedding; the others stay frozen (`trainable_token_indices`).
 
     trainable_tokens_delta: Parameter (n, dim), the rows themselves in the order of the indices; the name is PEFT's.
@@ -94,7 +95,7 @@ class TokenRows(nn.Module):
         return self.indices, (self.trainable_tokens_delta - weight_of(layer)[self.indices]) * self.strength
 
 
-class TokenHead(nn.Module):
+class TokenHead(nn.Module, AdapterPart):
     """Applies the trained rows to the output head tied to the embedding. Has no parameters."""
 
     token_rows: TokenRows

@@ -30,7 +30,6 @@ BLOCK_ELEMENTS = 1 << 20  # of a weight that are converted at a time: 4 MB in fl
 TOKENS = (4, 16, 64)  # of the products that are timed
 TIMES = 3  # measurements of each; the shortest counts
 WORTH = 0.9  # float32 is taken if it needs at most this share of the time
-ATTENTION = "tailora::packed_attention"  # of `kernels.cpu_attention`; its last argument asks for float32
 
 
 # ---- The products
@@ -128,7 +127,7 @@ class _Linear(torch.autograd.Function):
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor | None:
     """Returns x W^T + b + x A^T B^T, rounded once, within `Float32Products`; None if 16 bits are faster, or outside."""
     tokens = _current_tokens()
-    if tokens is None or A.dtype != torch.float32 or not _pays(tokens, x, weight):
+    if tokens is None or A.dtype != torch.float32 or not pays(tokens, x, weight):
         return None
     y: Tensor = _Linear.apply(x, weight, bias, A, B)  # type: ignore[no-untyped-call]
     return y
@@ -148,10 +147,7 @@ class Float32Products(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        replacement = REPLACEMENTS.get(func)
-        if replacement is None:
-            replacement = _attention if getattr(func, "_name", None) == ATTENTION else None
-        if replacement is not None:
+        if (replacement := REPLACEMENTS.get(func)) is not None:
             result = replacement(self.tokens, func, args, kwargs)
             if result is not None:
                 return result
@@ -196,7 +192,7 @@ def use_fastest_products(base: nn.Module) -> None:
     base.register_forward_hook(leave, always_call=True)
 
 
-def _pays(tokens: int, *operands: Any) -> bool:
+def pays(tokens: int, *operands: Any) -> bool:
     """True for 16-bit operands on a CPU if the first one has enough rows."""
     first = operands[0]
     return (
@@ -207,7 +203,7 @@ def _pays(tokens: int, *operands: Any) -> bool:
 
 
 def _linear(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    if len(args) < 2 or not _pays(tokens, *args[:2]) or args[1].ndim != 2:
+    if len(args) < 2 or not pays(tokens, *args[:2]) or args[1].ndim != 2:
         return None
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
     y: Tensor = _Linear.apply(args[0], args[1], bias)  # type: ignore[no-untyped-call]
@@ -216,7 +212,7 @@ def _linear(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def _addmm(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """torch.addmm(b, x, W) of Conv1D and of a head with a bias, which writes to `out`; (y, x, B^T) of an adapter."""
-    if len(args) != 3 or kwargs.keys() - {"out"} or not _pays(tokens, *args[1:]):
+    if len(args) != 3 or kwargs.keys() - {"out"} or not pays(tokens, *args[1:]):
         return None
     y: Tensor = _Linear.apply(args[1], args[2].mT, args[0])  # type: ignore[no-untyped-call]
     return y if "out" not in kwargs else kwargs["out"].copy_(y)
@@ -225,7 +221,7 @@ def _addmm(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
 def _mm(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """torch.mm without gradients, as the loss calls it with the output head."""
     a, b = args
-    if kwargs.keys() - {"out"} or not _pays(tokens, a, b) or (torch.is_grad_enabled() and a.requires_grad):
+    if kwargs.keys() - {"out"} or not pays(tokens, a, b) or (torch.is_grad_enabled() and a.requires_grad):
         return None
     out = kwargs.get("out")
     if not b.is_contiguous():
@@ -235,7 +231,7 @@ def _mm(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def _sdpa(tokens: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    if not args or not _pays(tokens, args[0]):
+    if not args or not pays(tokens, args[0]):
         return None
 
     def wide(value: Any) -> Any:
@@ -245,12 +241,7 @@ def _sdpa(tokens: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     return y.to(args[0].dtype)
 
 
-def _attention(tokens: int, func: Any, args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
-    heads = args[0].shape[1]  # of q (tokens, heads, width)
-    return func(*args[:6], True) if _pays(tokens * heads, args[0]) else None
-
-
-REPLACEMENTS: dict[Any, Callable[..., Tensor | None]] = {
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {  # kernels add theirs; None: torch's function is called
     F.linear: _linear,
     torch.addmm: _addmm,
     torch.mm: _mm,

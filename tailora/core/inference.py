@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core.attach import Adapted, attach, attached_parts
+from tailora.core.attach import Adapted, AdapterPart, attach, attached_parts
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, qualified_name
 from tailora.core.quantization import is_quantized
@@ -155,7 +155,7 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.stack([*tensors]).sum(0)
 
 
-class ConstantUpdate:
+class ConstantUpdate(AdapterPart):
     """Replaces the adapters of a linear layer as long as they do not change."""
 
     def __init__(self, adapters: tuple[LoRALayer, ...]) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core import dora
+from tailora.core.attach import AdapterPart
 from tailora.core.float32_products import adapted_linear
 from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, LayerType, Shape, qualified_name, whole_tensor
@@ -57,7 +58,7 @@ def is_certain(condition: bool) -> bool:
     return guard_or_false(condition)
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(nn.Module, AdapterPart):
     """A low-rank update of a layer: `LoRALayer(in, out)(x)` is s B A x. You can train it alone or in a `LoRAModel`.
 
     lora_A: Parameter (r, in).    lora_B: Parameter (out, r).

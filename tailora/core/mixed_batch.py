@@ -243,8 +243,8 @@ class MixedBatch:
             self.repeats, self.is_constant = 1, False
 
 
-# Layers to which transformers gives (rows * tokens, width), row after row: shared experts and routers, and OPT's MLP
-FLAT_PATHS = re.compile(r"(^|\.)(shared_experts?(_gate)?|router|gate)(\.|$)")
+# Layers to which transformers gives (rows * tokens, width), row after row: what surrounds routed experts, and OPT's MLP
+FLAT_PATHS = re.compile(r"(^|\.)(shared_experts?(_gate)?|(pre|post)_expert_proj|router|gate)(\.|$)")
 FLAT_PARENTS = ("OPTDecoderLayer",)
 
 
@@ -366,7 +366,7 @@ def _stacked_vectors(vectors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack([*(zero if vector is None else vector for vector in vectors), zero])
 
 
-class MixedPart:
+class MixedPart(AdapterPart):
     """Replaces the parts at one path. is_alone: True if no other part reads the output, which may change in place."""
 
     def __init__(self, path: str, parts: Mapping[str, Any], batch: MixedBatch, layer: nn.Module) -> None:

@@ -25,6 +25,7 @@ from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import register_flop_formula
 
 from tailora.core.device import cpu_flags
+from tailora.core.float32_products import REPLACEMENTS, pays
 
 ROUND = 32  # lengths are rounded up to a multiple: oneDNN compiles every product's shape anew, 1 ms and .7 MB each
 BLOCK = 128  # queries at a time: products large enough to be fast, probabilities small enough for the cache
@@ -161,6 +162,14 @@ def _flops(q_shape: torch.Size, *_: Any, **__: Any) -> int:
 
 
 _forward_operator.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _in_float32(tokens: int, func: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+    heads = args[0].shape[1]  # of q
+    return func(*args[:6], True) if pays(tokens * heads, args[0]) else None
+
+
+REPLACEMENTS[torch.ops.tailora.packed_attention.default] = _in_float32
 
 
 # ---- Which documents are computed together
