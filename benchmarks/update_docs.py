@@ -35,11 +35,6 @@ def read(name: str, folder: str = ".") -> Content:
     return content
 
 
-def printed(name: str) -> str:
-    """Returns what a command printed, without spaces at the ends of lines."""
-    return "\n".join(line.rstrip() for line in (RESULTS / f"{name}.txt").read_text().strip().splitlines())
-
-
 def fenced(output: str) -> str:
     return f"```\n{output}\n```"
 
@@ -125,19 +120,14 @@ def typed(name: str) -> str:
     return f"`{content['command']}` took {content['seconds'] / 60:.1f} minutes on {where}"
 
 
-def study(name: str) -> str:
-    """What the command of benchmarks/studies/studies.py printed."""
-    return f"{typed(name)}, and ended with\n\n{fenced(printed(name))}"
+def ended(name: str) -> str:
+    """A command of benchmarks/studies/studies.py, and its verdict."""
+    return f"{typed(name)}. Its verdict:\n\n> {read(name)['report']['verdict']}"
 
 
 def compared() -> str:
     """What comes before the picture of `tailora compare` (benchmarks/site/pictures.py)."""
     return f"{typed('compare')}. Its result, with the verdict in the current wording, from the same numbers:"
-
-
-def trained(name: str) -> str:
-    """What a training command of benchmarks/studies/studies.py printed, up to what comes next."""
-    return f"{typed(name)}, and printed\n\n{fenced(printed(name).split('Written to')[0].strip())}"
 
 
 def plan() -> str:
@@ -496,16 +486,12 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
     },
     "docs/labels.md": {
-        "classification": partial(trained, "classification"),
-        "regression": partial(trained, "regression"),
-        "tags": partial(trained, "tags"),
-        "seq2seq": partial(trained, "seq2seq"),
-        "labels": partial(study, "labels"),
+        name: partial(ended, name) for name in ("classification", "regression", "tags", "seq2seq", "labels")
     },
     "docs/plan.md": {"memory": plan},
     "docs/how_it_works.md": {"attachment": attachment},
     "docs/from_scratch.md": {name: partial(page_output, name) for name in read("from_scratch")["outputs"]},
-    "docs/preferences.md": {"preferences": preferences, "dpo": partial(trained, "dpo")},
+    "docs/preferences.md": {"preferences": preferences, "dpo": partial(ended, "dpo")},
     "docs/rewards.md": {"grpo": lambda: tables.grpo(read("grpo"))},
     "docs/devices.md": {"devices": devices},
     "docs/serving.md": {"serving": serving, "soak": soak},
