@@ -182,7 +182,7 @@ def test_the_rows_of_an_exported_chat_have_a_reply_and_no_notices(
     monkeypatch.chdir(tmp_path)
     run_python(block.text, {})
     items = list(read_rows("exported.jsonl"))
-    mapping = detect_schema([item.fields for item in items if isinstance(item, Row)])
+    mapping = detect_schema("exported.jsonl", items)
     samples = [convert_row(item, mapping) for item in items if isinstance(item, Row)]
     chats = [[(m["role"], m["content"]) for m in chat.messages] for chat in samples if isinstance(chat, Conversation)]
     reply = "Dry air!\nRemember: mist it twice a week.\nNot at noon."

@@ -248,10 +248,10 @@ def label_predictions(
     loaded: Loaded, labels: "Labels", rows: Sequence[Row], config: TrainConfig
 ) -> Iterator[Prediction]:
     """Yields the predictions of a model for labels. Raises DataError with all unreadable rows first."""
-    from tailora.data.schemas import convert_row, detect_source_schema
+    from tailora.data.schemas import convert_row, detect_schema
     from tailora.evaluation.classification import predict_labels
 
-    mapping = detect_source_schema(rows[0].file, rows, config.field, labels.task, has_labels=False)
+    mapping = detect_schema(rows[0].file, rows, config.field, labels.task, has_labels=False)
     samples: list[Any] = [convert_row(row, mapping) for row in rows]
     if problems := [sample for sample in samples if isinstance(sample, RowProblem)]:
         raise data_error(problems)

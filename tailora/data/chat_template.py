@@ -24,7 +24,7 @@ from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools
 from tailora.data.processor import added_start, image_placeholders, media_ids, text_tokenizer
-from tailora.data.schemas import AUTO, AnySample, Choices, Conversation, Feedback, Pair, Preference, Prompt
+from tailora.data.schemas import AUTO, Choices, Conversation, Feedback, Pair, Preference, Prompt
 from tailora.errors import DataError
 
 # ---- A tokenizer, its chat template, and the settings of the data
@@ -232,7 +232,7 @@ class ChatTokenizer:
 
         Templates of vision-language models read lists of parts, and many read nothing else.
         """
-        messages = _with_thinking(messages)
+        messages = [{"thinking": m[REASONING], **m} if REASONING in m else m for m in messages]
         if self.processor is None:
             return messages
         return [
@@ -264,11 +264,6 @@ class ChatTokenizer:
         return expanded
 
 
-def _with_thinking(messages: Messages) -> Messages:
-    """Returns messages with their reasoning under both names that templates use."""
-    return [{"thinking": message[REASONING], **message} if REASONING in message else message for message in messages]
-
-
 @contextmanager
 def _template_errors() -> Iterator[None]:
     """Converts errors of the template's code into DataError."""
@@ -296,37 +291,33 @@ def to_conversation(sample: Conversation | Pair) -> Conversation:
     return Conversation(messages, first=1)
 
 
-def with_system(sample: AnySample, tokenizer: ChatTokenizer) -> AnySample:
+def with_system(sample: Any, tokenizer: ChatTokenizer) -> Any:
     """Returns the sample with the system message of the settings, unless it already has one or contains no chat.
 
     Raises DataError without a chat template.
     """
-    match sample:
-        case Choices():
-            return replace(sample, options=tuple(_with_system(option, tokenizer) for option in sample.options))
-        case Preference():
-            return Preference(_with_system(sample.chosen, tokenizer), _with_system(sample.rejected, tokenizer))
-        case Feedback():
-            return replace(sample, reply=_with_system(sample.reply, tokenizer))
-        case Prompt():
-            return replace(sample, chat=_with_system(sample.chat, tokenizer))
-        case Conversation() | Pair():
-            return _with_system(sample, tokenizer)
-    return sample
-
-
-def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conversation | Pair:
     system = tokenizer.settings.system
     if system is None:
         return sample
-    if tokenizer.template is None:
-        raise DataError("--system needs a chat template, but the tokenizer has none; remove --system")
-    chat = to_conversation(sample)
-    if any(message["role"] in ("system", "developer") for message in chat.messages):
-        return chat
-    messages = [{"role": "system", "content": system}, *chat.messages]
-    untrained = frozenset(index + 1 for index in chat.untrained)
-    return replace(chat, messages=messages, first=chat.first + (chat.first > 0), untrained=untrained)
+    match sample:
+        case Choices():
+            return replace(sample, options=tuple(with_system(option, tokenizer) for option in sample.options))
+        case Preference():
+            return Preference(with_system(sample.chosen, tokenizer), with_system(sample.rejected, tokenizer))
+        case Feedback():
+            return replace(sample, reply=with_system(sample.reply, tokenizer))
+        case Prompt():
+            return replace(sample, chat=with_system(sample.chat, tokenizer))
+        case Conversation() | Pair():
+            if tokenizer.template is None:
+                raise DataError("--system needs a chat template, but the tokenizer has none; remove --system")
+            chat = to_conversation(sample)
+            if any(message["role"] in ("system", "developer") for message in chat.messages):
+                return chat
+            messages = [{"role": "system", "content": system}, *chat.messages]
+            untrained = frozenset(index + 1 for index in chat.untrained)
+            return replace(chat, messages=messages, first=chat.first + (chat.first > 0), untrained=untrained)
+    return sample
 
 
 # ---- Tools: in the format of the template

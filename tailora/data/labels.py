@@ -29,7 +29,7 @@ from tailora.data.schemas import (
     LabelValue,
     Tagged,
     convert_row,
-    detect_source_schema,
+    detect_schema,
 )
 from tailora.errors import DataError, nearest
 
@@ -179,7 +179,7 @@ def read_labels(
     samples: list[tuple[Row, Labelled | Tagged]] = []
     for name in sources:
         items = list(read_rows(name))
-        mapping = detect_source_schema(name, items, field, task)
+        mapping = detect_schema(name, items, field, task)
         for item in items:
             sample = convert_row(item, mapping) if isinstance(item, Row) else item
             if isinstance(sample, RowProblem):

@@ -38,7 +38,7 @@ from tailora.data.schemas import (
     Text,
     choices_from_preference,
     convert_row,
-    detect_source_schema,
+    detect_schema,
     weight_of,
 )
 from tailora.data.tokenize import EncodedSample, encode_samples, tokenized_parts
@@ -62,7 +62,7 @@ def encode_source(
     if tokenizer.processor is not None:
         items = _with_stored_images(items, settings.field or {})
     first = list(islice(items, detect_from))
-    mapping = detect_source_schema(source, first, settings.field, settings.task)
+    mapping = detect_schema(source, first, settings.field, settings.task)
     if tokenizer.processor is not None and (unused := [name for name in IMAGE_COLUMNS if name in mapping.ignored]):
         raise DataError(
             f"data {source}: {mapping.schema.name} rows cannot have images, but these have the column "
@@ -95,60 +95,59 @@ def _encode_rows(
 ) -> Iterator[EncodedSample | RowProblem]:
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
-        samples = [
-            _with_images(convert_row(item, mapping), item, mapping, tokenizer) if isinstance(item, Row) else item
-            for _, item in chunk
-        ]
-        encoded = iter(encode_samples([sample for sample in samples if not isinstance(sample, RowProblem)], tokenizer))
-        for (index, item), sample in zip(chunk, samples, strict=True):
-            results = sample if isinstance(sample, RowProblem) else next(encoded)
-            if isinstance(results, RowProblem):
-                yield results
-                continue
-            assert isinstance(item, Row)
-            if isinstance(results, DataError):
+        samples = [_sample_of(item, mapping, tokenizer) for _, item in chunk]
+        for (index, item), results in zip(chunk, encode_samples(samples, tokenizer), strict=True):
+            if isinstance(item, RowProblem):
+                yield item
+            elif isinstance(results, DataError):
                 yield item.problem(results)
-                continue
-            weight = weight_of(item, mapping)
-            for result in results:
-                example = replace(result.example, source_index=index, weight=weight)
-                yield replace(result, example=example, location=item.location)
+            else:
+                weight = weight_of(item, mapping)
+                for result in results:
+                    example = replace(result.example, source_index=index, weight=weight)
+                    yield replace(result, example=example, location=item.location)
+
+
+def _sample_of(row: Row | RowProblem, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> AnySample | DataError:
+    """Returns the sample of a row with its images, which were read and checked, or the reason why it has none."""
+    if isinstance(row, RowProblem):
+        return DataError(row.cause)
+    sample = convert_row(row, mapping)
+    if isinstance(sample, RowProblem):
+        return DataError(sample.cause)
+    columns = [mapping.columns[key] for key in IMAGE_COLUMNS if key in mapping.columns]
+    conversations = [part for part in tokenized_parts(sample) if isinstance(part, Conversation)]
+    in_messages = any(has_images(conversation.messages) for conversation in conversations)
+    if not (tokenizer.processor or columns or in_messages):
+        return sample
+    try:
+        if isinstance(sample, Conversation | Pair):
+            return _with_images(sample, row, columns, tokenizer)
+        if in_messages:
+            raise DataError("images are only supported in chats and in prompts with a completion")
+    except DataError as error:
+        return error
+    return sample
 
 
 def _with_images(
-    sample: AnySample | RowProblem, row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer
-) -> AnySample | RowProblem:
-    """Returns the sample with the images of its messages and columns, which were read and checked."""
-    columns = [mapping.columns[key] for key in IMAGE_COLUMNS if key in mapping.columns]
+    sample: Conversation | Pair, row: Row, columns: list[str], tokenizer: ChatTokenizer
+) -> Conversation | Pair:
+    """columns: that may contain images."""
     values = [value for column in columns if (value := row.fields.get(column)) not in (None, "", [])]
-    if isinstance(sample, RowProblem) or not (tokenizer.processor or columns or _has_images(sample)):
-        return sample
-    if not isinstance(sample, Conversation | Pair):
-        is_wrong = _has_images(sample)
-        return (
-            row.problem("images are only supported in chats and in prompts with a completion") if is_wrong else sample
-        )
     if len(values) > 1:
-        return row.problem(f"the row has {' and '.join(columns)}; use one column for all images")
-    chat, settings = to_conversation(sample), tokenizer.settings
-    file = Path(row.file)
+        raise DataError(f"the row has {' and '.join(columns)}; use one column for all images")
+    chat, file, image_folder = to_conversation(sample), Path(row.file), tokenizer.settings.image_folder
     folder = file if file.is_dir() else file.parent if file.exists() else None  # None: from the Hub
-    if settings.image_folder is not None:
-        folder = Path(settings.image_folder).expanduser()
-    try:
-        parsed = parsed_list(values[0], IMAGE_COLUMNS[0]) if values else []
-        messages = place_images(chat.messages, parsed if isinstance(parsed, list) else [parsed])
-        if has_images(messages) and tokenizer.processor is None:
-            return row.problem("the row has images, but the model reads only text; use a vision-language model")
-        messages = read_images(messages, folder)
-    except DataError as error:
-        return row.problem(error)
-    return replace(chat, messages=messages) if has_images(messages) else sample
-
-
-def _has_images(sample: AnySample) -> bool:
-    conversations = (part for part in tokenized_parts(sample) if isinstance(part, Conversation))
-    return any(has_images(part.messages) for part in conversations)
+    if image_folder is not None:
+        folder = Path(image_folder).expanduser()
+    parsed = parsed_list(values[0], IMAGE_COLUMNS[0]) if values else []
+    messages = place_images(chat.messages, parsed if isinstance(parsed, list) else [parsed])
+    if not has_images(messages):
+        return sample
+    if tokenizer.processor is None:
+        raise DataError("the row has images, but the model reads only text; use a vision-language model")
+    return replace(chat, messages=read_images(messages, folder))
 
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
@@ -160,10 +159,6 @@ def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
             f"embedding has only {embedding_rows} rows; use the model's own tokenizer, or resize the model first: "
             f"model.resize_token_embeddings({last + 1})"
         )
-
-
-def _is_trained(encoded: EncodedSample) -> bool:
-    return encoded.is_learned and encoded.example.weight > 0
 
 
 def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "trained") -> DataError:
@@ -382,7 +377,7 @@ def _load_source(source: Source, split: str, tokenizer: ChatTokenizer) -> Loaded
         raise data_error(problems)
     for row in rows:
         counts.add(row, sys.maxsize if is_text else settings.max_length)
-    usable = [row for row in rows if _is_trained(row)]
+    usable = [row for row in rows if row.is_learned and row.example.weight > 0]
     if not usable or settings.max_length < 2:
         raise _all_cut(source.name, settings.max_length, counts)
     examples, samples = Examples.of(row.example for row in usable), [row.sample for row in usable]
@@ -492,7 +487,7 @@ def stream_examples(
             if isinstance(row, RowProblem):
                 raise data_error([row])
             known_counts.add(row, sys.maxsize if is_text else max_length)
-            if _is_trained(row) and max_length > 1:
+            if row.is_learned and row.example.weight > 0 and max_length > 1:
                 is_empty = False
                 yield row.example
         if is_empty:

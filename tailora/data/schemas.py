@@ -25,7 +25,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -499,17 +499,23 @@ class ColumnMapping:
 
 
 def detect_schema(
-    rows: Iterable[Mapping[str, Any]],
+    source: str,
+    items: Sequence[Row | RowProblem],
     field: Mapping[str, str] | None = None,
     task: str = AUTO,
     *,
     has_labels: bool = True,
 ) -> ColumnMapping:
-    """Returns the schema that fits most rows, after renaming by `field` (key of the schema -> column).
+    """Returns the schema that fits most rows of a source, after renaming by `field` (key of the schema -> column).
 
-    task: only schemas of this task.    has_labels: False for prediction, where rows have no labels or tags.
-    Raises DataError with the keys of the rows, the known schemas, and how to map the keys.
+    task: only schemas of this task.
+    has_labels: False for prediction, where rows have no labels or tags.
+    Raises DataError if there is no row, or with the keys of the rows, the known schemas, and how to map the keys.
     """
+    rows = [item.fields for item in items if isinstance(item, Row)]
+    if not rows:
+        problems = [item for item in items if isinstance(item, RowProblem)]
+        raise data_error(problems or [RowProblem(source, 0, "expected at least one row, got none")])
     field = dict(field or {})
     schemas = [schema for schema in SCHEMAS if schema.task in (FOUND_FROM_ROWS if task == AUTO else (task,))]
     if not has_labels:
@@ -530,7 +536,7 @@ def detect_schema(
         counts.update(with_keys[columns_of_row])
         against.update(s for s in with_keys[columns_of_row] if task == AUTO and not s.fits(renamed_row))
     columns = sorted({column for keys in with_keys for column in keys})  # the order of a set changes between runs
-    problems = [
+    wrong_fields = [
         f"--field {key}={column}: {what} {name!r}{nearest(name, known) or f'; expected one of {listed(sorted(known))}'}"
         for key, column in field.items()
         for what, name, known in (
@@ -539,36 +545,17 @@ def detect_schema(
         )
         if name not in known
     ]
-    if problems:
-        raise DataError(listing(problems))
+    if wrong_fields:
+        raise DataError(f"data {source}: {listing(wrong_fields)}")
     # A single wrong or missing value must not change the schema of all rows; it is an error of its row.
     counts = Counter({schema: count for schema, count in counts.items() if 2 * against[schema] <= count})
     best = max(schemas, key=lambda schema: counts[schema])
     with_more_keys = (schema for schema in schemas if set(schema.required) > set(best.required))
     best = next((schema for schema in with_more_keys if 0 < counts[best] <= 2 * counts[schema]), best)
     if not counts[best]:
-        raise DataError(_unknown_schema(columns, field, schemas, task))
+        raise DataError(f"data {source}: {_unknown_schema(columns, field, schemas, task)}")
     used = {key: field.get(key, key) for key in best.keys if field.get(key, key) in columns}
     return ColumnMapping(best, used, tuple(column for column in columns if column not in used.values()))
-
-
-def detect_source_schema(
-    source: str,
-    items: Sequence[Row | RowProblem],
-    field: Mapping[str, str] | None = None,
-    task: str = AUTO,
-    *,
-    has_labels: bool = True,
-) -> ColumnMapping:
-    """Applies `detect_schema` to the rows read from a source. Raises DataError, also if there is no row."""
-    rows = [item.fields for item in items if isinstance(item, Row)]
-    if not rows:
-        problems = [item for item in items if isinstance(item, RowProblem)]
-        raise data_error(problems or [RowProblem(source, 0, "expected at least one row, got none")])
-    try:
-        return detect_schema(rows, field, task, has_labels=has_labels)
-    except DataError as error:
-        raise DataError(f"data {source}: {error}") from None
 
 
 def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Sequence[Schema], task: str) -> str:

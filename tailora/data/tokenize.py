@@ -96,16 +96,22 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ids - {None})
 
 
-def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> list[list[EncodedSample] | DataError]:
-    """Returns the tokens and labels of every sample, or the error that prevents it.
+def encode_samples(
+    samples: Sequence[AnySample | DataError], tokenizer: ChatTokenizer
+) -> list[list[EncodedSample] | DataError]:
+    """Returns the tokens and labels of every sample, or the error that prevents it. Errors stay in their place.
 
     A conversation becomes several examples if the template cannot render all its replies in one text as in generation.
     """
     prepared = [_result_of(with_system, sample, tokenizer) for sample in samples]
     if tokenizer.settings.task in (SEQ2SEQ, GRPO) or tokenizer.settings.labels is not None:
         return [_result_of(_encode_one, sample, tokenizer) for sample in prepared]
-    encoded = iter(_encode_texts([part for sample in prepared for part in tokenized_parts(sample)], tokenizer))
-    return [_result_of(_join, sample, [next(encoded) for _ in tokenized_parts(sample)]) for sample in prepared]
+    rendered = [_result_of(_render, sample, tokenizer) for sample in prepared]
+    tokens = iter(tokenizer.tokenize([part.text for parts in rendered if isinstance(parts, list) for part in parts]))
+    tokenized = [[(part, next(tokens)) for part in parts] if isinstance(parts, list) else parts for parts in rendered]
+    return [
+        _result_of(_encode_texts, parts, sample, tokenizer) for parts, sample in zip(tokenized, prepared, strict=True)
+    ]
 
 
 def _result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> Any:
@@ -149,21 +155,30 @@ def tokenized_parts(sample: AnySample | DataError) -> list[Sample]:
     return []
 
 
-def _join(sample: AnySample, parts: Sequence[list[EncodedSample] | DataError]) -> list[EncodedSample]:
-    """Combines the encoded parts of a sample. If truncation removes one of two replies, nothing is trained."""
-    encoded: list[EncodedSample] = []
-    for part in parts:
-        if isinstance(part, DataError):
-            raise part
-        encoded += part
+def _render(sample: AnySample, tokenizer: ChatTokenizer) -> list[RenderedSample]:
+    return [text for part in tokenized_parts(sample) for text in render_sample(part, tokenizer)]
+
+
+def _encode_texts(
+    texts: Sequence[tuple[RenderedSample, Tokens]], sample: AnySample, tokenizer: ChatTokenizer
+) -> list[EncodedSample]:
+    """Encodes the texts of one sample. If truncation removes one of two compared replies, nothing is trained."""
+    examples = [_encode_text(text, tokens, tokenizer) for text, tokens in texts]
+    if not all(example.supervised for example in examples):
+        raise DataError("the row has no tokens to train on")
+    max_length = tokenizer.settings.max_length
+    encoded = [
+        EncodedSample(text.sample, example.beginning(max_length), len(example.input_ids), number, len(texts))
+        for number, ((text, _), example) in enumerate(zip(texts, examples, strict=True))
+    ]
     if isinstance(sample, Conversation | Pair | Text):
         return encoded
-    if len(encoded) > len(parts):
+    if len(encoded) > len(tokenized_parts(sample)):
         raise DataError(
             "only one message of a compared reply can be trained, because the chat template rewrites earlier ones: "
             'mark the others with "train": false, or move them into the prompt'
         )
-    first, last = encoded[0], encoded[-1]
+    first, last = replace(encoded[0], parts=1), encoded[-1]
     if isinstance(sample, Choices):
         return [replace(first, choices=sample)]
     if isinstance(sample, Feedback):
@@ -177,41 +192,17 @@ def _join(sample: AnySample, parts: Sequence[list[EncodedSample] | DataError]) -
     return [replace(first, example=example, length=max(first.length, last.length))]
 
 
-def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[list[EncodedSample] | DataError]:
-    rendered: list[list[RenderedSample] | DataError] = [_result_of(render_sample, s, tokenizer) for s in samples]
-    texts = [part.text for parts in rendered if not isinstance(parts, DataError) for part in parts]
-    tokens = iter(tokenizer.tokenize(texts))
-    max_length = tokenizer.settings.max_length
-
-    def encode(parts: list[RenderedSample]) -> list[EncodedSample]:
-        examples = [_example_of(part, next(tokens), tokenizer) for part in parts]
-        _check_no_image_is_cut(examples, tokenizer)
-        if not all(example.supervised for example in examples):
-            raise DataError("the row has no tokens to train on")
-        return [
-            EncodedSample(part.sample, example.beginning(max_length), len(example.input_ids), number, len(parts))
-            for number, (part, example) in enumerate(zip(parts, examples, strict=True))
-        ]
-
-    return [_result_of(encode, parts) for parts in rendered]
-
-
-def _example_of(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> Example:
+def _encode_text(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> Example:
     ids, is_trained = loss_mask(rendered, tokens, tokenizer)
-    if rendered.images:  # models do not generate images
-        is_trained &= ~np.isin(ids, cast(Any, tokenizer.processor).image_token_ids)
-    return replace(Example.of_text(ids, is_trained), images=rendered.images)
-
-
-def _check_no_image_is_cut(examples: Sequence[Example], tokenizer: ChatTokenizer) -> None:
-    max_length = tokenizer.settings.max_length
-    for example in examples:
-        rest = example.input_ids[max_length:]
-        if example.images and np.isin(rest, cast(Any, tokenizer.processor).image_token_ids).any():
+    if rendered.images:
+        is_image = np.isin(ids, cast(Any, tokenizer.processor).image_token_ids)
+        is_trained &= ~is_image  # models do not generate images
+        if is_image[tokenizer.settings.max_length :].any():
             raise DataError(
-                f"the row has {len(example.input_ids):,} tokens, and truncation to {max_length:,} would cut an image; "
-                "raise --max-length, or use smaller or fewer images"
+                f"the row has {len(ids):,} tokens, and truncation to {tokenizer.settings.max_length:,} would cut an "
+                "image; raise --max-length, or use smaller or fewer images"
             )
+    return replace(Example.of_text(ids, is_trained), images=rendered.images)
 
 
 # ---- Sequence to sequence

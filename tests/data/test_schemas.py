@@ -1,14 +1,22 @@
 """Schemas are detected by their keys, and rows become samples."""
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
+from tailora.data import schemas
 from tailora.data.readers import Row, RowProblem
-from tailora.data.schemas import Choices, Conversation, Feedback, Pair, Text, convert_row, detect_schema
+from tailora.data.schemas import Choices, ColumnMapping, Conversation, Feedback, Pair, Text, convert_row
 from tailora.errors import DataError
 
 # ---- Detection
+
+
+def detect_schema(rows: Iterable[dict[str, Any]], *args: Any, **options: Any) -> ColumnMapping:
+    items = [Row("rows.csv", number, fields) for number, fields in enumerate(rows, 1)]
+    return schemas.detect_schema("rows.csv", items, *args, **options)
 
 
 def row(*keys: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from tiny_server import on_loopback, running, write_adapters
 from tiny_vision import outspoken_llava, plain_answer, save_image
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.data.readers import Row
 from tailora.data.schemas import PREFERENCE, detect_schema
 from tailora.errors import ConfigError
 from tailora.serve.playground import LOCAL_HOSTS, add_page, page, page_headers, playground_app
@@ -389,7 +390,10 @@ class TestInBrowser:
             opened.click("#save")
         download.value.save_as(tmp_path / "preferences.jsonl")
         rows = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
-        assert detect_schema(rows).schema.task == PREFERENCE
+        assert (
+            detect_schema("rows", [Row("rows", number, fields) for number, fields in enumerate(rows, 1)]).schema.task
+            == PREFERENCE
+        )
         assert rows == 4 * [
             {
                 "prompt": [{"role": "user", "content": "Who are you?"}],
