@@ -32,7 +32,8 @@ from benchmarks.serving.server_process import free_port
 from benchmarks.site.page_blocks import Block, Shell, blocks, inline, run_python
 from tailora.cli.main import COMMANDS, app
 from tailora.data.readers import Row, read_rows
-from tailora.data.schemas import Conversation, convert_row, detect_schema
+from tailora.data.samples import Conversation
+from tailora.data.schemas import convert_row, detect_schema
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -321,7 +321,8 @@ def read_question(row: Row, options: ChatOptions, tokenizer: "ChatTokenizer") ->
     """Returns the chat in the columns `messages` or `prompt`, with its tools and the system message."""
     from tailora.data.chat_template import fit_to_template, with_system
     from tailora.data.messages import parsed_list, place_images, read_messages, read_tools, text_value
-    from tailora.data.schemas import IMAGE_COLUMNS, Conversation
+    from tailora.data.samples import Conversation
+    from tailora.data.schemas import IMAGE_COLUMNS
 
     columns = {
         key: row.fields.get(options.field.get(key, key)) for key in ("messages", "prompt", "tools", *IMAGE_COLUMNS)

@@ -1,7 +1,8 @@
 """Training data: from a JSONL row to token ids and labels.
 
     readers         files, folders, datasets on the Hub -> rows
-    schemas         a row's keys -> a sample: chat messages, prompt and completion, or text
+    samples         what rows become: a conversation, a prompt with its completion, a text, ...
+    schemas         a row's keys -> a sample
     chat_template   messages -> text, with the model's chat template
     loss_mask       a sample -> its text, and which tokens are trained
     tokenize        text and loss mask -> token ids and labels

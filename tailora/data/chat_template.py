@@ -24,7 +24,8 @@ from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools
 from tailora.data.processor import added_start, image_placeholders, media_ids, text_tokenizer
-from tailora.data.schemas import AUTO, Choices, Conversation, Feedback, Pair, Preference, Prompt
+from tailora.data.samples import Choices, Conversation, Feedback, Pair, Preference, Prompt
+from tailora.data.schemas import AUTO
 from tailora.errors import DataError
 
 # ---- A tokenizer, its chat template, and the settings of the data

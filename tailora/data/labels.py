@@ -21,16 +21,8 @@ import numpy as np
 from tailora.data.dataset import IGNORED, Example, Examples, Float64
 from tailora.data.messages import listed, short_repr, text_value
 from tailora.data.readers import Row, RowProblem, data_error, read_rows
-from tailora.data.schemas import (
-    REGRESSION,
-    SEQUENCE_CLASSIFICATION,
-    TOKEN_CLASSIFICATION,
-    Labelled,
-    LabelValue,
-    Tagged,
-    convert_row,
-    detect_schema,
-)
+from tailora.data.samples import Labelled, LabelValue, Tagged
+from tailora.data.schemas import REGRESSION, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, convert_row, detect_schema
 from tailora.errors import DataError, nearest
 
 LABEL_TASKS = (SEQUENCE_CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION)

@@ -21,7 +21,7 @@ from tailora.data.chat_template import ChatTokenizer, Span, Tokens, fit_to_templ
 from tailora.data.dataset import Int32
 from tailora.data.images import Image, images_of
 from tailora.data.messages import REASONING
-from tailora.data.schemas import Conversation, Pair, Sample, Text
+from tailora.data.samples import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 
 Bools: TypeAlias = NDArray[np.bool_]

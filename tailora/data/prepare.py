@@ -23,6 +23,7 @@ from tailora.data.messages import has_images, parsed_list, place_images
 from tailora.data.processor import text_tokenizer
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
 from tailora.data.report import Flagged, RowCounts, count_messages, most_frequent, sample_hash
+from tailora.data.samples import AnySample, Conversation, Pair, Prompt, Text
 from tailora.data.schemas import (
     CAUSAL_LM,
     FEEDBACK,
@@ -30,12 +31,7 @@ from tailora.data.schemas import (
     PREFERENCE,
     SCHEMAS,
     TEXT,
-    AnySample,
     ColumnMapping,
-    Conversation,
-    Pair,
-    Prompt,
-    Text,
     choices_from_preference,
     convert_row,
     detect_schema,

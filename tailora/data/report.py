@@ -15,7 +15,8 @@ from tailora.data.chat_template import to_conversation
 from tailora.data.images import Image, images_of
 from tailora.data.labels import SINGLE, Labels
 from tailora.data.messages import REASONING, text_of
-from tailora.data.schemas import REGRESSION, AnySample, Conversation, Labelled, Prompt, Text
+from tailora.data.samples import AnySample, Conversation, Labelled, Prompt, Text
+from tailora.data.schemas import REGRESSION
 from tailora.data.tokenize import EncodedSample, tokenized_parts
 
 MOST_LOCATIONS = 20  # per warning in a report

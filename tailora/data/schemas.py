@@ -26,15 +26,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from tailora.data.messages import (
     REASONING,
     MarkedMessage,
-    Messages,
-    Tools,
     as_messages,
     listed,
     marked_messages,
@@ -42,123 +40,22 @@ from tailora.data.messages import (
     read_messages,
     read_tools,
     short_repr,
-    text_of,
     text_value,
 )
 from tailora.data.readers import Row, RowProblem, data_error
+from tailora.data.samples import (
+    AnySample,
+    Choices,
+    Conversation,
+    Feedback,
+    Labelled,
+    Pair,
+    Preference,
+    Prompt,
+    Tagged,
+    Text,
+)
 from tailora.errors import DataError, listing, nearest
-
-# ---- Samples: converted rows
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Chat messages. Assistant messages are trained.
-
-    first: index of the message where the completion begins; the prompt before it is not trained.
-    untrained: indices of messages that the row marks as not trained.
-    """
-
-    messages: Messages
-    first: int = 0
-    untrained: frozenset[int] = frozenset()
-    tools: Tools | None = None
-
-    @property
-    def system(self) -> str | None:
-        """The system message at the beginning, if any."""
-        first = self.messages[0]
-        return text_of(first) if first["role"] in ("system", "developer") else None
-
-    @property
-    def replies(self) -> list[int]:
-        """The indices of all assistant messages."""
-        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
-
-    @property
-    def trained_replies(self) -> list[int]:
-        return [index for index in self.replies if index >= self.first and index not in self.untrained]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The completion is trained. With a chat template it is one user turn and its reply."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """All of it is trained."""
-
-    text: str
-
-
-Sample: TypeAlias = Conversation | Pair | Text
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """A question with several replies. Only the correct one, at index `answer`, is trained."""
-
-    options: tuple[Conversation | Pair, ...]
-    answer: int
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """Two replies to the same prompt, one preferred over the other. Both are trained."""
-
-    chosen: Conversation | Pair
-    rejected: Conversation | Pair
-
-
-@dataclass(frozen=True, slots=True)
-class Feedback:
-    """A reply, and whether it is desirable."""
-
-    reply: Conversation | Pair
-    desirable: bool
-
-
-LabelValue: TypeAlias = str | int | float | bool | list[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A text, two texts or a conversation, and its label or labels; None for prediction."""
-
-    text: str = ""
-    second: str | None = None
-    messages: Messages | None = None
-    label: LabelValue | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tagged:
-    """Words, and a tag for each; None for prediction."""
-
-    tokens: list[str]
-    tags: list[str | int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt for reinforcement learning. Prompts with the same chat are equal.
-
-    chat: with an empty reply.    value: what reward functions get: a text or messages, as in the row.
-    columns: the others of the row.    ids: the tokens of the chat up to the reply, once it is encoded.
-    """
-
-    chat: Conversation | Pair
-    value: str | Messages = field(compare=False)
-    columns: Mapping[str, Any] = field(compare=False)
-    ids: Sequence[int] = field(default=(), compare=False)
-
-
-AnySample: TypeAlias = Sample | Choices | Preference | Feedback | Labelled | Tagged | Prompt
-
 
 # ---- From a row to a sample: one function per schema. They raise DataError with the cause; callers add file and row.
 

@@ -26,9 +26,7 @@ from tailora.data.dataset import IGNORED, Example, Int32
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
 from tailora.data.processor import image_owners, text_tokenizer
-from tailora.data.schemas import (
-    GRPO,
-    SEQ2SEQ,
+from tailora.data.samples import (
     AnySample,
     Choices,
     Conversation,
@@ -41,6 +39,7 @@ from tailora.data.schemas import (
     Tagged,
     Text,
 )
+from tailora.data.schemas import GRPO, SEQ2SEQ
 from tailora.errors import DataError
 
 

@@ -22,7 +22,8 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Examples
 from tailora.data.labels import Labels
 from tailora.data.prepare import check_vocabulary, read_eval_data
-from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION, Labelled, Tagged
+from tailora.data.samples import Labelled, Tagged
+from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION
 from tailora.data.tokenize import encode_samples, first_tokens
 from tailora.errors import DataError, require_packages
 from tailora.evaluation.scores import BASE, TUNED, Progress, Score, Scores, models_to_score, token_budget

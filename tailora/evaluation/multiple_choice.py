@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example, Examples
-from tailora.data.schemas import Choices
+from tailora.data.samples import Choices
 from tailora.data.tokenize import encode_samples, reply_text
 from tailora.errors import DataError
 from tailora.train.loss import BatchLayout, evaluate

@@ -24,7 +24,8 @@ from tailora.core.config import LoRAConfig
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import Examples, distinct_of
 from tailora.data.prepare import EvalDataReport, check_vocabulary, prepare, read_eval_data
-from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ, Conversation, Pair
+from tailora.data.samples import Conversation, Pair
+from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ
 from tailora.data.tokenize import EncodedSample, reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
 from tailora.evaluation.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of

@@ -36,7 +36,7 @@ from tailora.data.chat_template import ChatTokenizer, fit_to_template
 from tailora.data.images import images_of
 from tailora.data.messages import Messages, has_images, marked_messages, text_value
 from tailora.data.processor import media_ids, text_tokenizer
-from tailora.data.schemas import Conversation
+from tailora.data.samples import Conversation
 from tailora.engine.interface import Engine, SamplingParams
 from tailora.engine.interface import Request as EngineRequest
 from tailora.engine.sampling import json_matcher

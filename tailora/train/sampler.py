@@ -19,7 +19,7 @@ from tailora.core.attach import evaluating
 from tailora.data.chat_template import to_conversation
 from tailora.data.dataset import Example
 from tailora.data.processor import text_tokenizer
-from tailora.data.schemas import Prompt
+from tailora.data.samples import Prompt
 from tailora.data.tokenize import stop_ids
 from tailora.engine.continuous_batching import make_engine
 from tailora.engine.interface import Finish, Request, SamplingParams, Token

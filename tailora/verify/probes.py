@@ -26,7 +26,7 @@ from tailora.core.patterns import layer_index
 from tailora.core.quantization import dense_weight
 from tailora.data.chat_template import ChatTokenizer, to_conversation
 from tailora.data.messages import Messages
-from tailora.data.schemas import Choices, Conversation, Feedback, Preference, Sample, Text
+from tailora.data.samples import Choices, Conversation, Feedback, Preference, Sample, Text
 from tailora.data.tokenize import last_reply
 from tailora.errors import DataError
 from tailora.evaluation.forgetting import sample_texts

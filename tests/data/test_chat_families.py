@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template
 from tailora.data.dataset import IGNORED
 from tailora.data.loss_mask import render_sample
-from tailora.data.schemas import Conversation, from_messages, from_prompt
+from tailora.data.samples import Conversation
+from tailora.data.schemas import from_messages, from_prompt
 from tailora.data.tokenize import encode_samples, prompt_ids, reply_text, stop_ids
 from tailora.errors import DataError
 

@@ -9,7 +9,7 @@ from tiny_vision import save_image, tiny_llava
 from tailora.data.chat_template import ChatTokenizer, DataSettings, with_system
 from tailora.data.images import read_images
 from tailora.data.loss_mask import render_sample
-from tailora.data.schemas import Conversation, Pair, Text
+from tailora.data.samples import Conversation, Pair, Text
 from tailora.errors import DataError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -13,7 +13,7 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED
 from tailora.data.labels import Labels, read_labels
 from tailora.data.prepare import prepare
-from tailora.data.schemas import Labelled, Tagged
+from tailora.data.samples import Labelled, Tagged
 from tailora.data.tokenize import EncodedSample, encode_samples, first_tokens
 from tailora.errors import DataError
 

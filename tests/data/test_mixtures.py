@@ -7,7 +7,7 @@ from data_rows import PAIRS, chat_row, prepare, stream, texts_of
 
 from tailora.data.dataset import Mixture, warnings_of
 from tailora.data.readers import Source
-from tailora.data.schemas import Conversation
+from tailora.data.samples import Conversation
 from tailora.errors import DataError
 
 # ---- Several sources

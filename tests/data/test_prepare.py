@@ -16,7 +16,8 @@ from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, check_vocabulary, read_eval_data
 from tailora.data.readers import Source
 from tailora.data.report import RowCounts, sample_hash
-from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Conversation, Pair, Text
+from tailora.data.samples import Conversation, Pair, Text
+from tailora.data.schemas import SEQUENCE_CLASSIFICATION
 from tailora.errors import DataError
 
 

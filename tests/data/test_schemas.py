@@ -8,7 +8,8 @@ import pytest
 
 from tailora.data import schemas
 from tailora.data.readers import Row, RowProblem
-from tailora.data.schemas import Choices, ColumnMapping, Conversation, Feedback, Pair, Text, convert_row
+from tailora.data.samples import Choices, Conversation, Feedback, Pair, Text
+from tailora.data.schemas import ColumnMapping, convert_row
 from tailora.errors import DataError
 
 # ---- Detection

@@ -14,7 +14,7 @@ from tailora.data import chat_template
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.images import read_images
-from tailora.data.schemas import Conversation, Pair, Sample, Text
+from tailora.data.samples import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import EncodedSample, encode_sample, encode_samples, preview, prompt_ids, reply_text
 from tailora.errors import DataError
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.schemas import Conversation, Pair, Text
+from tailora.data.samples import Conversation, Pair, Text
 from tailora.errors import DataError
 from tailora.evaluation.generate import (
     ComparedAnswer,

@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.schemas import Choices, from_choices
+from tailora.data.samples import Choices
+from tailora.data.schemas import from_choices
 from tailora.evaluation.multiple_choice import log_likelihoods, right_is_likeliest, tokenize_choices
 from tailora.kernels.attention import CPU
 from tailora.kernels.loss import OWN

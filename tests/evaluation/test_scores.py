@@ -14,7 +14,7 @@ from tiny_vision import tiny_llava
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.schemas import Pair
+from tailora.data.samples import Pair
 from tailora.errors import ConfigError, DataError
 from tailora.evaluation import scores as scores_module
 from tailora.evaluation.metrics import METRICS

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tailora.cli.main import main
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED
-from tailora.data.schemas import Pair
+from tailora.data.samples import Pair
 from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.kernels.loss import HEAD
 from tailora.train.loss import SEQ2SEQ_TASK, BatchLayout

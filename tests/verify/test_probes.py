@@ -10,7 +10,7 @@ from tiny import tiny_model
 from verified_server import TOKENIZER, adapted, base_model, store_in_q4_0, through_gguf
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.schemas import Choices, Conversation, Feedback, Preference
+from tailora.data.samples import Choices, Conversation, Feedback, Preference
 from tailora.errors import DataError
 from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER, Probe
 from tailora.verify.probes import _parts, make_passport, q4_0, rounded_to_4_bits
