@@ -8,10 +8,10 @@ import torch
 
 TESTS = Path(__file__).parent
 FILES = {  # room -> names of its files, between "test_" and ".py"
-    "core": "combine combine_layer_types inference init layer merge mixed_batch model parameters running_statistics",
+    "core": "combine inference init layer merge mixed_batch model parameters running_statistics",
     "evaluation": "forgetting generate multiple_choice scores",
     "formats": "merged peft_model",
-    "laws": "extras frozen_start laws",
+    "laws": "combine extras frozen_start laws",
     "papers": "dora",
     "train": "adapter_init classification divergence full gradient_checkpointing loss loss_forms loss_scale "
     "packing preference rollouts seq2seq trainer",

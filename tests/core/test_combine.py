@@ -202,6 +202,29 @@ def test_a_layer_that_the_loss_does_not_need_is_dropped(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_two_matrices_of_an_attention_have_one_rank_in_the_file_also_where_one_is_not_needed(
+    tmp_path: Path,
+) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.attn = nn.MultiheadAttention(12, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.attn(x, x, x, need_weights=False)[0]
+            return y
+
+    model = stirred_model(Attention().double(), LoRAConfig(r=4, target_modules=["attn"]), "a").eval()
+    model.lora_layers["attn/out_proj"].lora_B.data.mul_(1e-9)
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    expected = model(x).detach()
+    report = model.shrink("a", "small", loss=quadratic(x, expected), budget=1e-12)
+    assert report.rank == {"attn.in_proj_weight": 4, "attn.out_proj": 0}
+    loaded = LoRAModel.from_pretrained(Attention().double(), model.save_adapter(tmp_path, "small")).eval()
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_the_loss_is_measured_with_the_other_active_adapters() -> None:
     model, seen = two(), []
 
@@ -270,6 +293,20 @@ def test_extracting_reports_what_an_adapter_cannot_hold() -> None:
     )
     assert report.rank == {"0": 1}
     assert whole.adapters["default"].r == 1
+
+
+def test_extracting_a_part_reports_the_other_rows_of_its_layer() -> None:
+    def base() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"qkv": nn.Linear(12, 18)})
+
+    parts = {"fused_parts": {"qkv": {"q": 6, "k": 6, "v": 6}}}
+    tuned = stirred_model(base(), LoRAConfig(r=2, target_modules=["qkv.q", "qkv.v"], **parts)).merge_and_unload()
+    _, report = LoRAModel.from_difference(base(), tuned, LoRAConfig(target_modules=["qkv.q"], **parts), r=2)
+    before, after = base()["qkv"].weight.detach(), tuned["qkv"].weight.detach()
+    lost = (after - before)[6:].norm() / before.norm()
+    assert report.left_over["qkv.weight"] == pytest.approx(float(lost))
+    assert report.worst < 1e-5
 
 
 def test_a_tuned_language_model_comes_back_with_its_norms_and_embedding(tmp_path: Path) -> None:

@@ -1,20 +1,21 @@
 """Combining, shrinking and extracting adapters, over every layer type, against the dense identity in float64."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, config, pairs_of
+from cases import ALL_LAYERS, ALL_PAIRS, LAYERS, SLOTS, LayerCase, all_of, config, pairs_of
 from tiny import stir, stirred_model
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import AdapterError
 
-layer_cases = all_of(LAYERS)
+layer_cases = all_of(ALL_LAYERS)
 PRODUCTS = [slot for slot, settings in SLOTS.items() if not {"use_dora", "lora_bias", "bias"} & settings.keys()]
-product_pairs = pairs_of([(case, slot) for case, slot in PAIRS if slot in PRODUCTS])  # others are refused
+product_pairs = pairs_of([(case, slot) for case, slot in ALL_PAIRS if slot in PRODUCTS])  # others are refused
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
@@ -22,7 +23,7 @@ def pair(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float6
     """Adapters a (as the slot says) and b (another rank and alpha, at a strength of its own) of one layer."""
     model = stirred_model(case.net(dtype), config(case, slot), "a")
     groups = getattr(model.base_model.block["target"], "groups", 1)
-    model.add_adapter("b", LoRAConfig(r=groups * (1 if groups > 1 else 3), lora_alpha=5, target_modules=["target"]))
+    model.add_adapter("b", LoRAConfig(r=groups * (1 if groups > 1 else 3), lora_alpha=5, **case.names))
     model.set_adapter("b")
     stir(model, seed=3)
     model.set_scale("b", 0.6)
@@ -31,15 +32,26 @@ def pair(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float6
 
 def update(model: LoRAModel, name: str) -> Tensor:
     """What adapter `name` adds to the weight."""
-    layer = model.base_model.block["target"]
-    return model.adapter(name).low_rank["block.target"].delta_weight(layer).detach()
+    (part,) = model.adapter(name).low_rank.values()
+    return part.delta_weight(model.base_model.block["target"]).detach()
 
 
 def matrices(model: LoRAModel, name: str) -> Tensor:
     """The update by group, (groups, m, n): the matrices whose rank counts."""
-    layer = model.base_model.block["target"]
-    left, right = model.adapter(name).low_rank["block.target"].weight_factors(layer)
+    (part,) = model.adapter(name).low_rank.values()
+    left, right = part.weight_factors(model.base_model.block["target"])
     return (left @ right).detach()
+
+
+def one_each(model: LoRAModel, name: str) -> int:
+    """The rank that leaves one singular value to every matrix; each expert of a stack has the whole rank."""
+    (part,) = model.adapter(name).low_rank.values()
+    return 1 if part.layer_type.is_stacked else len(matrices(model, name))
+
+
+def only(values: dict[str, Any]) -> Any:
+    (value,) = values.values()
+    return value
 
 
 @product_pairs
@@ -69,18 +81,27 @@ def test_one_adapter_with_weight_one_is_itself(case: LayerCase, slot: str) -> No
 def test_a_lower_rank_is_the_nearest_and_its_error_is_reported(case: LayerCase) -> None:
     """Eckart and Young: no matrix of rank k is nearer than the k leading singular values."""
     model, weights = pair(case), {"a": 0.7, "b": 0.3}
-    groups = len(matrices(model, "a"))
-    report = model.combine(weights, "small", "svd", r=groups)
+    rank = one_each(model, "a")
+    report = model.combine(weights, "small", "svd", r=rank)
     exact = 0.7 * matrices(model, "a") + 0.3 * matrices(model, "b")
     tail = torch.linalg.svdvals(exact)[:, 1:].norm()
     torch.testing.assert_close((exact - matrices(model, "small")).norm(), tail, rtol=1e-9, atol=1e-12)
-    assert report.error["block.target"] == pytest.approx(float(tail / exact.norm()), rel=1e-9, abs=1e-12)
-    assert report.rank == {"block.target": groups}
+    assert only(report.error) == pytest.approx(float(tail / exact.norm()), rel=1e-9, abs=1e-12)
+    assert only(report.rank) == rank
 
 
-DORA = [(case, slot) for case, slot in PAIRS if "dora" in slot]
-pairs = pairs_of(PAIRS)
+DORA = [(case, slot) for case, slot in ALL_PAIRS if "dora" in slot]
+pairs = pairs_of(ALL_PAIRS)
 dora_pairs = pairs_of(DORA)
+
+
+def weights_with(model: LoRAModel, case: LayerCase, *names: str | None) -> list[Tensor]:
+    found = []
+    for name in names:
+        model.set_adapter(name)
+        with nullcontext() if name is None else model.merged():
+            found.append(case.weight(model.base_model).detach().clone())
+    return found
 
 
 def outputs(model: LoRAModel, x: Tensor, *names: str | None) -> list[Tensor]:
@@ -92,14 +113,15 @@ def outputs(model: LoRAModel, x: Tensor, *names: str | None) -> list[Tensor]:
 
 
 @pairs
-def test_in_every_slot_the_outputs_add_up(case: LayerCase, slot: str) -> None:
-    """DoRA by way of the dense update: at full rank nothing is lost."""
+def test_in_every_slot_the_changes_add_up(case: LayerCase, slot: str) -> None:
+    """DoRA by way of the dense update: at full rank nothing is lost. Outputs of attention and experts do not add up."""
     model, x = pair(case, slot), case.batch(torch.float64)
     model.set_scale("a", 1.3)
     method: dict[str, Any] = {"method": "svd", "r": 1000} if "dora" in slot else {}
     report = model.combine({"a": 0.7, "b": -0.4}, "mix", **method)
     assert report.worst < 1e-10
-    base, a, b, mix = outputs(model, x, None, "a", "b", "mix")
+    names = (None, "a", "b", "mix")
+    base, a, b, mix = outputs(model, x, *names) if case in LAYERS else weights_with(model, case, *names)
     torch.testing.assert_close(mix - base, 0.7 * (a - base) - 0.4 * (b - base), rtol=1e-8, atol=1e-8)
     plain = next(iter(model.lora_layers.values()))
     assert plain.lora_magnitude_vector is None
@@ -132,23 +154,17 @@ def test_in_every_slot_what_was_combined_and_shrunk_survives_its_file(
 @dora_pairs
 def test_dora_is_no_product(case: LayerCase, slot: str) -> None:
     model = pair(case, slot)
-    with pytest.raises(AdapterError, match=r"block\.target of 'a': DoRA scales the rows of W"):
+    with pytest.raises(AdapterError, match=r"block\.target\S* of 'a': DoRA scales the rows of W"):
         model.combine({"a": 1, "b": 1}, "mix")
 
 
 @dora_pairs
 def test_the_error_of_dora_at_a_low_rank_is_that_of_the_weight(case: LayerCase, slot: str) -> None:
     model = pair(case, slot)
-    groups = len(matrices(model, "b"))
-    report = model.combine({"a": 1}, "plain", "svd", r=groups)
-    changes = []
-    for name in ("a", "plain"):
-        model.set_adapter(name)
-        before = model.base_model.block["target"].weight.detach().clone()
-        with model.merged():
-            changes.append(model.base_model.block["target"].weight.detach() - before)
-    lost = float((changes[0] - changes[1]).norm() / changes[0].norm())
-    assert report.error["block.target"] == pytest.approx(lost, rel=1e-6, abs=1e-9)
+    report = model.combine({"a": 1}, "plain", "svd", r=one_each(model, "b"))
+    base, a, plain = weights_with(model, case, None, "a", "plain")
+    lost = float((a - plain).norm() / (a - base).norm())
+    assert only(report.error) == pytest.approx(lost, rel=1e-6, abs=1e-9)
 
 
 @layer_cases
@@ -161,8 +177,10 @@ def test_a_frozen_start_becomes_plain_of_twice_the_rank(case: LayerCase) -> None
     stir(model)
     expected = model(x)
     report = model.combine({"default": 1}, "plain")
-    groups, m, n = matrices(model, "default").shape
-    assert report.rank == {"block.target": min(2 * case.r, groups * min(m, n))}
+    layer_type, (groups, m, n) = layer.layer_type, matrices(model, "default").shape
+    n_out = len(layer.lora_B) // (1 if layer_type.is_stacked else groups)
+    most = min(m, n, n_out) * (1 if layer_type.is_stacked else groups)
+    assert only(report.rank) == min(2 * case.r, most)
     model.set_adapter("plain")
     torch.testing.assert_close(model(x), expected, **EXACT)
     model.shrink("default", "small", energy=1.0)
@@ -170,7 +188,7 @@ def test_a_frozen_start_becomes_plain_of_twice_the_rank(case: LayerCase) -> None
     torch.testing.assert_close(model(x), expected, **EXACT)
 
 
-@layer_cases
+@all_of([case for case in ALL_LAYERS if not case.name.startswith("part")])  # of a part, TIES trims its own rows
 def test_ties_computed_entry_by_entry(case: LayerCase) -> None:
     model, weights, density = pair(case), {"a": 0.7, "b": 0.3}, 0.4
     trimmed = []
@@ -189,7 +207,7 @@ def test_ties_computed_entry_by_entry(case: LayerCase) -> None:
     torch.testing.assert_close(matrices(model, "whole"), expected, **EXACT)
     report = model.combine(weights, "cut", "ties", density=density)
     lost = float((matrices(model, "cut") - expected).norm() / expected.norm())
-    assert report.error["block.target"] == pytest.approx(lost, rel=1e-6, abs=1e-12)
+    assert only(report.error) == pytest.approx(lost, rel=1e-6, abs=1e-12)
 
 
 @layer_cases
@@ -210,17 +228,17 @@ def test_dare_keeps_and_rescales_and_its_seed_decides(case: LayerCase) -> None:
 @layer_cases
 def test_shrinking_keeps_the_leading_singular_values(case: LayerCase) -> None:
     model = pair(case)
-    exact, groups = matrices(model, "a"), len(matrices(model, "a"))
+    exact, rank = matrices(model, "a"), one_each(model, "a")
     values = torch.linalg.svdvals(exact)
-    report = model.shrink("a", "small", r=groups)
+    report = model.shrink("a", "small", r=rank)
     torch.testing.assert_close((exact - matrices(model, "small")).norm(), values[:, 1:].norm(), **EXACT)
-    assert report.rank == {"block.target": groups}
+    assert only(report.rank) == rank
     assert model.active_adapters == ("b",)
     model.shrink("a", "same", r=1000)
     torch.testing.assert_close(update(model, "same"), update(model, "a"), **EXACT)
     for energy in (0.5, 0.9, 1.0):
         report = model.shrink("a", f"energy {energy}", energy=energy)
-        k = report.rank["block.target"] // groups
+        k = only(report.rank) // rank
         share = values.square().sum(0).cumsum(0) / values.square().sum()
         assert share[k - 1] >= energy - 1e-12
         assert k == 1 or share[k - 2] < energy
@@ -230,20 +248,14 @@ def test_shrinking_keeps_the_leading_singular_values(case: LayerCase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_an_adapter_is_recovered_from_the_merged_model(case: LayerCase, dtype: torch.dtype) -> None:
     model = stirred_model(case.net(dtype), config(case))
-    expected = model.base_model.block["target"].weight + update(model, "default").to(dtype)
-    x = case.batch(dtype)
+    x, config_of_case = case.batch(dtype), LoRAConfig(**case.names)
     tuned = model.merge_and_unload()
-    found, report = LoRAModel.from_difference(case.net(dtype), tuned, only_target(), r=case.r)
-    assert report.rank == {"block.target": case.r}
+    found, report = LoRAModel.from_difference(case.net(dtype), tuned, config_of_case, r=case.r)
+    assert only(report.rank) == case.r
     assert report.left_over == {}
     if dtype == torch.float64:
         assert report.worst < 1e-10
         torch.testing.assert_close(found.eval()(x), tuned(x), rtol=1e-9, atol=1e-9)
-    whole, report = LoRAModel.from_difference(case.net(dtype), tuned, only_target(), energy=1.0)
-    change = tuned.block["target"].weight.float() - case.net(dtype).block["target"].weight.float()
-    torch.testing.assert_close(update(whole, "default").float(), change.detach(), rtol=1e-4, atol=1e-5)
-    assert expected.shape == change.shape
-
-
-def only_target() -> Any:
-    return LoRAConfig(target_modules=["target"])
+    whole, report = LoRAModel.from_difference(case.net(dtype), tuned, config_of_case, energy=1.0)
+    change = (case.weight(tuned).float() - case.weight(case.net(dtype)).float()).detach()
+    torch.testing.assert_close(update(whole, "default").float(), change, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from tiny import stirred_model, tiny_model
 from torch import Tensor, nn
 
@@ -23,93 +22,26 @@ from tailora.formats.offline import read_offline
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT and transformers
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-OF_FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
-LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
-DEEPSEEK = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-}
-LATENT = {
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 4,
-    "num_key_value_heads": 4,
-}
-ERNIE = {
-    "moe_num_experts": 4,
-    "moe_k": 2,
-    "moe_intermediate_size": 8,
-    "moe_layer_start_index": 1,
-    "moe_layer_end_index": 1,
-    "moe_num_shared_experts": 1,
-    "moe_layer_interval": 1,
-}
-JAMBA = {
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    "expert_layer_period": 2,
-    "expert_layer_offset": 1,
-    "mamba_d_state": 4,
-    "mamba_dt_rank": 4,
-    "use_mamba_kernels": False,
-}
-DBRX = {
-    "d_model": 16,
-    "n_heads": 4,
-    "n_layers": 2,
-    "vocab_size": 40,
-    "max_seq_len": 64,
-    "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
-    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
-}
-# Prefix of the names in transformers -> settings of its config beside SIZES
-ARCHITECTURES: dict[str, dict[str, Any]] = {  # tests/laws/test_architectures.py has those of all other models
-    "DeepseekV3": {**DEEPSEEK, **LATENT},
-    "Ernie4_5_Moe": ERNIE,
-    "Qwen2Moe": {**OF_FOUR, "moe_intermediate_size": 8, "mlp_only_layers": [0], "shared_expert_intermediate_size": 8},
-    "Olmoe": OF_FOUR,
-    "Mixtral": LOCAL,
-    "GptOss": {**LOCAL, "head_dim": 4},
-    "GraniteMoeShared": {**LOCAL, "shared_intermediate_size": 8},
-    "Jamba": {**OF_FOUR, **JAMBA},
-    "Dbrx": DBRX,
-    "Llama4": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 1,
-        "head_dim": 4,
-        "intermediate_size_mlp": 24,
-        "interleave_moe_layer_step": 2,
-    },
+# Prefix of the names in transformers -> settings with which dense layers, experts and shared experts are side by side;
+# tests/laws/test_architectures.py has all other models
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "DeepseekV3": {"first_k_dense_replace": 1},
+    "Ernie4_5_Moe": {},
+    "Qwen2Moe": {"mlp_only_layers": [0]},
+    "Olmoe": {},
+    "Mixtral": {},
+    "GptOss": {},
+    "GraniteMoeShared": {"shared_intermediate_size": 8},
+    "Jamba": {},
+    "Dbrx": {},
+    "Llama4": {"moe_layers": [1]},
 }
 EXCLUDED = ["router", "shared_expert_gate"]  # linear layers that give a tuple, or one number
 IDS = torch.arange(24).view(2, 12) + 3
 
 
 def fresh(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    config_class = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")
-    config = config_class(**({} if name == "Dbrx" else SIZES) | ARCHITECTURES[name])
-    if name == "Dbrx":
-        config.attn_config.rope_theta = 1e4  # transformers forgets its default
-    base: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    base = tiny_model(f"{name}ForCausalLM", **ARCHITECTURES[name]).eval()
     for path, parameter in base.named_parameters():
         if "expert" in path:
             nn.init.normal_(parameter, std=0.3)
