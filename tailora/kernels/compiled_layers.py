@@ -10,7 +10,6 @@ evaluation and generation are not. torch keeps the code on disk: a later process
     paying_tokens         how long a run has to be to make up for compiling
 """
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tailora.core.attach import Adapted, attached_parts
 from tailora.core.cache import cache_folder
-from tailora.core.device import cpu_flags, device_name
+from tailora.core.device import cpu_flags
 from tailora.core.layer_types import computing_device
 from tailora.kernels.device_attention import MOST_GRAPHS
 
@@ -44,7 +43,6 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CACHE_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  # as `core.float32_products` has; not in torch 2.7
 GRAD_WARNING = "The .grad attribute of a Tensor that is not a leaf"
 MOST_KINDS = 4  # of layers: each is compiled on its own
-PAYING_TOKENS_ON_DISK = 50_000  # see `paying_tokens`; where the code is on disk, torch only traces the layers, in 4 s
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -133,17 +131,6 @@ class CompiledLayers:
         function = FunctionType(_call.__code__.replace(), globals())
         self._compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
 
-    def share_file(self, layers: Sequence[nn.Module], *facts: object) -> Path:
-        """Returns the file next to the code of these layers with the share of plain layers' time that they take here.
-
-        facts: what else the code depends on. The file is there only after a run has compiled and timed the layers.
-        """
-        device = computing_device(next(layers[0].parameters()))
-        kinds = sorted({repr(layer_kind(layer)) for layer in layers})
-        machine = (device_name(device), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-        key = repr((machine, torch.__version__, self.backend, self.activation_memory, facts, kinds))
-        return code_folder() / "tailora" / hashlib.sha256(key.encode()).hexdigest()[:32]
-
     @contextmanager
     def used_by(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within the block, these layers are compiled where they compute gradients."""
@@ -199,13 +186,16 @@ class CompiledLayers:
         return call
 
 
-def paying_tokens(device: torch.device, dtype: torch.dtype, layers: Sequence[nn.Module]) -> int | None:
-    """Returns how many tokens a run needs to make up for compiling; None where no gain is known.
+# Tokens of a run that make up for compiling a kind of layer, which takes 16 s. With AMX, layers of SmolLM's shape in
+# bfloat16 then take .73 of the plain layers' time (one thread, 1,000 tokens per second). In float32 they take the same
+# time, and without AMX the passes that are fused are 8% of a step. For CUDA and XPU a gain of 15% is assumed, at 10,000
+# tokens per second.
+PAYING_TOKENS = {"cpu": 100_000, "cuda": 1_000_000, "xpu": 1_000_000}
 
-    Compiling takes 16 s for each kind of layer. With AMX, ten layers of SmolLM's shape in bfloat16 then take .73 of the
-    plain layers' time (one thread, 1,000 tokens per second). In float32 they take the same time, and without AMX the
-    passes that are fused are 8% of a step. For CUDA and XPU a gain of 15% is assumed, at 10,000 tokens per second.
-    """
-    if device.type == "cpu":
-        return 100_000 * kinds_of(layers) if dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else None
-    return 1_000_000 * kinds_of(layers) if device.type in ("cuda", "xpu") else None
+
+def paying_tokens(device: torch.device, dtype: torch.dtype, layers: Sequence[nn.Module]) -> int | None:
+    """Returns how many tokens a run needs to make up for compiling; None where no gain is known."""
+    if device.type == "cpu" and not (dtype == torch.bfloat16 and "amx_bf16" in cpu_flags()):
+        return None
+    tokens = PAYING_TOKENS.get(device.type)
+    return None if tokens is None else tokens * kinds_of(layers)

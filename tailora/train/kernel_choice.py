@@ -10,9 +10,8 @@ share_kept        how much compiled layers keep for the backward, of what others
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -30,10 +29,8 @@ from tailora.errors import ConfigError
 from tailora.kernels.attention import CPU
 from tailora.kernels.compiled_layers import (
     COMPILER_ERRORS,
-    PAYING_TOKENS_ON_DISK,
     CompiledLayers,
     decoder_layers,
-    kinds_of,
     layer_kind,
     obstacle_to_compiling,
     paying_tokens,
@@ -46,7 +43,6 @@ from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import (
     LayerCall,
     compare_layers,
-    has_dropout,
     layer_calls,
     obstacle_to_form,
     obstacle_to_provider,
@@ -235,10 +231,8 @@ def _try_compiled(
     kernels = Kernels(COMPILED, "", compiled)
     if recorded is not None and recorded != kernels.record:
         return None, "the run was started without them, or with a different --activation-memory"
-    facts = (layout.packed, layout.attention, layout.float32_from, has_dropout(base))
-    share_file = compiled.share_file(decoder_layers(base), *facts)
     must_pay = recorded is None and not asks_for_compiled_layers(config)
-    if must_pay and (obstacle := first_of_ranks(_obstacle_to_gain(base, work.tokens, share_file))):
+    if must_pay and (obstacle := first_of_ranks(_obstacle_to_gain(base, work.tokens))):
         return None, obstacle
     checked = "checked when the run was started"
     if recorded is None:
@@ -246,7 +240,7 @@ def _try_compiled(
         obstacle, checked = _try_on_all_ranks(lambda: compare_layers(model, parts, layout, compiled))
         if obstacle is not None:
             return None, obstacle
-    obstacle, speed = _try_on_all_ranks(lambda: _compare_time(model, work, layout, compiled, share_file, must_pay))
+    obstacle, speed = _try_on_all_ranks(lambda: _compare_time(model, work, layout, compiled, must_pay))
     if obstacle is not None:
         return None, obstacle
     kept = "" if budget == 1 else f", keeping {budget:.0%} of the activations"
@@ -254,14 +248,9 @@ def _try_compiled(
     return replace(kernels, description=f"{text}; loss: {layout.loss}{_products(base, layout)}"), None
 
 
-def _obstacle_to_gain(base: PreTrainedModel, tokens: float, share_file: Path) -> str | None:
-    """Returns why the rest of the run, of `tokens`, does not pay for compiling. share_file: of an earlier run."""
-    layers = decoder_layers(base)
-    needed = paying_tokens(base.device, base.dtype, layers)
-    with suppress(OSError, ValueError):
-        share, needed = float(share_file.read_text()), PAYING_TOKENS_ON_DISK * kinds_of(layers)
-        if share >= 1:
-            return f"in an earlier run, a layer took {share:.2f} times as long as without compiling"
+def _obstacle_to_gain(base: PreTrainedModel, tokens: float) -> str | None:
+    """Returns why the rest of the run, of `tokens`, does not pay for compiling."""
+    needed = paying_tokens(base.device, base.dtype, decoder_layers(base))
     if needed is None:
         place = "this CPU" if base.device.type == "cpu" else base.device.type
         dtype = str(base.dtype).removeprefix("torch.")
@@ -284,7 +273,7 @@ def _try_on_all_ranks(trial: Callable[[], tuple[str | None, str]]) -> tuple[str 
 
 
 def _compare_time(
-    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, share_file: Path, must_pay: bool
+    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, must_pay: bool
 ) -> tuple[str | None, str]:
     """Compiles the layers as the run calls them, with their dropout; returns an obstacle, and how fast they are."""
     base = cast(PreTrainedModel, model.base_model)
@@ -300,9 +289,6 @@ def _compare_time(
                 ours.append(_seconds(calls.values()))
             theirs.append(_seconds(calls.values()))
     share = min(ours[1:]) / min(theirs[1:])
-    with suppress(OSError):  # a folder that is read-only: later runs do not know the gain
-        share_file.parent.mkdir(exist_ok=True)
-        share_file.write_text(f"{share}")
     speed = f"a layer takes {share:.2f} times as long as without compiling"
     return f"they were compiled, but {speed}" if must_pay and share >= 1 else None, speed
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.compiled_layers import PAYING_TOKENS_ON_DISK, CompiledLayers, decoder_layers, paying_tokens
+from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, paying_tokens
 from tailora.kernels.loss import FROZEN
 from tailora.train import kernel_choice, kernel_comparison
 from tailora.train.config import TrainConfig
@@ -55,12 +55,11 @@ class TimedLayers(CompiledLayers):
 
 
 @pytest.fixture
-def compile_at_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float], None]:
+def compile_at_speed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """speed: of compiled layers, relative to that of others."""
 
     def patch(speed: float) -> None:
         PartialState()
-        monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
         monkeypatch.setattr(TimedLayers, "compiled_speed", speed)
         monkeypatch.setattr(kernel_choice, "CompiledLayers", TimedLayers)
         monkeypatch.setattr(kernel_choice, "_seconds", lambda *_: 1e-3 / TimedLayers.speed)
@@ -109,22 +108,6 @@ def test_compiled_layers_that_are_asked_for_are_taken_at_any_speed(compile_at_sp
         kernels = chosen(config, 1)
         assert kernels.layers == COMPILED
         assert "a layer takes 2.00 times as long as without compiling" in kernels.description
-
-
-def test_a_run_whose_layers_were_compiled_before_knows_what_that_saves(
-    compile_at_speed: Callable[[float], None],
-) -> None:
-    """It pays for loading the code only, on any device."""
-    tokens = PAYING_TOKENS_ON_DISK
-    compile_at_speed(1.25)
-    assert "no speedup is known" in chosen(TrainConfig(), tokens).description
-    chosen(TrainConfig(fast="compile"), tokens)
-    assert chosen(TrainConfig(), tokens).layers == COMPILED
-    assert chosen(TrainConfig(), tokens - 1).layers == PLAIN
-    assert "no speedup is known" in chosen(TrainConfig(), tokens, chat_model(hidden_size=64)).description
-    compile_at_speed(0.5)
-    chosen(TrainConfig(fast="compile"), tokens)
-    assert "in an earlier run, a layer took 2.00 times as long" in chosen(TrainConfig(), tokens).description
 
 
 def test_each_kind_of_layer_has_to_pay() -> None:
