@@ -26,8 +26,7 @@ CLIENT = """\
 import json, os, signal, socket, sys
 
 program, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
-is_other = arguments and arguments[0].startswith("-") and arguments[0] not in ("-m", "-c", "-")
-is_other = is_other or "tailora.train.rewards" in arguments  # inherits a connection
+is_other = arguments and arguments[0].startswith("-") and arguments[0] not in ("-m", "-c", "-", "-P")
 if program == "python" and (is_other or "LOCAL_RANK" in os.environ):  # ranks watch the process that started them
     os.execv("{python}", ["{python}", *arguments])
 with socket.socket(socket.AF_UNIX) as server:
@@ -108,6 +107,9 @@ def exit_code(arguments: list[str]) -> int:
 
 
 def interpret(arguments: list[str]) -> None:
+    if arguments[:2] == ["-P", "-u"]:  # a child process of tailora, which kills its process group if stdin ends
+        os.setsid()
+        arguments = arguments[2:]
     first, *rest = arguments or ["-"]
     if first == "-m":
         sys.argv, sys.path[0] = rest, os.getcwd()

@@ -44,6 +44,7 @@ from tailora.train.estimate import Memory
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
 from tailora.train.kernel_choice import asks_for_compiled_layers
 from tailora.train.loss import CAUSAL_LM, Task
+from tailora.train.measure_steps import measure_steps
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, needs_contents, used_bytes
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images, set_labels
 from tailora.train.preference import preference_task
@@ -51,7 +52,6 @@ from tailora.train.quantize import dequantization_note, stays_quantized, stored_
 from tailora.train.rollouts import Rollouts
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
 from tailora.train.step import split_by_tokens, step_shape, token_limit
-from tailora.train.subprocess_worker import measure_steps
 from tailora.train.trainable import Trainable, trained_parts, trains_on_pixels
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tailora.study.model_layout import AdaptedModule, TrainedGroup, UnadaptedGroup
 from tailora.train.estimate import Memory
-from tailora.train.subprocess_worker import StepsMeasured
+from tailora.train.measure_steps import StepsMeasured
 
 
 @dataclass(frozen=True)

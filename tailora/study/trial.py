@@ -7,8 +7,8 @@
 
 A trial that diverges or runs out of memory is a result, not an error.
 
-With several ranks, the first one writes events and the result to stdout, a pipe to the study. All ranks share stdin, a
-pipe from the study, and exit when it closes.
+With several ranks, the first one sends events and the result to the study. All ranks share stdin, a pipe from the
+study, and exit when it closes.
 """
 
 import json
@@ -16,9 +16,7 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -36,17 +34,15 @@ from tailora.errors import ConfigError, DivergedError, MemoryLimitError, Process
 from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.study.results import measure_of
-from tailora.train import subprocess_worker
+from tailora.train.child_process import ChildProcess, command_of, connection_to_parent, messages_of_parent
 from tailora.train.config import ACCUMULATION, NATS_PER_TOKEN, TrainConfig, batches_per_step
 from tailora.train.failures import Failure, leave_failure
 from tailora.train.launch import end_process, is_launched_by_tailora, launch, rank
-from tailora.train.subprocess_worker import kill
 
 DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"  # in the folder of a trial
 RANKS_FOLDER = "ranks"  # also there: temporary files of the launcher of several ranks
 MODULE = "tailora.study.trial"
-COMMAND = (sys.executable, "-m", MODULE)  # followed by the folder
 IGNORED_FIELDS = ("before", "texts", "processes")  # fields of a TrialSpec that do not change the result
 
 FEWEST_HALVED = 4  # held-out examples: two for each half
@@ -254,27 +250,24 @@ class Worker:
     threads: int | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
     stopped: bool = field(default=False, init=False)
-    _process: "subprocess.Popen[str] | None" = field(default=None, init=False)
+    _child: ChildProcess | None = field(default=None, init=False)
 
-    def start(self, command: list[str], **options: Any) -> "subprocess.Popen[str]":
-        """Starts the process of a trial, isolated from Ctrl-C so that an interruption does not look like a failure."""
+    def start(self, command: list[str], log: Path) -> ChildProcess:
+        """Starts the process of a trial."""
         threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
-        environment = {**threads, **os.environ, **self.variables}
         if self.device is not None:
             command = [*command, self.device]
-        if sys.platform != "win32":
-            options["process_group"] = 0
         self.check()
-        process = self._process = subprocess.Popen(command, env=environment, **options)
+        child = self._child = ChildProcess(command, log=log, environment={**threads, **os.environ, **self.variables})
         if self.stopped:
-            kill(process)
-        return process
+            child.end()
+        return child
 
     def stop(self) -> None:
         """Ends the running trial, called from another thread. The worker starts no further trial."""
         self.stopped = True
-        if self._process is not None:
-            kill(self._process)
+        if self._child is not None:
+            self._child.end()
 
     def check(self) -> None:
         """Raises KeyboardInterrupt after `stop`."""
@@ -334,24 +327,17 @@ def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen, worker: Wor
 
 
 def _follow_subprocess(folder: Path, record: Record, worker: Worker | None) -> Trial:
-    """Starts the process of the trial and reads its output. Raises the error of its run."""
-    log = folder / "log.txt"
-    start = subprocess.Popen if worker is None else worker.start
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with log.open("w") as stderr, start([*COMMAND, str(folder)], stderr=stderr, **pipes) as process:
-        assert process.stdout is not None
+    """Starts the process of the trial and reads its messages. Raises the error of its run."""
+    command, log = [*command_of(main), str(folder)], folder / "log.txt"
+    with ChildProcess(command, log=log) if worker is None else worker.start(command, log) as child:
         try:
-            for line in process.stdout:
-                content = json.loads(line)
-                if "outcome" in content:
-                    return Trial(**content)
+            while "outcome" not in (content := child.receive()):
                 record(TrialEvent(**content))
-            process.wait()
-        finally:
-            kill(process)
-    if worker is not None:
-        worker.check()
-    raise subprocess_worker.error_of(folder, process.returncode, log.read_text(), f"the run in {folder}")
+            return Trial(**content)
+        except EOFError:
+            if worker is not None:
+                worker.check()
+            raise child.error(f"the run in {folder}") from None
 
 
 def get_trial(
@@ -411,42 +397,41 @@ def _identity(spec: TrialSpec) -> dict[str, Any]:
     return {**identity, "settings": {**settings, ACCUMULATION: batches_per_step(settings, spec.processes)}}
 
 
-def main(folder: Path, device: str | None = None) -> int:
-    """Entry point of a trial's process: writes events, and finally the trial, as lines of JSON to stdout.
+def main(folder: str, device: str | None = None) -> int:
+    """Entry point of a trial's process: sends events, and finally the trial, or the `Failure`, to the study.
 
     If the trial has several processes, this one starts them and waits; each of them also runs this function.
     device: of its worker, overrides the settings.
     """
-    spec = TrialSpec(**json.loads((folder / SPEC).read_text()))
+    messages_of_parent()
+    spec = TrialSpec(**json.loads((Path(folder) / SPEC).read_text()))
     if device is not None:
         spec = replace(spec, settings={**spec.settings, "device": device})
-
+    is_rank, parent = is_launched_by_tailora(), None
     try:
-        if spec.processes > 1 and not is_launched_by_tailora():
-            temporary = folder / RANKS_FOLDER
-            temporary.mkdir()
-            launch([str(folder)], spec.processes, module=MODULE, temporary=temporary)
-            return 0
-        trial = _train(spec, folder, lambda event: print(json.dumps(asdict(event)), flush=True))
+        with quiet_loggers(*TORCHAO_LOGGERS):
+            if spec.processes > 1 and not is_rank:
+                temporary = Path(folder) / RANKS_FOLDER
+                temporary.mkdir()
+                launch([folder], spec.processes, module=MODULE, temporary=temporary)
+                return 0
+            if rank() == 0 or not is_rank:
+                parent = connection_to_parent()
+            trial = _train(spec, Path(folder), lambda event: parent.send(asdict(event)) if parent else None)
     except TailoraError as error:
         if isinstance(error, ProcessFailedError) and error.traceback:  # from a bug in a rank
             sys.stderr.write(error.traceback)
-        elif is_launched_by_tailora():
+        elif is_rank:
             leave_failure(error)
         else:
-            Failure.of(error).write(folder / subprocess_worker.ERROR)
+            (parent or connection_to_parent()).send(Failure.of(error))
         return 1
     except Exception as error:
         leave_failure(error, traceback=traceback.format_exc())
         raise
-    if rank() == 0 or not is_launched_by_tailora():
-        print(json.dumps(asdict(trial)), flush=True)
+    if parent is not None:
+        parent.send(asdict(trial))
     return 0
-
-
-def _exit_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # returns when the study is killed, which closes this pipe from it
-    os._exit(1)
 
 
 # ---- The training itself
@@ -586,12 +571,6 @@ def _shared_texts(result: Any, file: Path, *, together: bool) -> list[list[int]]
     return texts
 
 
-if __name__ == "__main__":
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    if is_launched_by_tailora():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))  # sent by torch's launcher when another rank has exited
-    with quiet_loggers(*TORCHAO_LOGGERS):
-        code = main(Path(sys.argv[1]), *sys.argv[2:])
-    if is_launched_by_tailora():
-        end_process(code)
-    sys.exit(code)
+if __name__ == "__main__":  # one of several processes
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))  # sent by torch's launcher when another rank has exited
+    end_process(main(*sys.argv[1:]))

@@ -15,7 +15,6 @@ All functions run in one separate process, because a function that hangs can onl
 import inspect
 import json
 import math
-import subprocess
 import sys
 import traceback
 from collections import Counter
@@ -24,7 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.machinery import SourceFileLoader
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +33,7 @@ import regex
 
 from tailora.data.messages import listed, short_repr
 from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
+from tailora.train.child_process import ChildProcess, command_of, connection_to_parent, messages_of_parent
 
 RewardFunction = Callable[..., Sequence[float | None]]
 OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "kl")  # names that functions cannot have
@@ -226,25 +225,16 @@ class RewardProcess:
 
     def __init__(self, rewards: Sequence[Reward], seconds: float) -> None:
         self.rewards, self.seconds = rewards, seconds
-        self._connection: Connection[Any, Any]
-        self._process: subprocess.Popen[bytes]
 
     def __enter__(self) -> "RewardProcess":
-        self._connection, other = Pipe()
-        command = [sys.executable, "-u", "-m", "tailora.train.rewards", str(other.fileno())]
-        # what functions print goes to stderr at once (-u), because stdout has the JSON of --json
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2, "pass_fds": [other.fileno()]}
-        self._process = subprocess.Popen(command, start_new_session=True, **pipes)  # without Ctrl-C, which is for us
-        other.close()
+        self._child = ChildProcess(command_of(serve))
         if problem := self._ask(self.rewards, None):
-            self.__exit__()
+            self._child.end()
             raise ConfigError(problem.text)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._connection.close()
+        self._child.end()
 
     def score(self, completions: Sequence[Completion]) -> npt.NDArray[np.float64]:
         """Returns (completions, rewards), NaN where a function returns None. Raises RewardError."""
@@ -259,12 +249,12 @@ class RewardProcess:
     def _ask(self, message: Any, seconds: float | None) -> Any:
         """Returns the reply to a message, or a Problem if there is none."""
         try:
-            self._connection.send(message)
-            if self._connection.poll(seconds):
-                return self._connection.recv()
+            self._child.send(message)
+            return self._child.receive(seconds)
+        except TimeoutError:
             return Problem(f"it did not return within {seconds:g} seconds; use a higher --reward-seconds")
         except (EOFError, ConnectionError):
-            return Problem(f"the process of the reward functions ended with exit code {self._process.wait()}")
+            return Problem(f"the process of the reward functions ended with exit code {self._child.process.wait()}")
 
     def _failed(self, column: int, completions: Sequence[Completion], problem: Problem) -> RewardError:
         """Returns an error that names the completion. Bisection finds it with few calls, which may be slow or paid."""
@@ -279,23 +269,23 @@ class RewardProcess:
         )
 
 
-def _serve(connection: "Connection[Any, Any]") -> None:
-    """Runs in the separate process until it is killed, or the other end is closed."""
+def serve() -> None:
+    """Runs in the separate process until it is killed, or the parent is gone."""
+    messages, parent = messages_of_parent(), connection_to_parent()
     functions, problems = list[RewardFunction](), list[str]()
-    for reward in connection.recv():
+    for reward in messages.get():
         try:
             functions.append(load_reward(reward))
         except ConfigError as error:
             problems.append(str(error))
-    connection.send(Problem(listing(problems)) if problems else None)
-    with suppress(EOFError, ConnectionError):
-        while True:
-            column, completions = connection.recv()
-            try:
-                reply = _values(functions[column], completions)
-            except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-                reply = Problem(_last_line(error), row=None)
-            connection.send(reply)
+    parent.send(Problem(listing(problems)) if problems else None)
+    while True:
+        column, completions = messages.get()
+        try:
+            reply = _values(functions[column], completions)
+        except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+            reply = Problem(_last_line(error), row=None)
+        parent.send(reply)
 
 
 def _values(function: RewardFunction, completions: Sequence[Completion]) -> list[float] | Problem:
@@ -330,9 +320,3 @@ def _values(function: RewardFunction, completions: Sequence[Completion]) -> list
 def _last_line(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
-
-
-if __name__ == "__main__":
-    from tailora.train import rewards  # so that its classes are pickled, not the same ones of __main__
-
-    rewards._serve(Connection(int(sys.argv[1])))

@@ -28,7 +28,6 @@ from tailora.study.budget import START
 from tailora.study.lr_range import SHORT_STEPS
 from tailora.study.plan import batch_size_that_fits, largest_step, plan, quantization
 from tailora.study.plan_result import Plan, Ranks
-from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import FakeModel, Memory, fake_trainable
 from tailora.train.image_text_to_text import ImageTextToText
@@ -105,17 +104,7 @@ def test_a_few_real_steps_say_what_they_took(planned: Plan, small_run: TrainConf
     assert "measured" not in planned.basis["memory"]
 
 
-def test_an_error_of_the_measuring_process_is_raised(
-    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = subprocess.run
-
-    def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        if "tailora.train.subprocess_worker" not in command:  # the compiler's version
-            return run(command, **options)
-        return subprocess.CompletedProcess(command, subprocess_worker.main(Path(command[3]), *command[4:]), "", "")
-
-    monkeypatch.setattr(subprocess, "run", run_here)
+def test_an_error_of_the_measuring_process_is_raised(small_run: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((Path(small_run.model) / "config.json").read_text())
     with pytest.raises(ConfigError, match="has no tokenizer"):
         plan(TrainConfig(model=str(tmp_path), r=4, max_length=64), measure=True)

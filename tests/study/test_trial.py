@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import signal
 import sys
 from dataclasses import asdict, replace
 from operator import attrgetter
@@ -18,8 +18,6 @@ from tailora.report.pages.train import write_train_report
 from tailora.study import trial as trial_module
 from tailora.study.config import trial_settings
 from tailora.study.trial import (
-    COMMAND,
-    Listen,
     Trial,
     TrialEvent,
     TrialSpec,
@@ -28,9 +26,9 @@ from tailora.study.trial import (
     main,
     on_selection_half,
     run_here,
-    run_in_subprocess,
     selection_half,
 )
+from tailora.train.child_process import ChildProcess, command_of
 from tailora.train.config import TrainConfig
 
 
@@ -142,11 +140,13 @@ def test_a_trial_that_diverges_is_a_result(small_run: TrainConfig, tmp_path: Pat
 # ---- The process: what it sends, and how it ends. A script stands for the training.
 
 EVENTS = """
-import itertools, json, pathlib, sys, time
+import itertools, pathlib, sys, time
+from multiprocessing.connection import Connection
+parent = Connection(1, readable=False)
 pathlib.Path(sys.argv[1], "run").mkdir()
 for step in itertools.count():
     event = {"step": step, "steps": 9, "loss": 4.0 - step, "held_out": step % 2 == 0, "parameters": 7, "seconds": 0.1}
-    print(json.dumps(event), flush=True)
+    parent.send(event)
     time.sleep(0.05)
 """
 
@@ -154,7 +154,7 @@ for step in itertools.count():
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> TrialSpec:
     """A trial whose process reports steps and evaluations without end."""
-    monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-c", EVENTS))
+    monkeypatch.setattr(trial_module, "command_of", lambda _: [sys.executable, "-c", EVENTS])
     return TrialSpec({})
 
 
@@ -166,19 +166,13 @@ def test_a_trial_ends_when_the_study_that_started_it_is_killed(
 ) -> None:
     spec = TrialSpec(settings(small_run, max_steps=1_000_000), processes=processes)
     (tmp_path / "spec.json").write_text(json.dumps(asdict(spec)))
-    pipe = subprocess.PIPE
-    with (
-        (tmp_path / "log.txt").open("w") as log,
-        subprocess.Popen([*COMMAND, str(tmp_path)], stdin=pipe, stdout=pipe, stderr=log) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert b"loss" in process.stdout.readline()
-        started = psutil.Process(process.pid).children(recursive=True)
+    with ChildProcess([*command_of(main), str(tmp_path)], log=tmp_path / "log.txt") as child:
+        assert "loss" in child.receive()
+        started = psutil.Process(child.process.pid).children(recursive=True)
         ranks = [child for child in started if child.environ().get("RANK")]
         assert len(ranks) == (processes if processes > 1 else 0)
-        process.stdin.close()  # as the system does
-        assert process.wait(timeout=60) == 1
+        child._output.close()  # as the system does
+        assert child.process.wait(timeout=60) == -signal.SIGKILL
         assert not [child for child in psutil.wait_procs(started, timeout=10)[1] if child.status() != "zombie"]
     assert not (tmp_path / "log.txt").read_text()  # no warnings of the packages that transformers imports
 
@@ -263,10 +257,9 @@ runpy.run_module("tailora.study.trial", run_name="__main__")
 """
 LAUNCHER = """
 import sys
-from pathlib import Path
 from tailora.study import trial
 trial.MODULE = "failing"
-sys.exit(trial.main(Path(sys.argv[1])))
+sys.exit(trial.main(sys.argv[1]))
 """
 
 
@@ -286,7 +279,7 @@ def test_a_process_that_fails_ends_the_trial_with_its_cause(
 ) -> None:
     (tmp_path / "failing.py").write_text(FAILING.replace("FAILURE", failure))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
-    monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-c", LAUNCHER))
+    monkeypatch.setattr(trial_module, "command_of", lambda _: [sys.executable, "-c", LAUNCHER])
     others = psutil.Process().children()  # of other tests
     if isinstance(outcome, str):
         trial = get_trial(of_two(small_run, max_steps=3), tmp_path / "trial")
@@ -326,7 +319,7 @@ for number in range(2):
 
 def test_a_trial_that_is_stopped_ends_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them leads a session of its own, as those that torch's launcher starts."""
-    monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-c", f"{RANKS}\n{EVENTS}"))
+    monkeypatch.setattr(trial_module, "command_of", lambda _: [sys.executable, "-c", f"{RANKS}\n{EVENTS}"])
     spec = TrialSpec({}, processes=2)
     trial = get_trial(spec, tmp_path, stop=lambda event: "bad" if event.step == 2 else None)
     assert (trial.outcome, trial.message, trial.parameters) == ("pruned", "bad", 7)
@@ -355,18 +348,10 @@ def test_the_number_of_processes_may_change_if_the_batches_of_a_step_stay_the_sa
         get_trial(of_two(small_run), tmp_path, run_trial=not_run)
 
 
-def test_an_error_of_the_process_is_raised_here(
-    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_process_is_raised_here(small_run: TrainConfig, tmp_path: Path) -> None:
     spec = TrialSpec(settings(small_run, data=str(tmp_path / "none.jsonl")))
-
-    def fail(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
-        assert main(folder) == 1  # what the process does
-        return run_in_subprocess(spec, folder, listen)
-
-    monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-c", "raise SystemExit(1)"))
     with pytest.raises(DataError, match=r"none\.jsonl"):
-        get_trial(spec, tmp_path / "trial", run_trial=fail)
+        get_trial(spec, tmp_path / "trial")
 
 
 def test_a_trial_with_other_settings_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def train(small_run: TrainConfig, tmp_path: Path) -> TrainConfig:
 
 def use_made_up_trials(patch: pytest.MonkeyPatch, template: Path, seconds: float = 0.2, crashes: str = "none") -> None:
     patch.setattr(search_module, "POLL_SECONDS", 0.05)
-    command = (sys.executable, "-I", str(SCRIPT), str(template), str(seconds), crashes)
-    patch.setattr(trial_module, "COMMAND", command)
+    command = [sys.executable, "-I", str(SCRIPT), str(template), str(seconds), crashes]
+    patch.setattr(trial_module, "command_of", lambda _: command)
 
 
 def facts_of(folder: Path, pattern: str) -> list[dict[str, Any]]:
@@ -109,7 +109,8 @@ def test_a_search_whose_workers_all_fail_says_why(
 ) -> None:
     use_made_up_trials(monkeypatch, template, seconds=0)
     search(train, STUDY.replaced(trials=2))
-    monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-I", "-c", "raise SystemExit('no card')"))
+    failing = [sys.executable, "-I", "-c", "raise SystemExit('no card')"]
+    monkeypatch.setattr(trial_module, "command_of", lambda _: failing)
     with pytest.raises(RuntimeError, match="no card"):
         search(train, STUDY.replaced(trials=4))
 
@@ -123,22 +124,22 @@ def test_an_interrupt_ends_all_workers_and_the_search_goes_on(
     search(train, STUDY.replaced(trials=2))
     use_made_up_trials(monkeypatch, template, seconds=60)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    processes = []
+    children = []
     start = trial_module.Worker.start
 
     def started(*args: Any, **options: Any) -> Any:
-        processes.append(start(*args, **options))
-        if len(processes) == WORKERS:
+        children.append(start(*args, **options))
+        if len(children) == WORKERS:
             assert threading.main_thread().ident is not None
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        return processes[-1]
+        return children[-1]
 
     monkeypatch.setattr(trial_module.Worker, "start", started)
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         search(train, STUDY)
     assert time.monotonic() - begun < 30
-    assert [process.poll() for process in processes] == [-signal.SIGKILL] * WORKERS
+    assert [child.process.poll() for child in children] == [-signal.SIGKILL] * WORKERS
     use_made_up_trials(monkeypatch, template, seconds=0)
     found = search(train, STUDY)
     assert len(found.trials) == TRIALS

@@ -169,8 +169,7 @@ def test_a_column_does_not_replace_an_argument(file: Path) -> None:
 
 def test_a_process_that_died_between_calls_is_reported(file: Path) -> None:
     with RewardProcess([Reward(f"{file}:score")], seconds=30) as process:
-        process._process.kill()
-        process._process.wait()
+        process._child.end()
         with pytest.raises(RewardError, match="process of the reward functions ended with exit code -9"):
             process.score(completions("a"))
 
