@@ -1,28 +1,57 @@
 """`tailora serve`: a base model and many adapters with OpenAI's API. `tailora playground`: a page for any server."""
 
-import gc
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, Port, PositiveFloat, PositiveInt
 
 from tailora.cli.main import log, note
-from tailora.cli.models import Adapters, Device, Model, Quantize, base_model_name, load_model, parse_adapters
+from tailora.cli.models import Adapters, Device, Loaded, Model, Quantize, base_model_name, load_model, parse_adapters
 from tailora.errors import ConfigError, nearest_path, require_packages
 from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder, read_system_message, recorded_settings
 
+if TYPE_CHECKING:
+    from tailora.engine.interface import Engine
+
 API_KEY, ADMIN_KEY = "TAILORA_API_KEY", "TAILORA_ADMIN_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-LAST_SECONDS = 5  # at shutdown, for answers that end when the engine stops
 SHORTEST_DEFAULT = 131_072  # positions, if the model does not define their number
 
 AdaptersFolder = Annotated[
     Path | None, Parameter(help="folder of adapters to serve; clients can also load adapters added to it later")
 ]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServerFlags:
+    engine: Annotated[
+        Literal["auto", "continuous", "padded"], Parameter(help="batching: continuous, or one padded batch at a time")
+    ] = "auto"
+    max_requests: Annotated[
+        PositiveInt, Parameter(help="number of responses generated at the same time; further ones wait")
+    ] = 32
+    max_queue: Annotated[
+        PositiveInt, Parameter(help="number of responses running or waiting; further ones are rejected with 429")
+    ] = 256
+    max_tokens: Annotated[
+        PositiveInt | None, Parameter(help="maximum tokens per response that a client may request")
+    ] = None
+    adapter_memory: Annotated[
+        PositiveFloat | None, Parameter(help="memory limit for adapters in GB; default: no limit")
+    ] = None
+    drain_seconds: Annotated[
+        NonNegativeFloat, Parameter(help="seconds to wait at shutdown for running requests to finish")
+    ] = 30.0
+
+
+DEFAULT_FLAGS = ServerFlags()
 
 
 def serve(
@@ -35,24 +64,7 @@ def serve(
     name: Annotated[
         str | None, Parameter(help="name of the base model for clients; default: the name of --model")
     ] = None,
-    engine: Annotated[
-        Literal["auto", "continuous", "padded"], Parameter(help="batching: continuous, or one padded batch at a time")
-    ] = "auto",
-    max_requests: Annotated[
-        PositiveInt, Parameter(help="number of responses generated at the same time; further ones wait")
-    ] = 32,
-    max_queue: Annotated[
-        PositiveInt, Parameter(help="number of responses running or waiting; further ones are rejected with 429")
-    ] = 256,
-    max_tokens: Annotated[
-        PositiveInt | None, Parameter(help="maximum tokens per response that a client may request")
-    ] = None,
-    adapter_memory: Annotated[
-        PositiveFloat | None, Parameter(help="memory limit for adapters in GB; default: no limit")
-    ] = None,
-    drain_seconds: Annotated[
-        NonNegativeFloat, Parameter(help="seconds to wait at shutdown for running requests to finish")
-    ] = 30.0,
+    flags: ServerFlags = DEFAULT_FLAGS,
     quantize: Quantize = None,
     device: Device = "auto",
 ) -> int:
@@ -63,89 +75,83 @@ def serve(
     require one for loading and unloading adapters.
     """
     require_packages("fastapi", "uvicorn", "prometheus_client", "httpx", "llguidance", extra="serve")
-    api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)
-    folders = parse_adapters(adapter or [])
-    in_folder = {} if adapters is None else adapters_in(adapters)
     from tailora.data.schemas import SEQ2SEQ
+    from tailora.train.config import TASK_TYPES
     from tailora.train.model_loading import check_writes_text, label_task_of_adapter, task_of_adapter
 
-    for path in folders.values():
+    api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)
+    given = parse_adapters(adapter or [])
+    for path in given.values():
         check_writes_text(str(path), label_task_of_adapter(path))
-    tasks = {name: task for name, path in in_folder.items() if (task := label_task_of_adapter(path)) is not None}
-    in_folder = skip_adapters(in_folder, tasks, "they predict labels instead of generating text")
-    in_folder = {name: path for name, path in in_folder.items() if name not in folders}  # a given name wins
-    folders |= in_folder
+    in_folder = {} if adapters is None else adapters_in(adapters)
+    in_folder = skip_adapters(
+        in_folder, label_task_of_adapter, TASK_TYPES, "they predict labels instead of generating text"
+    )
+    in_folder = {name: path for name, path in in_folder.items() if name not in given}
+    folders = given | in_folder
     model = base_model_name(model, list(folders.values()))
-    with listen(host, port) as listener:  # before loading the model, which takes long
+    with listen(host, port) as listener, ExitStack() as stack:  # before loading the model, which takes long
         log("loading the model")
         loaded = load_model(model, {}, quantize=quantize, device=device)
         if not loaded.model.config.is_encoder_decoder:
-            tasks = {name: SEQ2SEQ for name, path in in_folder.items() if task_of_adapter(path) == SEQ2SEQ}
-            folders = skip_adapters(folders, tasks, "they need an encoder-decoder base model")
-        import uvicorn
-
-        from tailora.core.adapter_set import AdapterSet
-        from tailora.data.tokenize import stop_ids
-        from tailora.engine.continuous_batching import ContinuousEngine, make_engine
-        from tailora.engine.interface import positions_of_short_factors
-        from tailora.evaluation.generate import free_positions
-        from tailora.serve.app import Connection, HTTPServer, ServerSettings, create_app
+            in_folder = skip_adapters(in_folder, task_of_adapter, [SEQ2SEQ], "they need an encoder-decoder base model")
+            folders = given | in_folder
+        from tailora.serve.app import ServerSettings, create_app, run_server
         from tailora.serve.playground import LOCAL_HOSTS
         from tailora.serve.registry import AdapterRegistry
-        from tailora.train.memory import keep_freed_memory
 
-        keep_freed_memory(loaded.model.device)
-
-        positions = min(free_positions(loaded.model, 0), SHORTEST_DEFAULT)
-        if (most := positions_of_short_factors(loaded.model.config) or positions) < positions:
-            note(f"requests may have at most {most:,} tokens: a longer one would change the answers in its batch")
-            positions = most
-        running = make_engine(
-            AdapterSet(loaded.model, {}),
-            stop_ids(loaded.model, loaded.tokenizer),
-            engine,
-            max_positions=positions,
-            max_requests=max_requests,
-            note=note,
+        engine = new_engine(loaded, flags)
+        stack.callback(engine.stop)
+        files = Path(model) if Path(model).exists() else None  # a folder, or a GGUF file
+        name = name or (files.resolve().name if files else model)  # clients do not see local paths
+        system = read_system_message(files) if files and files.is_dir() else None
+        budget = None if flags.adapter_memory is None else int(flags.adapter_memory * 1e9)
+        registry = AdapterRegistry(engine.adapter_set, engine.paused, name, adapters, budget, system)
+        engine.start()
+        for adapter_name, folder in folders.items():
+            registry.load(adapter_name, folder, trusted=True)
+        settings = ServerSettings(
+            max_queue=flags.max_queue,
+            max_tokens=flags.max_tokens,
+            drain_seconds=flags.drain_seconds,
+            allowed_hosts=LOCAL_HOSTS if host in LOCAL else ("*",),  # other sites must not reach a local server
+            api_key=api_key,
+            admin_key=admin_key,
         )
-        budget = None if adapter_memory is None else int(adapter_memory * 1e9)
-        in_files = Path(model) if Path(model).exists() else None  # a folder, or a GGUF file
-        base_name = name or (in_files.resolve().name if in_files else model)  # clients do not see local paths
-        system = read_system_message(in_files) if in_files and in_files.is_dir() else None
-        registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget, system)
-        running.start()
-        try:
-            for adapter_name, folder in folders.items():
-                registry.load(adapter_name, folder, trusted=True)
-            settings = ServerSettings(
-                max_queue=max_queue,
-                max_tokens=max_tokens,
-                drain_seconds=drain_seconds,
-                allowed_hosts=LOCAL_HOSTS if host in LOCAL else ("*",),  # other sites must not reach a local server
-                api_key=api_key,
-                admin_key=admin_key,
-            )
-            if host not in LOCAL and not settings.api_key:
-                log(f"note: anyone who can reach {host} can use this server; set {API_KEY} to require a key")
-            app = create_app(running, registry, loaded.tokenizer, settings)
-            graceful = int(drain_seconds) + LAST_SECONDS
-            config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=graceful)
-            what = "continuous batching" if isinstance(running, ContinuousEngine) else "one padded batch at a time"
-            log(f"engine: {what}; {max_requests} responses at a time, up to {running.max_positions:,} tokens each")
-            log(f"models: {', '.join([registry.base_name, *folders])}")
-            systems = {adapter.name: adapter.system for adapter in registry.list()}
-            report_systems({registry.base_name: system, **systems}, folders)
-            url = address(host, listener)
-            log(f"listening at {url} (open it in a browser to try the model); press Ctrl-C to stop")
-            server = HTTPServer(config, app.state.server, log)
-            gc.collect()
-            gc.freeze()  # scanning all modules again would pause all requests for 0.2 s
-            with suppress(KeyboardInterrupt):  # uvicorn raises the signal again at the end
-                server.run(sockets=[listener])
-            return 0
-        finally:
-            running.stop()
-            gc.unfreeze()
+        if host not in LOCAL and not api_key:
+            log(f"note: anyone who can reach {host} can use this server; set {API_KEY} to require a key")
+        log(f"models: {', '.join([name, *folders])}")
+        report_systems({name: system, **{named.name: named.system for named in registry.list()}}, folders)
+        log(f"listening at {address(host, listener)} (open it in a browser to try the model); press Ctrl-C to stop")
+        run_server(create_app(engine, registry, loaded.tokenizer, settings), listener, log)
+    return 0
+
+
+def new_engine(loaded: Loaded, flags: ServerFlags) -> "Engine":
+    """Returns an engine that has not been started."""
+    from tailora.core.adapter_set import AdapterSet
+    from tailora.data.tokenize import stop_ids
+    from tailora.engine.continuous_batching import ContinuousEngine, make_engine
+    from tailora.engine.interface import positions_of_short_factors
+    from tailora.evaluation.generate import free_positions
+    from tailora.train.memory import keep_freed_memory
+
+    keep_freed_memory(loaded.model.device)
+    positions = min(free_positions(loaded.model, 0), SHORTEST_DEFAULT)
+    if (most := positions_of_short_factors(loaded.model.config) or positions) < positions:
+        note(f"requests may have at most {most:,} tokens: a longer one would change the answers in its batch")
+        positions = most
+    engine = make_engine(
+        AdapterSet(loaded.model, {}),
+        stop_ids(loaded.model, loaded.tokenizer),
+        flags.engine,
+        max_positions=positions,
+        max_requests=flags.max_requests,
+        note=note,
+    )
+    what = "continuous batching" if isinstance(engine, ContinuousEngine) else "one padded batch at a time"
+    log(f"engine: {what}; {flags.max_requests} responses at a time, up to {engine.max_positions:,} tokens each")
+    return engine
 
 
 def report_systems(systems: dict[str, str | None], folders: dict[str, Path]) -> None:
@@ -193,8 +199,11 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if (adapter_folder(path) / ADAPTER_CONFIG).is_file()}
 
 
-def skip_adapters(folders: dict[str, Path], tasks: dict[str, str], why: str) -> dict[str, Path]:
-    """Returns the adapters that are not in `tasks`; a note names the others."""
+def skip_adapters(
+    folders: dict[str, Path], task_of: Callable[[Path], str | None], skipped: Collection[str], why: str
+) -> dict[str, Path]:
+    """Returns the adapters with other tasks than `skipped`; a note names the others."""
+    tasks = {name: task for name, path in folders.items() if (task := task_of(path)) in skipped}
     if tasks:
         note(f"skipped adapters, because {why}: {', '.join(f'{name} ({task})' for name, task in tasks.items())}")
     return {name: path for name, path in folders.items() if name not in tasks}

@@ -94,7 +94,7 @@ class Finish:
     message: str = ""  # for an error
 
 
-EventHandler = Callable[[Token | Finish], None]
+EventHandler = Callable[[Token | Finish], object]
 
 
 class Engine(ABC):

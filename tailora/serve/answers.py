@@ -16,6 +16,7 @@ from typing import Any
 from tailora.engine.interface import Engine, Finish, Request, Token
 from tailora.errors import AdapterError
 from tailora.serve import schemas
+from tailora.serve.metrics import Metrics
 from tailora.serve.registry import AdapterHandle
 from tailora.serve.schemas import FinishReason, RequestError, new_id
 
@@ -27,59 +28,54 @@ UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The new part of one answer.
-
-    index: number of the answer.    tokens: the new tokens; part of their text may follow in a later piece.
-    finish_reason: None until the last piece.
-    """
+    """The new part of one answer. Some text of its tokens may follow in a later piece."""
 
     index: int
     text: str
-    tokens: tuple[Token, ...]
-    finish_reason: FinishReason | None = None
-
-
-Pieces = AsyncIterator[Piece]
+    tokens: Sequence[Token]
+    finish_reason: FinishReason | None = None  # of the last piece
 
 
 class Answer:
-    """One answer while it is generated."""
+    """One answer while it is generated. It grows with every event of the engine."""
 
     def __init__(
         self, index: int, tokenizer: Any, request: Request, stop_strings: Sequence[str], end_ids: frozenset[int]
     ) -> None:
-        self.request = request
-        self.token_ids: list[int] = []
-        self.has_ended = False
-        self._index, self._end_ids = index, end_ids
+        self.index, self.request = index, request
+        self.text = ""
+        self.tokens: list[Token] = []
+        self.finish_reason: FinishReason | None = None
+        self._hidden_ids = frozenset[int]() if request.params.ignore_eos else end_ids
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._stop_strings = StopStrings(stop_strings)
 
-    def add(self, token: Token) -> Piece:
-        """Returns the new text. Ends the answer at a stop string."""
-        self.token_ids.append(token.id)
-        if token.id in self._end_ids and not self.request.params.ignore_eos:
-            return Piece(self._index, "", (token,))
-        text, self.has_ended = self._stop_strings.add(self._detokenizer.add(token.id))
-        return Piece(self._index, text, (token,), "stop" if self.has_ended else None)
-
-    def finish(self, finish: Finish) -> Piece:
-        """Raises RequestError for an incomplete answer."""
-        if finish.reason == "cancelled":
+    def add(self, event: Token | Finish) -> Piece:
+        """Returns the new part. The answer ends at a stop string. Raises RequestError for a failed one."""
+        tokens = [event] if isinstance(event, Token) else []
+        reason: FinishReason | None = None
+        if isinstance(event, Token):
+            text = "" if event.id in self._hidden_ids else self._detokenizer.add(event.id)
+        elif event.reason == "cancelled":
             raise RequestError(503, "the server is shutting down")
-        if finish.reason == "error":
-            raise RequestError(500, f"generation failed: {finish.message}")
-        self.has_ended = True
-        text, is_stopped = self._stop_strings.add(self._detokenizer.rest())
-        if not is_stopped:
+        elif event.reason == "error":
+            raise RequestError(500, f"generation failed: {event.message}")
+        else:
+            text, reason = self._detokenizer.rest(), event.reason
+        text, is_stopped = self._stop_strings.add(text)
+        if reason and not is_stopped:
             text += self._stop_strings.waiting
-        return Piece(self._index, text, (), "stop" if is_stopped else finish.reason)
+        self.finish_reason = "stop" if is_stopped else reason
+        self.text += text
+        self.tokens += tokens
+        return Piece(self.index, text, tokens, self.finish_reason)
 
 
 class Generation:
     """All answers to one request, in the order of the prompts.
 
-    model: name in the metrics.    prompt_tokens: total of all prompts.
+    model: name in the metrics.
+    prompt_tokens: total of all prompts.
     handle: keeps the adapter in memory; closed after the last answer.
     on_end: called once for each answer when the engine ends it.
     """
@@ -90,24 +86,21 @@ class Generation:
         answers: Sequence[Answer],
         model: str,
         prompt_tokens: int,
+        metrics: Metrics,
         handle: AdapterHandle,
         on_end: Callable[[], None],
     ) -> None:
         self.answers, self.model, self.prompt_tokens = answers, model, prompt_tokens
-        self._engine, self._handle, self._on_end = engine, handle, on_end
+        self._engine, self._metrics, self._handle, self._on_end = engine, metrics, handle, on_end
         self._events: asyncio.Queue[tuple[Answer, Token | Finish]] = asyncio.Queue()
         self._in_engine = len(answers)
 
     def start(self) -> None:
         """Submits all answers to the engine. Raises RequestError if it rejects them."""
-        loop = asyncio.get_running_loop()
-
-        def receive(answer: Answer, event: Token | Finish) -> None:
-            loop.call_soon_threadsafe(self._receive, answer, event)
-
+        in_event_loop: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
         for number, answer in enumerate(self.answers):
             try:
-                self._engine.submit(answer.request, partial(receive, answer))
+                self._engine.submit(answer.request, partial(in_event_loop, self._receive, answer))
             except (AdapterError, RuntimeError) as error:
                 for other in self.answers[number:]:
                     self._receive(other, Finish("cancelled"))
@@ -128,15 +121,32 @@ class Generation:
             self._engine.cancel(answer.request.id)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Yields the pieces of all answers as they come. Raises RequestError."""
-        while not all(answer.has_ended for answer in self.answers):
-            answer, event = await self._events.get()
-            if answer.has_ended:
-                continue  # the engine computed this before it was cancelled after a stop string
-            yield answer.add(event) if isinstance(event, Token) else answer.finish(event)
+        """Yields the pieces of all answers as they come. Cancels them if the reader stops. Raises RequestError."""
+        began, is_first = time.perf_counter(), True
+        try:
+            while any(answer.finish_reason is None for answer in self.answers):
+                answer, event = await self._events.get()
+                if answer.finish_reason is not None:
+                    continue  # the engine computed this before it was cancelled after a stop string
+                piece = answer.add(event)
+                if is_first:
+                    self._metrics.first_token.labels(self.model).observe(time.perf_counter() - began)
+                is_first = False
+                self._metrics.tokens.labels(self.model).inc(len(piece.tokens))
+                if piece.finish_reason is not None:
+                    self._engine.cancel(answer.request.id)  # it ignores stop strings
+                yield piece
+        finally:
+            self.cancel()
+
+    async def complete(self) -> Sequence[Answer]:
+        """Returns the answers once all are complete. Raises RequestError."""
+        async for _ in self.pieces():
+            pass
+        return self.answers
 
     def usage(self) -> schemas.Usage:
-        tokens = sum(len(answer.token_ids) for answer in self.answers)
+        tokens = sum(len(answer.tokens) for answer in self.answers)
         return schemas.Usage(
             prompt_tokens=self.prompt_tokens, completion_tokens=tokens, total_tokens=self.prompt_tokens + tokens
         )
@@ -149,7 +159,7 @@ class Detokenizer:
     """Turns tokens into text as they arrive. A character of several tokens appears with its last one."""
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._ids = list(prompt_ids[-PROMPT_TOKENS:])  # decoded together, since a token's text depends on those before
         self._start, self._shown = 0, len(self._ids)  # tokens from _start on are decoded, those before _shown are shown
 
@@ -165,10 +175,7 @@ class Detokenizer:
     def rest(self) -> str:
         """Returns the text of the last tokens, which may end with an incomplete character."""
         before = self._decode(self._ids[self._start : self._shown])
-        return self._decode(self._ids[self._start :])[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._decode(self._ids[self._start :]))[len(before) :]
 
 
 class StopStrings:
@@ -194,15 +201,15 @@ class StopStrings:
 # ---- Log-probabilities
 
 
-def token_text(tokenizer: Any, token_id: int) -> str:
-    return str(tokenizer.decode([token_id]))
-
-
 def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int, *, offset: int, as_ids: bool) -> Json:
-    """offset: where the text of these tokens begins in the answer.    as_ids: name tokens token_id:ID."""
+    """Returns the log-probabilities in OpenAI's older form.
+
+    offset: where the text of these tokens begins in the answer.
+    as_ids: name tokens token_id:ID.
+    """
 
     def name(token_id: int) -> str:
-        return f"token_id:{token_id}" if as_ids else token_text(tokenizer, token_id)
+        return f"token_id:{token_id}" if as_ids else str(tokenizer.decode([token_id]))
 
     def by_name(token: Token) -> dict[str, float]:
         logprobs: dict[str, float] = {}
@@ -210,7 +217,7 @@ def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int, *, of
             logprobs.setdefault(name(token_id), logprob)  # of tokens with the same text, keep the most likely
         return logprobs
 
-    lengths = (len(token_text(tokenizer, token.id)) for token in tokens)
+    lengths = (len(tokenizer.decode([token.id])) for token in tokens)
     return {
         "tokens": [name(token.id) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
@@ -245,7 +252,9 @@ def response_template(tokenizer: Any) -> Json | None:
     return HERMES if template is None and is_hermes else template
 
 
-def parse_tool_calls(tokenizer: Any, answer: Piece, prompt: str, tools: list[Json]) -> schemas.AssistantMessage:
+def parse_tool_calls(
+    tokenizer: Any, answer: Answer | Piece, prompt: str, tools: list[Json]
+) -> schemas.AssistantMessage:
     """Splits an answer into content, reasoning and tool calls; it is all content if the template cannot parse them."""
     text, template = answer.text, response_template(tokenizer)
     if template is not HERMES:  # the tokenizer's own, which may be about special tokens
@@ -271,33 +280,20 @@ def parse_tool_calls(tokenizer: Any, answer: Piece, prompt: str, tools: list[Jso
 # ---- Responses to chat and text completions, complete or streamed
 
 
-async def complete_answers(pieces: Pieces, count: int) -> list[Piece]:
-    """Returns each of `count` answers as one piece."""
-    answers = [Piece(index, "", ()) for index in range(count)]
-    async for piece in pieces:
-        before = answers[piece.index]
-        text, tokens = before.text + piece.text, before.tokens + piece.tokens
-        answers[piece.index] = Piece(piece.index, text, tokens, piece.finish_reason or before.finish_reason)
-    return answers
-
-
 def wants_usage(body: schemas.GenerationRequest) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-class ChatAnswer:
+class ChatResponse:
     """Writes the response to a chat. With tools, each answer is sent once it is complete."""
 
-    def __init__(
-        self, tokenizer: Any, body: schemas.ChatRequest, prompt: str, generation: Generation, pieces: Pieces
-    ) -> None:
-        self.tokenizer, self.body, self.prompt = tokenizer, body, prompt
-        self.generation, self.pieces = generation, pieces
+    def __init__(self, tokenizer: Any, body: schemas.ChatRequest, prompt: str, generation: Generation) -> None:
+        self.tokenizer, self.body, self.prompt, self.generation = tokenizer, body, prompt, generation
         self.head: Json = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model}
         may_call = bool(body.tools) and body.tool_choice != "none"
         self.has_calls = may_call and response_template(tokenizer) is not None
 
-    def choice(self, answer: Piece) -> schemas.ChatChoice:
+    def choice(self, answer: Answer) -> schemas.ChatChoice:
         message = schemas.AssistantMessage(content=answer.text)
         reason: FinishReason = answer.finish_reason or "stop"
         if self.has_calls:
@@ -312,7 +308,7 @@ class ChatAnswer:
             return None
 
         def entry(token_id: int, logprob: float) -> Json:
-            text = token_text(self.tokenizer, token_id)  # the bytes of an incomplete character are unknown
+            text = self.tokenizer.decode([token_id])  # the bytes of an incomplete character are unknown
             return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else [*text.encode("utf-8")]}
 
         top = self.body.top_logprobs or 0
@@ -323,7 +319,7 @@ class ChatAnswer:
         return {"content": content, "refusal": None}
 
     async def complete(self) -> schemas.ChatCompletion:
-        choices = [self.choice(answer) for answer in await complete_answers(self.pieces, len(self.generation.answers))]
+        choices = [self.choice(answer) for answer in await self.generation.complete()]
         return schemas.ChatCompletion(**self.head, choices=choices, usage=self.generation.usage())
 
     def event(self, index: int, delta: Json, reason: str | None = None, tokens: Sequence[Token] = ()) -> Json:
@@ -332,10 +328,10 @@ class ChatAnswer:
         return {**self.head, "object": CHUNK, "choices": [choice]}
 
     async def stream(self) -> AsyncGenerator[Json]:
-        for index in range(len(self.generation.answers)):
-            yield self.event(index, {"role": "assistant", "content": ""})
+        for answer in self.generation.answers:
+            yield self.event(answer.index, {"role": "assistant", "content": ""})
         if self.has_calls:
-            for answer in await complete_answers(self.pieces, len(self.generation.answers)):
+            for answer in await self.generation.complete():
                 choice = self.choice(answer)
                 delta: Json = {"content": choice.message.content}
                 if choice.message.reasoning_content:
@@ -345,7 +341,7 @@ class ChatAnswer:
                 yield self.event(answer.index, delta, None, answer.tokens)
                 yield self.event(answer.index, {}, choice.finish_reason)
         else:
-            async for piece in self.pieces:
+            async for piece in self.generation.pieces():
                 if piece.text or (piece.tokens and self.body.logprobs):
                     yield self.event(piece.index, {"content": piece.text}, None, piece.tokens)
                 if piece.finish_reason is not None:
@@ -354,31 +350,30 @@ class ChatAnswer:
             yield {**self.head, "object": CHUNK, "choices": [], "usage": self.generation.usage().model_dump()}
 
 
-class CompletionAnswer:
+class CompletionResponse:
     """Writes the response to a text completion."""
 
-    def __init__(self, tokenizer: Any, body: schemas.CompletionRequest, generation: Generation, pieces: Pieces) -> None:
-        self.tokenizer, self.body, self.generation, self.pieces = tokenizer, body, generation, pieces
+    def __init__(self, tokenizer: Any, body: schemas.CompletionRequest, generation: Generation) -> None:
+        self.tokenizer, self.body, self.generation = tokenizer, body, generation
         self.head: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
 
-    def choice(self, answer: Piece, offset: int = 0) -> schemas.CompletionChoice:
+    def choice(self, part: Answer | Piece, offset: int = 0) -> schemas.CompletionChoice:
         logprobs = None
-        if self.body.logprobs is not None:
+        if (top := self.body.logprobs) is not None:
             as_ids = bool(self.body.return_tokens_as_token_ids)
-            logprobs = completion_logprobs(
-                self.tokenizer, answer.tokens, self.body.logprobs, offset=offset, as_ids=as_ids
-            )
-        reason = answer.finish_reason
-        return schemas.CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=reason)
+            logprobs = completion_logprobs(self.tokenizer, part.tokens, top, offset=offset, as_ids=as_ids)
+        return schemas.CompletionChoice(
+            index=part.index, text=part.text, logprobs=logprobs, finish_reason=part.finish_reason
+        )
 
     async def complete(self) -> schemas.Completion:
-        choices = [self.choice(answer) for answer in await complete_answers(self.pieces, len(self.generation.answers))]
+        choices = [self.choice(answer) for answer in await self.generation.complete()]
         return schemas.Completion(**self.head, choices=choices, usage=self.generation.usage())
 
     async def stream(self) -> AsyncGenerator[Json]:
         head = {**self.head, "object": "text_completion"}
         offsets = [0] * len(self.generation.answers)
-        async for piece in self.pieces:
+        async for piece in self.generation.pieces():
             choice = self.choice(piece, offsets[piece.index])
             offsets[piece.index] += len(piece.text)
             yield {**head, "choices": [choice.model_dump()]}

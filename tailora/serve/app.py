@@ -6,12 +6,13 @@ a client may request, so no request can starve the others.
 
 import asyncio
 import copy
+import gc
 import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from socket import socket
@@ -24,7 +25,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -34,7 +35,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer, fit_to_template
 from tailora.data.images import images_of
-from tailora.data.messages import Messages, has_images, marked_messages, text_value
+from tailora.data.messages import Messages, marked_messages, text_value
 from tailora.data.processor import media_ids, text_tokenizer
 from tailora.data.samples import Conversation
 from tailora.engine.interface import Engine, SamplingParams
@@ -43,10 +44,11 @@ from tailora.engine.sampling import json_matcher
 from tailora.errors import DataError
 from tailora.evaluation.generate import EncodedPrompt, image_obstacle
 from tailora.serve import schemas
-from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
+from tailora.serve.answers import Answer, ChatResponse, CompletionResponse, Generation, Json
 from tailora.serve.images import decode_images
+from tailora.serve.metrics import Metrics
 from tailora.serve.playground import add_page
-from tailora.serve.registry import AdapterInfo, AdapterRegistry
+from tailora.serve.registry import RESERVED, AdapterRegistry
 from tailora.serve.schemas import ERRORS, ERRORS_OF_TEXT, GenerationRequest, RequestError, new_id
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
@@ -56,6 +58,7 @@ MOST_VALUES = LARGEST_BODY // 2  # commas and opening brackets, which bound the 
 MOST_IN_PROGRESS = 512 * 2**20  # bytes of all requests in progress
 IMAGE_THREADS = 2  # that decode images; each may need some 500 MB
 REQUEST_SECONDS = 30.0  # minimum time that a client has to send a request
+LAST_SECONDS = 5  # at shutdown, for answers that end when the engine stops
 GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
 
 
@@ -76,30 +79,6 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ("*",)
     api_key: str | None = None
     admin_key: str | None = None
-
-
-class Metrics:
-    """The metrics of GET /metrics."""
-
-    def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
-        self.collector = CollectorRegistry()
-        options: dict[str, Any] = {"registry": self.collector}
-        self.requests = Counter("tailora_requests", "requests by model and status", ["model", "status"], **options)
-        by_model: dict[str, Any] = {"labelnames": ["model"], **options}
-        self.prompt_tokens = Counter("tailora_prompt_tokens", "prompt tokens", **by_model)
-        self.tokens = Counter("tailora_generation_tokens", "generated tokens", **by_model)
-        self.first_token = Histogram("tailora_time_to_first_token_seconds", "time to the first token", **by_model)
-        Gauge("tailora_requests_running", "running completions", **options).set_function(lambda: engine.load[0])
-        Gauge("tailora_requests_waiting", "waiting completions", **options).set_function(lambda: engine.load[1])
-        Gauge("tailora_adapters", "available adapters", **options).set_function(lambda: len(registry.list()))
-        Gauge("tailora_adapters_in_memory", "adapters in memory", **options).set_function(
-            lambda: sum(adapter.in_memory for adapter in registry.list())
-        )
-
-    def forget(self, model: str) -> None:
-        """Drops a model's metrics, so that short-lived names do not accumulate in memory."""
-        for metric in (self.requests, self.prompt_tokens, self.tokens, self.first_token):
-            metric.remove_by_labels({"model": model})
 
 
 class Server:
@@ -150,7 +129,7 @@ class Server:
         param = "messages"
         try:
             marked = marked_messages([message.model_dump() for message in body.messages], "messages")
-            messages = self.with_images([message for message, _ in marked])
+            messages = decode_images([message for message, _ in marked], self.image_obstacle)
             messages = with_system(messages, self.registry.system_message(body.model))
             param = "tools" if tools else param
             chat = Conversation(messages, first=len(messages), tools=tools or None)
@@ -160,15 +139,6 @@ class Server:
             raise RequestError(400, str(error), param) from error
         self.check_length(prompt, param)
         return EncodedPrompt(prompt, self.chat_tokenizer.chat_ids(prompt), images=images_of(chat.messages))
-
-    def with_images(self, messages: Messages) -> Messages:
-        """Returns the messages with decoded images. Raises RequestError."""
-        if not has_images(messages):
-            return messages
-        if self.image_obstacle:
-            message = f"this model cannot answer questions about images: {self.image_obstacle}; remove the images"
-            raise RequestError(400, message, "messages")
-        return decode_images(messages)
 
     def prompts(self, prompt: Any) -> list[EncodedPrompt]:
         """Returns each prompt with its token ids. prompt: one or several, as text or token ids."""
@@ -246,7 +216,9 @@ class Server:
         params: SamplingParams,
         grammar: LLMatcher | None = None,
     ) -> Generation:
-        """Submits a request to the engine. Raises RequestError if there are too many, or the model is unknown."""
+        """Submits a request to the engine. Raises RequestError if it is invalid, or if there are too many."""
+        if body.stream_options is not None and not body.stream:
+            raise RequestError(400, "stream_options requires stream = true", "stream_options")
         n, most = body.n or 1, self.settings.max_queue
         count = n * len(prompts)
         if count > most:
@@ -254,48 +226,86 @@ class Server:
         if self.answers + count > most:
             raise RequestError(429, f"{self.answers} completions are already running or waiting; try again later")
         self.answers += count  # before waiting for files
-        started = 0
         try:
             handle = await run_in_threadpool(self.registry.acquire, body.model, body.lora_scale)
-            stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-            name, answers = new_id("request"), []
-            for index, (prompt, sample) in enumerate(itertools.product(prompts, range(n))):
-                of_sample = replace(params, seed=(params.seed + sample) % 2**63)
-                own = None if grammar is None else grammar.deep_copy()
-                ids = tuple(prompt.ids)
-                request = EngineRequest(f"{name}-{index}", ids, handle.key, of_sample, own, prompt.images)
-                answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
-            names, tokens = (
-                {adapter.name for adapter in self.registry.list()},
-                sum(len(prompt.ids) for prompt in prompts),
-            )
-            # All mixtures share one name in the metrics, since clients can invent new ones
-            model = body.model if body.model in {*names, self.registry.base_name} else "mixture"
-            generation = Generation(self.engine, answers, model, tokens, handle, self._end_answer)
-            started = count
-            generation.start()
-        finally:
-            self.answers -= count - started
+        except BaseException:
+            self.answers -= count
+            raise
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        name, answers = new_id("request"), list[Answer]()
+        for index, (prompt, sample) in enumerate(itertools.product(prompts, range(n))):
+            of_sample = replace(params, seed=(params.seed + sample) % 2**63)
+            own = None if grammar is None else grammar.deep_copy()
+            ids = tuple(prompt.ids)
+            request = EngineRequest(f"{name}-{index}", ids, handle.key, of_sample, own, prompt.images)
+            answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
+        # All mixtures share one name in the metrics, since clients can invent new ones
+        is_named = body.model == self.registry.base_name or not any(mark in body.model for mark in RESERVED)
+        model = body.model if is_named else "mixture"
+        tokens = sum(len(prompt.ids) for prompt in prompts)
+        generation = Generation(self.engine, answers, model, tokens, self.metrics, handle, self._end_answer)
+        generation.start()
         self.metrics.prompt_tokens.labels(model).inc(tokens)
         return generation
 
     def _end_answer(self) -> None:
         self.answers -= 1
 
-    async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
-        """Yields the pieces of all answers, and cancels them if the reader stops. Raises RequestError."""
-        began, is_first = time.perf_counter(), True
-        try:
-            async for piece in generation.pieces():
-                if is_first:
-                    self.metrics.first_token.labels(generation.model).observe(time.perf_counter() - began)
-                is_first = False
-                self.metrics.tokens.labels(generation.model).inc(len(piece.tokens))
-                if piece.finish_reason is not None:
-                    self.engine.cancel(generation.answers[piece.index].request.id)  # it ignores stop strings
-                yield piece
-        finally:
-            generation.cancel()
+    # ---- The routes that generate text
+
+    async def chat_completions(self, body: schemas.ChatRequest, request: Request) -> Any:
+        self.check_ready()
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestError(400, "top_logprobs requires logprobs = true", "top_logprobs")
+        threads = self.image_threads if schemas.count_images(body) else None
+        prompt = await to_thread.run_sync(self.chat_prompt, body, limiter=threads)
+        count = (body.top_logprobs or 0) if body.logprobs else None
+        params = self.params(body, body.max_completion_tokens or body.max_tokens, len(prompt.ids), count)
+        grammar = await run_in_threadpool(self.grammar, body)
+        generation = await self.start(body, [prompt], params, grammar)
+        return await self.respond(request, body, ChatResponse(self.tokenizer, body, prompt.text, generation))
+
+    async def completions(self, body: schemas.CompletionRequest, request: Request) -> Any:
+        self.check_ready()
+        prompts = await run_in_threadpool(self.prompts, body.prompt)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        room = max(self.engine.max_positions - longest, 1)
+        default = min(COMPLETION_TOKENS, room, self.settings.max_tokens or COMPLETION_TOKENS)
+        params = self.params(body, body.max_tokens or default, longest, body.logprobs)
+        generation = await self.start(body, prompts, params)
+        return await self.respond(request, body, CompletionResponse(self.tokenizer, body, generation))
+
+    async def respond(
+        self, request: Request, body: GenerationRequest, response: ChatResponse | CompletionResponse
+    ) -> Any:
+        """Returns the response, or a stream of its events."""
+        model = request.state.model = response.generation.model
+        request.state.is_streamed = bool(body.stream)
+        if not body.stream:
+            return await unless_disconnected(request, response.complete())
+        return EventStream(
+            response.stream(),
+            response.generation.cancel,
+            lambda status: self.metrics.requests.labels(model, str(status)).inc(),
+        )
+
+    async def models(self) -> schemas.ModelList:
+        base = self.registry.base_name
+        models = [(base, 0, self.registry.base_system)]
+        models += [(adapter.name, adapter.created, adapter.system) for adapter in self.registry.list()]
+        data = [
+            schemas.Model(
+                id=name,
+                created=created,
+                root=name,
+                parent=None if name == base else base,
+                max_model_len=self.engine.max_positions,
+                input_modalities=["text"] if self.image_obstacle else ["text", "image"],
+                system_message=system,
+            )
+            for name, created, system in models
+        ]
+        return schemas.ModelList(data=data)
 
 
 def with_system(messages: Messages, system: str | None) -> Messages:
@@ -459,6 +469,20 @@ class HTTPServer(uvicorn.Server):
         await draining
 
 
+def run_server(app: FastAPI, listener: socket, note: Callable[[str], None]) -> None:
+    """Serves an app of `create_app` until Ctrl-C or SIGTERM."""
+    server: Server = app.state.server
+    graceful = int(server.settings.drain_seconds) + LAST_SECONDS
+    config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=graceful)
+    gc.collect()
+    gc.freeze()  # scanning all modules again would pause all requests for 0.2 s
+    try:
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again at the end
+            HTTPServer(config, server, note).run(sockets=[listener])
+    finally:
+        gc.unfreeze()
+
+
 # ---- The app
 
 
@@ -492,66 +516,11 @@ def add_generation(app: FastAPI, server: Server) -> None:
         **ERRORS,
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
     }
-
-    async def respond(request: Request, body: GenerationRequest, answer: ChatAnswer | CompletionAnswer) -> Any:
-        model = request.state.model = answer.generation.model
-        request.state.is_streamed = bool(body.stream)
-        if not body.stream:
-            return await unless_disconnected(request, answer.complete())
-        return EventStream(
-            answer.stream(),
-            answer.generation.cancel,
-            lambda status: server.metrics.requests.labels(model, str(status)).inc(),
-        )
-
-    def check_request(body: GenerationRequest) -> None:
-        server.check_ready()
-        if body.stream_options is not None and not body.stream:
-            raise RequestError(400, "stream_options requires stream = true", "stream_options")
-
-    @app.post("/v1/chat/completions", response_model=schemas.ChatCompletion, responses=responses, dependencies=check)
-    async def chat_completions(body: schemas.ChatRequest, request: Request) -> Any:
-        check_request(body)
-        if body.top_logprobs is not None and not body.logprobs:
-            raise RequestError(400, "top_logprobs requires logprobs = true", "top_logprobs")
-        threads = server.image_threads if schemas.count_images(body) else None
-        prompt = await to_thread.run_sync(server.chat_prompt, body, limiter=threads)
-        count = (body.top_logprobs or 0) if body.logprobs else None
-        params = server.params(body, body.max_completion_tokens or body.max_tokens, len(prompt.ids), count)
-        grammar = await run_in_threadpool(server.grammar, body)
-        generation = await server.start(body, [prompt], params, grammar)
-        answer = ChatAnswer(server.tokenizer, body, prompt.text, generation, server.pieces(generation))
-        return await respond(request, body, answer)
-
-    @app.post("/v1/completions", response_model=schemas.Completion, responses=responses, dependencies=check)
-    async def completions(body: schemas.CompletionRequest, request: Request) -> Any:
-        check_request(body)
-        prompts = await run_in_threadpool(server.prompts, body.prompt)
-        longest = max(len(prompt.ids) for prompt in prompts)
-        room = max(server.engine.max_positions - longest, 1)
-        default = min(COMPLETION_TOKENS, room, server.settings.max_tokens or COMPLETION_TOKENS)
-        params = server.params(body, body.max_tokens or default, longest, body.logprobs)
-        generation = await server.start(body, prompts, params)
-        answer = CompletionAnswer(server.tokenizer, body, generation, server.pieces(generation))
-        return await respond(request, body, answer)
-
-    @app.get("/v1/models", responses=ERRORS, dependencies=check)
-    async def models() -> schemas.ModelList:
-        base, length = server.registry.base_name, server.engine.max_positions
-        models = [AdapterInfo(base, 0, True, server.registry.base_system), *server.registry.list()]
-        data = [
-            schemas.Model(
-                id=model.name,
-                created=model.created,
-                root=model.name,
-                parent=None if model.name == base else base,
-                max_model_len=length,
-                input_modalities=["text"] if server.image_obstacle else ["text", "image"],
-                system_message=model.system,
-            )
-            for model in models
-        ]
-        return schemas.ModelList(data=data)
+    post: dict[str, Any] = {"methods": ["POST"], "responses": responses, "dependencies": check}
+    chat, plain = schemas.ChatCompletion, schemas.Completion
+    app.add_api_route("/v1/chat/completions", server.chat_completions, response_model=chat, **post)
+    app.add_api_route("/v1/completions", server.completions, response_model=plain, **post)
+    app.add_api_route("/v1/models", server.models, methods=["GET"], responses=ERRORS, dependencies=check)
 
 
 def add_adapter_routes(app: FastAPI, server: Server) -> None:

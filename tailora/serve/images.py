@@ -12,8 +12,12 @@ LARGEST_IMAGE = 10 * 2**20  # bytes of a file
 MOST_ELONGATED = 200  # ratio of the sides; processors scale up the shorter one
 
 
-def decode_images(messages: Messages) -> Messages:
-    """Returns the messages with an `Image` for every data: URL. Raises RequestError, which names the part."""
+def decode_images(messages: Messages, obstacle: str) -> Messages:
+    """Returns the messages with an `Image` for every data: URL.
+
+    obstacle: why the model cannot read images; "" if it can.
+    Raises RequestError, which names the part.
+    """
     parts = {
         f"messages.{index}.content.{number}": part[IMAGE]
         for index, message in enumerate(messages)
@@ -21,6 +25,11 @@ def decode_images(messages: Messages) -> Messages:
         for number, part in enumerate(message["content"])
         if part["type"] == IMAGE
     }
+    if not parts:
+        return messages
+    if obstacle:
+        message = f"this model cannot answer questions about images: {obstacle}; remove the images"
+        raise RequestError(400, message, "messages")
     if len(parts) > IMAGES_OF_REQUEST:
         raise RequestError(400, f"the request has {len(parts):,} images; use at most {IMAGES_OF_REQUEST}", "messages")
     images: list[Image] = []

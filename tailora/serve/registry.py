@@ -1,6 +1,6 @@
 """AdapterRegistry: the adapters of a server by name, and which of them are in memory.
 
-A request names a model: the base, an adapter, an adapter with a scale ("legal@0.5"), or a mixture ("legal+chat@0.5").
+A request names a model: the base, an adapter, one with a scale ("legal@0.5"), or a mixture of two ("legal+chat@0.5").
 `acquire` returns its key in the engine's AdapterSet and keeps it in memory until the handle is closed. A key contains
 a hash of the adapter's content: after a replacement, new requests get the new adapter at once, and running requests
 finish with the old one.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock, RLock, Thread
+from threading import Lock, RLock
 
 import torch
 from torch import Tensor, nn
@@ -54,18 +54,14 @@ MOST_DERIVED = 64  # idle scaled adapters and mixtures to keep; clients may requ
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """An adapter in `AdapterRegistry.list`. created: when it was loaded or replaced, in seconds since 1970."""
+class NamedAdapter:
+    """An adapter that clients can request.
 
-    name: str
-    created: int
-    in_memory: bool
-    system: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A name, its files, a hash of their content when last read, and the system message used in training."""
+    trusted: the path comes from the command line, and may be anywhere.
+    digest: a hash of the files' content when they were last read.
+    system: the system message used in training.
+    created: when it was loaded or replaced, in seconds since 1970.
+    """
 
     name: str
     path: Path
@@ -83,22 +79,14 @@ class _Source:
 class _Resident:
     """An adapter in memory.
 
-    source_keys: keys of the adapters it was derived from; its own key if it was read from files.
-    shared: the adapter whose tensors it uses; None if it has its own.
-    users: handles, and adapters that use its tensors.
-    is_retired: no name refers to it any more; it is removed after its last user.
+    sources: the adapters that it scales or adds, which stay in memory with it; none if it was read from files.
+    users: handles, and adapters that have this one as a source.
     """
 
     key: str
     size: int
-    source_keys: tuple[str, ...]
-    shared: "_Resident | None" = None
+    sources: tuple["_Resident", ...] = ()
     users: int = 0
-    is_retired: bool = False
-
-    @property
-    def is_derived(self) -> bool:
-        return self.source_keys != (self.key,)
 
 
 class AdapterHandle(ExitStack):
@@ -116,8 +104,7 @@ class AdapterRegistry:
 
     `acquire`, `load` and `unload` may wait for files and for the engine; `AdapterHandle.close` never does.
 
-    adapter_set: the engine's.    paused: `Engine.paused`, in which adapters are added and removed.
-    base_name: what requests call the base model.
+    paused: `Engine.paused`, in which adapters are added and removed.
     root: the folder of all adapters that are not trusted; None to only allow trusted ones.
     memory_budget: bytes for adapters; None for no limit. Adapters that no request uses make room, the least recently
         used first, and are read again when a request needs them. While files are read, one more adapter is in memory.
@@ -142,7 +129,7 @@ class AdapterRegistry:
         self._memory_budget: float = math.inf if memory_budget is None else memory_budget
         self._changes, self._lock = RLock(), Lock()
         self._base_fingerprint: dict[str, LayerFingerprint] = {}
-        self._sources: dict[str, _Source] = {}
+        self._named: dict[str, NamedAdapter] = {}
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # by key, the least recently used first
 
     # ---- Names
@@ -158,32 +145,37 @@ class AdapterRegistry:
         """
         with self._changes:
             self._check_new_name(name, replace=replace)
+            self._remove_unnamed()
             self._register(*self._read(name, path, trusted))
 
     def unload(self, name: str) -> None:
-        """Removes a name. Running requests finish with its adapter. Raises AdapterNotFoundError."""
-        with self._changes:
-            self._source(name)
-            with self._lock:
-                del self._sources[name]
-            self._remove_retired()
+        """Removes a name. Running requests finish with its adapter. Raises AdapterNotFoundError.
 
-    def list(self) -> tuple[AdapterInfo, ...]:
+        An adapter in use leaves the memory at the next change after its last request.
+        """
+        with self._changes:
+            self._find(name)
+            with self._lock:
+                del self._named[name]
+            self._remove_unnamed()
+
+    def list(self) -> tuple[NamedAdapter, ...]:
         """Returns all adapters, in the order in which their names were loaded."""
         with self._lock:
-            return tuple(
-                AdapterInfo(source.name, source.created, source.key in self._residents, source.system)
-                for source in self._sources.values()
-            )
+            return tuple(self._named.values())
 
-    def _source(self, name: str) -> _Source:
-        source = self._sources.get(name)
-        if source is None and name == self.base_name:
+    def in_memory(self) -> set[str]:
+        """Returns the names of the adapters in memory."""
+        with self._lock:
+            return {named.name for named in self._named.values() if named.key in self._residents}
+
+    def _find(self, name: str) -> NamedAdapter:
+        if name in self._named:
+            return self._named[name]
+        if name == self.base_name:
             raise AdapterNotFoundError(f"{name!r} is the base model, not an adapter")
-        if source is None:
-            names = (self.base_name, *self._sources)
-            raise AdapterNotFoundError(f"unknown model {name!r}; available: {', '.join(names)}{nearest(name, names)}")
-        return source
+        names = (self.base_name, *self._named)
+        raise AdapterNotFoundError(f"unknown model {name!r}; available: {', '.join(names)}{nearest(name, names)}")
 
     def _check_new_name(self, name: str, *, replace: bool) -> None:
         problems = []
@@ -195,7 +187,7 @@ class AdapterRegistry:
             problems.append(
                 "the base model has this name; rename the base (--name NAME) or the adapter (--adapter NAME=PATH)"
             )
-        if name in self._sources and not replace:
+        if name in self._named and not replace:
             problems.append("an adapter with this name is already loaded; unload it, or replace it with load_inplace")
         if problems:
             raise AdapterError(f"invalid adapter name {name!r}: {listing(problems)}")
@@ -208,14 +200,14 @@ class AdapterRegistry:
 
     def system_message(self, model: str) -> str | None:
         """Returns the system message that the adapters of `model` share; None if they differ. Raises as `acquire`."""
-        systems = {self._source(name).system for name in self._weights(model, None)} or {self.base_system}
+        systems = {self._find(name).system for name in self._weights(model, None)} or {self.base_system}
         return systems.pop() if len(systems) == 1 else None
 
     def acquire(self, model: str, scale: float | None = None) -> AdapterHandle:
         """Loads `model` into memory, and returns a handle that keeps it there until it is closed.
 
-        model: the base, an adapter, or several with their scales: "legal+chat@0.5" is legal + 0.5 chat.
-        scale: multiplies all of them.
+        model: the base, or one or two adapters with their scales: "legal+chat@0.5" is legal + 0.5 chat.
+        scale: multiplies both.
         Raises AdapterNotFoundError for an unknown name, ConfigError for a scale that is too large or a mixture that
         cannot be computed exactly, MemoryInUseError, and the errors of `load` for files that have changed.
         """
@@ -239,10 +231,11 @@ class AdapterRegistry:
                 )
             return {}
         weights: dict[str, float] = {}
-        problems = []
-        for term in model.split("+"):
+        terms = model.split("+")
+        problems = [f"use at most two adapters, not {len(terms)}"] if len(terms) > 2 else []
+        for term in terms:
             name, at, number = term.partition("@")
-            self._source(name)
+            self._find(name)
             if name in weights:
                 problems.append(f"{name!r} appears twice; use it once, with the sum of its scales")
             try:
@@ -257,7 +250,7 @@ class AdapterRegistry:
 
     def _key(self, weights: Mapping[str, float]) -> str:
         """Returns the key of the sum of these adapters."""
-        keys = {name: self._source(name).key for name in weights}
+        keys = {name: self._find(name).key for name in weights}
         return "+".join(keys[name] if weight == 1 else f"{keys[name]}@{weight!r}" for name, weight in weights.items())
 
     def _handle(self, weights: Mapping[str, float]) -> AdapterHandle | None:
@@ -267,17 +260,13 @@ class AdapterRegistry:
         resident = self._residents.get(self._key(weights))
         if resident is None:
             return None
-        for used in (resident.shared, resident):  # an adapter that shares tensors makes room before their owner
-            if used is not None:
-                self._residents.move_to_end(used.key)
+        for used in (*resident.sources, resident):
+            self._residents.move_to_end(used.key)
         resident.users += 1
 
         def release() -> None:
             with self._lock:
                 resident.users -= 1
-                is_removed = resident.is_retired and not resident.users
-            if is_removed:  # in another thread: the caller may be the engine's thread, which this waits for
-                Thread(target=self._remove_retired, name="remove adapters", daemon=True).start()
 
         return AdapterHandle(resident.key, release)
 
@@ -285,9 +274,10 @@ class AdapterRegistry:
 
     def _bring_into_memory(self, weights: Mapping[str, float]) -> None:
         """Reads the adapters of `weights` that are not in memory, and adds their sum. Needs _changes."""
+        self._remove_unnamed()
         with ExitStack() as stack:
             for name in weights:
-                source = self._source(name)
+                source = self._find(name)
                 if source.key not in self._residents:
                     now, adapter = self._read(name, source.path, source.trusted)
                     if now.digest == source.digest:
@@ -300,34 +290,32 @@ class AdapterRegistry:
             if key not in self._residents:
                 self._derive(key, weights)
 
-    def _register(self, source: _Source, adapter: Adapter) -> None:
+    def _register(self, source: NamedAdapter, adapter: Adapter) -> None:
         """Adds an adapter that was read, unless its content is already in memory, and assigns it to its name."""
         if source.key not in self._residents:
-            self._add(_Resident(source.key, size_of(adapter), (source.key,)), adapter)
+            self._add(_Resident(source.key, size_of(adapter)), adapter)
         with self._lock:
-            self._sources[source.name] = source
-        self._remove_retired()
+            self._named[source.name] = source
+        self._remove_unnamed()
 
     def _derive(self, key: str, weights: Mapping[str, float]) -> None:
-        """Adds a scaled adapter or a mixture of adapters that are in memory."""
-        sources = {name: self._source(name).key for name in weights}
-        adapters = {name: self._adapter_set[source_key] for name, source_key in sources.items()}
-        scaled = {name: with_strength(adapters[name], weight) for name, weight in weights.items()}
+        """Adds a scaled adapter, or the sum of two. The sources must be in memory."""
+        sources = {name: self._residents[self._find(name).key] for name in weights}
+        adapters = {name: self._adapter_set[source.key] for name, source in sources.items()}
         base_model = self._adapter_set.base_model
-        for name, adapter in scaled.items():
-            check_no_overflow(f"{name}@{weights[name]:g}", adapter, base_model)
-        name, shared = next(iter(scaled)), None
-        if len(scaled) > 1 or adapters[name].saved:
-            if nonlinear := [name for name, adapter in adapters.items() if not is_linear(adapter)]:
+        for name, adapter in adapters.items():
+            scaled = with_strength(adapter, weights[name])
+            check_no_overflow(f"{name}@{weights[name]:g}", scaled, base_model)
+        size = 0  # a scaled adapter uses the tensors of its source
+        if len(adapters) > 1 or scaled.saved:
+            if nonlinear := [name for name, adapter in adapters.items() if adapter.extras or has_dora(adapter)]:
                 raise ConfigError(
                     "adapters with DoRA, or with trained biases or embedding rows, cannot be mixed or scaled exactly: "
                     f"{', '.join(nonlinear)}; use each one alone, at scale 1"
                 )
-            combined = combine_adapters(adapters.__getitem__, weights, base_model, Combination())[0]
-            adapter = _for_inference(combined)
-        else:
-            shared, adapter = self._residents[sources[name]], scaled[name]
-        self._add(_Resident(key, 0 if shared else size_of(adapter), tuple(sources.values()), shared), adapter)
+            scaled = _for_inference(combine_adapters(adapters.__getitem__, weights, base_model, Combination())[0])
+            size = size_of(scaled)
+        self._add(_Resident(key, size, tuple(sources.values())), scaled)
 
     def _add(self, resident: _Resident, adapter: Adapter) -> None:
         """Adds an adapter to the AdapterSet, after others have made room for it. Needs _changes."""
@@ -344,18 +332,18 @@ class AdapterRegistry:
                     self._adapter_set.remove(other.key)
         with self._lock:
             self._residents[resident.key] = resident
-            if resident.shared is not None:
-                resident.shared.users += 1
+            for source in resident.sources:
+                source.users += 1
 
     def _evict(self, resident: _Resident) -> Sequence[_Resident]:
         """Returns the adapters that make room for it. Needs _lock. Raises MemoryLimitError or MemoryInUseError."""
         self._check_size(resident.key.partition("#")[0], resident.size)
         users = {other: other.users for other in self._residents.values()}
         size = sum(other.size for other in users) + resident.size
-        derived = sum(other.is_derived for other in users) + resident.is_derived
+        derived = sum(bool(other.sources) for other in [*users, resident])
         evicted: list[_Resident] = []
         while (is_full := size > self._memory_budget) or derived > MOST_DERIVED:
-            idle = (other for other in users if not users[other] and (is_full or other.is_derived))
+            idle = (other for other in users if not users[other] and (is_full or other.sources))
             other = next(idle, None)
             if other is None and not is_full:
                 break  # all scaled adapters and mixtures are in use
@@ -365,9 +353,9 @@ class AdapterRegistry:
                     "again later, or start the server with a larger --adapter-memory"
                 )
             del users[other]
-            if other.shared in users:
-                users[other.shared] -= 1
-            size, derived = size - other.size, derived - other.is_derived
+            for source in other.sources:
+                users[source] -= 1
+            size, derived = size - other.size, derived - bool(other.sources)
             evicted.append(other)
         return evicted
 
@@ -382,26 +370,23 @@ class AdapterRegistry:
     def _forget(self, resident: _Resident) -> None:
         """Call it before the removal from the AdapterSet. Needs _lock."""
         del self._residents[resident.key]
-        if resident.shared is not None:
-            resident.shared.users -= 1
+        for source in resident.sources:
+            source.users -= 1
 
-    def _remove_retired(self) -> None:
-        """Removes the adapters that no name refers to and no request uses; marks those in use."""
+    def _remove_unnamed(self) -> None:
+        """Removes the adapters that no name refers to and no request uses. Needs _changes."""
         removed: list[_Resident] = []
-        with self._changes:
-            with self._lock:
-                current = {source.key for source in self._sources.values()}
-                for resident in self._residents.values():
-                    resident.is_retired = not current.issuperset(resident.source_keys)
-                # Adapters that share tensors first: they are users of the owner
-                for resident in sorted(self._residents.values(), key=lambda resident: resident.shared is None):
-                    if resident.is_retired and not resident.users:
-                        self._forget(resident)
-                        removed.append(resident)
-            if removed:
-                with self._paused():
-                    for resident in removed:
-                        self._adapter_set.remove(resident.key)
+        with self._lock:
+            current = {named.key for named in self._named.values()}
+            for resident in sorted(self._residents.values(), key=lambda resident: not resident.sources):
+                keys = {source.key for source in resident.sources} or {resident.key}
+                if not resident.users and not keys <= current:
+                    self._forget(resident)
+                    removed.append(resident)
+        if removed:
+            with self._paused():
+                for resident in removed:
+                    self._adapter_set.remove(resident.key)
 
     # ---- Files
 
@@ -418,7 +403,7 @@ class AdapterRegistry:
             )
         return real
 
-    def _read(self, name: str, path: str | Path, trusted: bool) -> tuple[_Source, Adapter]:
+    def _read(self, name: str, path: str | Path, trusted: bool) -> tuple[NamedAdapter, Adapter]:
         """Reads and checks the files of an adapter, without changing anything."""
         path = Path(path).absolute() if trusted else self._path_in_root(path)
         folder = self._checked_folder(name, path, trusted)
@@ -428,7 +413,7 @@ class AdapterRegistry:
         adapter = _for_inference(restore(stored, base_model, known_base=self._base_fingerprint))
         check_splits_by_row(adapter.low_rank)
         check_no_overflow(name, adapter, base_model)
-        return _Source(name, path, trusted, digest_of(stored), read_system_message(folder)), adapter
+        return NamedAdapter(name, path, trusted, digest_of(stored), read_system_message(folder)), adapter
 
     def _checked_folder(self, name: str, path: Path, trusted: bool) -> Path:
         """Returns the folder or file of the adapter, after checking access, format and size."""
@@ -471,10 +456,8 @@ def check_no_overflow(name: str, adapter: Adapter, base_model: nn.Module) -> Non
         )
 
 
-def is_linear(adapter: Adapter) -> bool:
-    """True if it can be added to others."""
-    has_dora = any(layer.lora_magnitude_vector is not None for layer in adapter.low_rank.values())
-    return not has_dora and not adapter.extras
+def has_dora(adapter: Adapter) -> bool:
+    return any(layer.lora_magnitude_vector is not None for layer in adapter.low_rank.values())
 
 
 def digest_of(stored: StoredAdapter) -> str:
