@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from tailora.cli.main import ARGUMENTS, GATE_NOT_MET, log, note, print_json, pri
 from tailora.cli.models import (
     BaseModel,
     Device,
-    Loaded,
     Quantize,
     base_model_name,
     check_sources,
@@ -46,8 +45,11 @@ from tailora.train.config import TrainConfig
 from tailora.train.launch import count_processes, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from tailora.data.labels import Labels
-    from tailora.evaluation.scores import Scores
+    from tailora.evaluation.scores import EvalOptions, Scores
+    from tailora.model import LoRAModel
 
 
 FLAGS = ["field", "system", "max_length", "dtype", "image_folder"]
@@ -106,6 +108,28 @@ class HarnessFlags:
 NO_HARNESS_FLAGS = HarnessFlags()
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EvalFlags:
+    data: Data = None
+    model: BaseModel = None
+    metrics: Metrics = None
+    gate: Gates = None
+    base: Annotated[bool, Parameter(help="also evaluate the base model, for comparison")] = True
+    normalize: Normalize = "strip"
+    max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens per answer, for exact_match")] = 128
+    samples: Annotated[NonNegativeInt, Parameter(help="number of answers to show, for exact_match")] = 3
+    limit: Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")] = None
+    quantize: Quantize = None
+    device: Device = "auto"
+    output_dir: Annotated[Path | None, Parameter(help="folder for report.json and report.html")] = None
+    json: Json = False
+    nproc_per_node: NprocPerNode = None
+
+
+NO_FLAGS = EvalFlags()
+
+
 @dataclass(frozen=True)
 class EvalTarget:
     model: str
@@ -113,29 +137,46 @@ class EvalTarget:
     folder: Path | None  # of the adapter
 
     @property
+    def folders(self) -> dict[str, Path]:
+        return {} if self.folder is None else {"default": self.folder}
+
+    @property
     def trained_rows(self) -> set[bytes] | None:
         return trained_rows(self.folder or Path(self.model))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A command line that has been checked."""
+
+    target: EvalTarget
+    given: EvalFlags
+    harness: HarnessFlags
+    config: TrainConfig  # for reading the data, as in the adapter's run
+    gates: Sequence[Gate]
+    metrics: Sequence[str]
+    base: bool  # also evaluate the base model
+
+    @property
+    def gates_on_data(self) -> list[Gate]:
+        return [gate for gate in self.gates if not (self.harness.names and gate.is_on_task)]
+
+    def load(self, device: str, labels: "Labels | None" = None) -> tuple["LoRAModel", Any]:
+        """Returns the model and its tokenizer."""
+        from tailora.evaluation.scores import without_adapter
+
+        quantize, dtype = self.given.quantize, self.config.dtype
+        folders = self.target.folders
+        loaded = load_model(self.target.model, folders, quantize=quantize, dtype=dtype, device=device, labels=labels)
+        return loaded.model if loaded.adapters else without_adapter(loaded.model), loaded.tokenizer
 
 
 def eval(
     adapter: Adapter = None,
     /,
     *,
-    data: Data = None,
-    model: BaseModel = None,
-    metrics: Metrics = None,
-    gate: Gates = None,
-    base: Annotated[bool, Parameter(help="also evaluate the base model, for comparison")] = True,
-    normalize: Normalize = "strip",
-    max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens per answer, for exact_match")] = 128,
-    samples: Annotated[NonNegativeInt, Parameter(help="number of answers to show, for exact_match")] = 3,
-    limit: Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")] = None,
-    quantize: Quantize = None,
-    device: Device = "auto",
+    given: EvalFlags = NO_FLAGS,
     harness: HarnessFlags = NO_HARNESS_FLAGS,
-    output_dir: Annotated[Path | None, Parameter(help="folder for report.json and report.html")] = None,
-    json: Json = False,
-    nproc_per_node: NprocPerNode = None,
     flags: Flags = None,
 ) -> int:
     """Evaluate an adapter and its base model on held-out data.
@@ -143,25 +184,9 @@ def eval(
     Without an adapter, only --model is evaluated. --nproc-per-node or torchrun splits the examples across processes.
     """
     started = time.monotonic()
-    gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
-    data_gates = [gate for gate in gates if not (harness.names and gate.is_on_task)]
-    if data is None and (data_gates or not harness.names):
-        if data_gates:
-            raise ConfigError(
-                f"--gate {data_gates[0]} needs held-out data; add --data FILE, or set a gate on TASK/METRIC "
-                "and run --tasks TASK"
-            )
-        raise ConfigError("nothing to evaluate on; use --data FILE, or --tasks TASK (lm-evaluation-harness)")
-    check_sources(data=[data])
-    target = find_target(adapter, model)
-    base = base and target.folder is not None
-    named = [gate.metric.removesuffix(CHANGE) for gate in data_gates]
-    of_classes = [name for name in named if OF_CLASS.fullmatch(name)]
-    check_gates(data_gates, [*METRICS, *LABEL_METRICS, *of_classes], base=base)
-    check_report_kind(output_dir, KIND)
-    config = merge_with_run(flags, target.folder, arguments={"model": target.model})
-
-    to_start = 0 if nproc_per_node is None or is_launched_by_tailora() else count_processes(nproc_per_node, device)
+    evaluation = checked(adapter, given, harness, flags)
+    nproc = None if is_launched_by_tailora() else given.nproc_per_node
+    to_start = 0 if nproc is None else count_processes(nproc, given.device)
     if harness.names and max(to_start, world_size()) > 1:
         raise ConfigError(
             "--tasks only supports a single process; start without --nproc-per-node or torchrun, or remove --tasks to "
@@ -170,123 +195,136 @@ def eval(
     if to_start > 1:
         log(f"starting {to_start} processes")
         return launch(ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
-
     log("loading the model and data")
-    folders = {} if target.folder is None else {"default": target.folder}
-    labels = labels_of(target.model, list(folders.values()))
+    if given.data is not None:
+        log_columns(flags, evaluation.config)
+    labels = labels_of(evaluation.target.model, list(evaluation.target.folders.values()))
     refuse_system(labels, flags)
     if labels is not None:
-        if data is None or harness.names:
-            raise ConfigError(f"--tasks does not support {labels.task}; use --data with labeled rows instead")
-        if nproc_per_node is not None or world_size() > 1:
-            raise ConfigError(
-                "a model that predicts labels is only evaluated in a single process; start without --nproc-per-node "
-                "or torchrun"
-            )
-        log_columns(flags, config)
-        loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
-        scores = _label_scores(target, loaded, labels, data, config, limit, base, metric_names, data_gates)
-        return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
-    check_gates(data_gates, list(METRICS), base=base)
-    if wrong := [name for name in metric_names if name not in METRICS]:
+        return finish(evaluation, label_scores(evaluation, labels), started)
+    return evaluate_language_model(evaluation, started)
+
+
+def checked(
+    adapter: str | None, given: EvalFlags, harness: HarnessFlags, flags: Mapping[str, Any] | None
+) -> Evaluation:
+    """Raises ConfigError, DataError or FormatError for what can be checked before loading torch."""
+    gates, metrics = parse_gates(given.gate or []), parse_metrics(given.metrics or [])
+    on_data = [gate for gate in gates if not (harness.names and gate.is_on_task)]
+    if given.data is None and on_data:
         raise ConfigError(
-            f"--metrics {','.join(wrong)} only applies to models that predict labels, not to this language model; use "
-            f"{', '.join(METRICS)}"
+            f"--gate {on_data[0]} needs held-out data; add --data FILE, or set a gate on TASK/METRIC and run "
+            "--tasks TASK"
         )
-    from tailora.cli.progress import counter
+    if given.data is None and not harness.names:
+        raise ConfigError("nothing to evaluate on; use --data FILE, or --tasks TASK (lm-evaluation-harness)")
+    check_sources(data=[given.data])
+    target = find_target(adapter, given.model)
+    base = given.base and target.folder is not None
+    named = [gate.metric.removesuffix(CHANGE) for gate in on_data]
+    check_gates(on_data, [*METRICS, *LABEL_METRICS, *filter(OF_CLASS.fullmatch, named)], base=base)
+    check_report_kind(given.output_dir, KIND)
+    config = merge_with_run(flags, target.folder, arguments={"model": target.model})
+    return Evaluation(target, given, harness, config, gates, metrics, base)
+
+
+def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
+    """Evaluates on the data and on the tasks of lm-evaluation-harness; returns the exit code."""
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
-    from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
+    from tailora.evaluation.scores import EvalOptions, Scores, normalizer
     from tailora.train.failures import ignore_signals
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.parallel import first_of_ranks
     from tailora.train.setup import launched_ranks
 
+    given, harness, base = evaluation.given, evaluation.harness, evaluation.base
+    check_gates(evaluation.gates_on_data, list(METRICS), base=base)
+    if wrong := [name for name in evaluation.metrics if name not in METRICS]:
+        raise ConfigError(
+            f"--metrics {','.join(wrong)} only applies to models that predict labels, not to this language model; use "
+            f"{', '.join(METRICS)}"
+        )
     options = EvalOptions(
-        metrics=tuple(metric_names),
-        extra_metrics=tuple(gate.metric for gate in gates if not gate.is_on_task),
-        max_length=config.max_length,
-        max_new_tokens=max_new_tokens,
-        normalize=() if normalize == "none" else tuple(normalize.split(",")),
-        limit=limit,
-        samples=samples,
-        image_folder=config.image_folder,
+        metrics=tuple(evaluation.metrics),
+        extra_metrics=tuple(gate.metric for gate in evaluation.gates if not gate.is_on_task),
+        max_length=evaluation.config.max_length,
+        max_new_tokens=given.max_new_tokens,
+        normalize=() if given.normalize == "none" else tuple(given.normalize.split(",")),
+        limit=given.limit,
+        samples=given.samples,
+        image_folder=evaluation.config.image_folder,
     )
     normalizer(options.normalize)
     tasks = find_tasks(harness.names, harness.include_path) if harness.names else None
     if tasks is not None:
-        check_gates(gates, [*(METRICS if data else ()), *tasks.metrics], base=base)
+        check_gates(evaluation.gates, [*(METRICS if given.data else ()), *tasks.metrics], base=base)
     scores = Scores({}, {} if base else None, {} if base else None)
-    with explain_out_of_memory("evaluating", MEMORY_ADVICE), launched_ranks(device) as ranks:
-        chosen = device if ranks is None else str(ranks.device)
-        loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=chosen)
-        adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
-        if data is not None:
-            log_columns(flags, config)
-            shown = ranks is None or ranks.is_main_process
-            with counter(stderr(), "rows") if shown else nullcontext(lambda *_: None) as progress:
-                reading: Any = {"field": config.field, "system": config.system, "base": base, "ranks": ranks}
-                reading["trained_rows"] = target.trained_rows
-                more = score(adapted, loaded.tokenizer, data, options, log=note, progress=progress, **reading)
-            scores = scores.merge(more)
+    with explain_out_of_memory("evaluating", MEMORY_ADVICE), launched_ranks(given.device) as ranks:
+        model, tokenizer = evaluation.load(given.device if ranks is None else str(ranks.device))
+        if given.data is not None:
+            scores = scores.merge(data_scores(evaluation, options, model, tokenizer, ranks))
         if tasks is not None:
-            asked: Any = {"batch_size": harness.batch_size, "num_fewshot": harness.num_fewshot, "limit": limit}
+            asked: Any = {"batch_size": harness.batch_size, "num_fewshot": harness.num_fewshot, "limit": given.limit}
             asked["apply_chat_template"] = harness.apply_chat_template
-            scores = scores.merge(evaluate_tasks(adapted, loaded.tokenizer, tasks, base=base, **asked))
+            scores = scores.merge(evaluate_tasks(model, tokenizer, tasks, base=base, **asked))
         code = None
         if ranks is None or ranks.is_main_process:
-            code = _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
+            code = finish(evaluation, scores, started)
             sys.stdout.flush()
         if ranks is not None:  # launchers send SIGTERM as soon as one process has ended with this code
             ignore_signals()
         return first_of_ranks(code) or 0
 
 
-def _label_scores(
-    target: EvalTarget,
-    loaded: Loaded,
-    labels: "Labels",
-    data: str,
-    config: TrainConfig,
-    limit: int | None,
-    base: bool,
-    chosen: Sequence[str],
-    gates: Sequence[Gate],
+def data_scores(
+    evaluation: Evaluation, options: "EvalOptions", model: "LoRAModel", tokenizer: Any, ranks: "PartialState | None"
 ) -> "Scores":
+    """Returns the scores of a language model on the data."""
+    from tailora.cli.progress import counter
+    from tailora.evaluation.scores import score
+
+    config = evaluation.config
+    reading: Any = {"field": config.field, "system": config.system, "base": evaluation.base, "ranks": ranks}
+    reading["trained_rows"] = evaluation.target.trained_rows
+    is_shown = ranks is None or ranks.is_main_process
+    with counter(stderr(), "rows") if is_shown else nullcontext(lambda *_: None) as progress:
+        return score(model, tokenizer, str(evaluation.given.data), options, log=note, progress=progress, **reading)
+
+
+def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
     """Returns all scores, or those that are chosen or needed by gates. A base with a new head is not evaluated."""
     from tailora.cli.progress import counter
     from tailora.evaluation.classification import evaluate_labels
-    from tailora.evaluation.scores import without_adapter
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.model_loading import labels_of_config, read_config
 
-    if base and labels_of_config(read_config(target.model)) != labels:
+    target, given, gates = evaluation.target, evaluation.given, evaluation.gates_on_data
+    if given.data is None or evaluation.harness.names:
+        raise ConfigError(f"--tasks does not support {labels.task}; use --data with labeled rows instead")
+    if given.nproc_per_node is not None or world_size() > 1:
+        raise ConfigError(
+            "a model that predicts labels is only evaluated in a single process; start without --nproc-per-node or "
+            "torchrun"
+        )
+    base = evaluation.base and labels_of_config(read_config(target.model)) == labels
+    if evaluation.base and not base:
         if changes := [str(gate) for gate in gates if gate.metric.endswith(CHANGE)]:
             raise ConfigError(
                 f"--gate {', '.join(changes)}: the base model {target.model} has no head for these labels, so "
                 "there is nothing to compare; use a gate without _change"
             )
         note(f"the base model {target.model} has no head for these labels, so only the adapter is evaluated")
-        base = False
-    of_gates = [gate.metric.removesuffix(CHANGE) for gate in gates]
-    model = loaded.model if loaded.adapters else without_adapter(loaded.model)
+    reading: Any = {"field": evaluation.config.field, "max_length": evaluation.config.max_length, "limit": given.limit}
+    reading["trained_rows"] = target.trained_rows
+    model, tokenizer = evaluation.load(given.device, labels)
     with explain_out_of_memory("evaluating", MEMORY_ADVICE), counter(stderr(), "rows") as progress:
-        scores = evaluate_labels(
-            model,
-            loaded.tokenizer,
-            labels,
-            data,
-            field=config.field,
-            max_length=config.max_length,
-            limit=limit,
-            base=base,
-            progress=progress,
-            trained_rows=target.trained_rows,
-        )
-    if missing := [name for name in (*chosen, *of_gates) if name not in scores.metrics]:
+        scores = evaluate_labels(model, tokenizer, labels, given.data, base=base, progress=progress, **reading)
+    needed = [*evaluation.metrics, *(gate.metric.removesuffix(CHANGE) for gate in gates)]
+    if missing := [name for name in needed if name not in scores.metrics]:
         raise ConfigError(
             f"unknown score {', '.join(missing)} for {labels.task} on this data; available: {', '.join(scores.metrics)}"
         )
-    return scores.only([*chosen, *of_gates]) if chosen else scores
+    return scores.only(needed) if evaluation.metrics else scores
 
 
 def find_target(adapter: str | None, model: str | None) -> EvalTarget:
@@ -306,19 +344,18 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
     return EvalTarget(base_model_name(model, [folder]), adapter, folder)
 
 
-def _finish(
-    target: EvalTarget, scores: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
-) -> int:
+def finish(evaluation: Evaluation, scores: "Scores", started: float) -> int:
     """Writes the report, prints the scores, and returns the exit code."""
     from tailora.report.pages.eval import EvalReport, eval_page
 
-    values = [(gate, scores.values()[gate.metric]) for gate in gates]
+    folder, as_json = evaluation.given.output_dir, evaluation.given.json
+    values = [(gate, scores.values()[gate.metric]) for gate in evaluation.gates]
     outcomes = [
         {"gate": str(gate), "value": value if math.isfinite(value) else None, "met": gate.is_met(value)}
         for gate, value in values
     ]
-    names = {"model": target.model, "adapter": target.adapter}
-    payload = {**names, **scores.to_dict(), "gates": outcomes, "seconds": seconds}
+    names = {"model": evaluation.target.model, "adapter": evaluation.target.adapter}
+    payload = {**names, **scores.to_dict(), "gates": outcomes, "seconds": time.monotonic() - started}
     if folder is not None:
         write_report(folder, KIND, payload, allow_nan=False)
         log(write_page_if_possible(folder))
