@@ -3,19 +3,18 @@
 plan -> Plan          (study/plan_result.py)
   place_of            the device: one of this machine, or a graphics card by name
   read_batches        the batches: from the data, or examples of max_length tokens
-  estimate            the run's adapter and kernels on the model without weights -> memory, operations
-  cheaper_runs, quantization    settings that need less memory
+  train.estimate      the run's adapter and kernels on the model without weights -> memory, operations
+  checkpointing, quantization   settings that need less memory
   full_fine_tuning    the same for full fine-tuning of this model
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,36 +22,31 @@ from accelerate import Accelerator
 from transformers import PretrainedConfig
 
 from tailora.core.device import choose_device
-from tailora.data.dataset import Example, warnings_of
+from tailora.data.dataset import Example, Examples, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.schemas import FEEDBACK, PREFERENCE
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
-from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.model import LoRAModel
-from tailora.study.budget import START, Costs
 from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, find_cards
 from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
-from tailora.study.lr_range import SHORT_STEPS, seconds_needed
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
-from tailora.study.trial import FEWEST_HALVED
 from tailora.train import estimate
 from tailora.train.config import GRPO, TASK_TYPES, TrainConfig
-from tailora.train.dataloader import epoch_steps, largest_forward, read_data, steps_per_epoch
-from tailora.train.estimate import Memory
+from tailora.train.dataloader import TrainingData, epoch_steps, largest_forward, read_data, steps_per_epoch
+from tailora.train.estimate import CHECKPOINTING, QUANTIZATION, Memory
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
-from tailora.train.kernel_choice import asks_for_compiled_layers
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.measure_steps import measure_steps
-from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, needs_contents, used_bytes
-from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images, set_labels
+from tailora.train.memory import available_bytes, format_bytes, used_bytes
+from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images
 from tailora.train.preference import preference_task
-from tailora.train.quantize import dequantization_note, stays_quantized, stored_quantization
+from tailora.train.quantize import dequantization_note, stays_quantized
 from tailora.train.rollouts import Rollouts
-from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
-from tailora.train.step import split_by_tokens, step_shape, token_limit
-from tailora.train.trainable import Trainable, trained_parts, trains_on_pixels
+from tailora.train.setup import check_can_be_offloaded, find_labels, shape_of, start_accelerator
+from tailora.train.step import StepShape, split_by_tokens, step_shape, token_limit
+from tailora.train.trainable import trained_parts
 
 
 def plan(
@@ -74,87 +68,70 @@ def plan(
     Raises ConfigError, TargetError, DataError, FormatError; with `measure` any error of a run.
     """
     place = replace(place_of(config), shards=nproc if config.fsdp else 1)
-    check_can_be_offloaded(config, place.device.type)
+    check_can_be_planned(config, place, nproc, measure=measure)
     in_one = {**WITHOUT_FSDP, "report_to": [], **({"device": "cpu"} if place.is_absent else {})}
     accelerator = start_accelerator(config.replaced(**in_one))
-    if measure:
-        check_can_be_measured(config, place, nproc)
-    if config.fsdp and nproc == 1:
-        raise ConfigError("--fsdp shards the base model across processes; set their number with --nproc")
-    available = place.available if memory is None else memory
-    if is_shared := nproc > 1 and place.device == torch.device("cpu"):
-        available //= nproc
+    is_shared = nproc > 1 and place.device == torch.device("cpu")
+    available = (place.available if memory is None else memory) // (nproc if is_shared else 1)
     shape, labels = read_shape(config)
     if config.fsdp:
         check_can_be_sharded(shape, config.model, config.quantize)
     batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc, labels)
     with estimate.fake_model(config, shape, place.device, batches.task) as fake:
-        summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description
-        parts, layers = trained_parts(fake.model), layers_of(fake.model)
-        step = largest_step(config, fake, batches)
-        dequantized = dequantization_note(shape, config.model)
-        notes = [*([dequantized] if dequantized else []), *place.notes, *batches.notes, *fake.notes]
-        if batches.rollouts is not None:
-            cache = format_bytes(batches.rollouts.cache_bytes(shape, dtype))
-            notes.append(f"sampling needs a cache of {cache} between the steps")
-            notes.append("the time excludes sampling and evaluations, which usually take longer than the steps")
-        if asks_for_compiled_layers(config):
-            step = estimate.with_compiled_layers(step, fake, config.activation_memory)
-            notes.append("the memory of compiled layers is estimated from one measurement, not simulated")
+        trained = what_is_trained(fake)
+        step = estimate.largest_step(config, fake, batches.largest)
         needed = place.memory_of(config, fake, step)
-        if is_shared:
-            notes.append(f"the {nproc} processes share this machine's free memory equally")
-        alternatives = {AS_SET: needed, **cheaper_runs(config, fake, step, batches, place)}
+        alternatives = {AS_SET: needed, **checkpointing(config, fake, step, batches, place)}
     alternatives |= quantization(config, shape, step, batches, place)
-    has_other = config.method != FULL and not stays_quantized(shape, config.model)
-    full = full_fine_tuning(config, shape, batches, place, available) if has_other else None
-    if has_other and full is None:
-        notes.append("full fine-tuning is not shown, because it does not support all of these settings")
+    dequantized = dequantization_note(shape, config.model)
+    notes = [*([dequantized] if dequantized else []), *place.notes, *batches.notes, *fake.notes]
+    if batches.rollouts is not None:
+        cache = format_bytes(batches.rollouts.cache_bytes(shape, fake.base.dtype))
+        notes.append(f"sampling needs a cache of {cache} between the steps")
+        notes.append("the time excludes sampling and evaluations, which usually take longer than the steps")
+    if is_shared:
+        notes.append(f"the {nproc} processes share this machine's free memory equally")
+    full = None
+    if config.method != FULL and not stays_quantized(shape, config.model):
+        full = full_fine_tuning(config, shape, batches, place, available)
+        if full is None:
+            notes.append("full fine-tuning is not shown, because it does not support all of these settings")
+    notes += split_note(batches)
 
-    basis = {"memory": f"estimated from the shapes, plus {place.process_basis}"}
-    basis["time"] = "not estimated, because this machine does not have the device"
+    basis = {
+        "memory": f"estimated from the shapes, plus {place.process_basis}",
+        "time": "not estimated, because this machine does not have the device",
+    }
     seconds_per_step: float | None = None
     measured = None
     if measure:
         log("measuring a few real steps")
         measured = measure_steps(config, with_data="data" in config.model_fields_set)
-        needed, kernels = needed.with_total(measured.peak_bytes), measured.kernels
+        needed, trained["kernels"] = needed.with_total(measured.peak_bytes), measured.kernels
         seconds_per_step = measured.seconds_per_token * batches.tokens_per_step
         basis = dict.fromkeys(basis, f"measured in {measured.steps} steps")
     elif isinstance(place.device, torch.device):
-        seconds_per_step, basis["time"] = time_here(shape, batches, step, dtype, place.device)
+        seconds_per_step, basis["time"] = time_here(shape, batches, step, fake.base.dtype, place.device)
 
-    largest = batches.at(batches.most)
-    if len(largest) < batches.most:
-        notes.append(
-            f"larger batches are split into passes of at most {tokens_of(largest):,} tokens, so they need little more "
-            "memory than this one"
-        )
-    batch_size = batch_size_that_fits(available, needed, batches)
-    helps = remedies(config, batch_size, alternatives, can_shard=nproc > 1 and not config.fsdp)
+    batch_size, steps = batch_size_that_fits(available, needed, batches), batches.steps
+    can_shard = nproc > 1 and not config.fsdp
     result = Plan(
         model=config.model,
         method=config.method,
-        dtype=str(dtype).removeprefix("torch."),
         device=place.name,
-        kernels=kernels,
-        trainable_parameters=summary.trainable_parameters,
-        total_parameters=summary.total_parameters,
-        parts=parts,
-        **layers,
+        **trained,
         memory=needed,
         available_bytes=available,
         batch_size=config.per_device_train_batch_size,
         batch_size_that_fits=batch_size,
         options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
-        remedies=helps if needed.total > available else [],
+        remedies=estimate.remedies(config, shape, batch_size, can_shard=can_shard) if needed.total > available else [],
         largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
-        examples=batches.examples,
-        tokens=batches.tokens,
-        steps=batches.steps,
+        examples=None if batches.examples is None else len(batches.examples),
+        tokens=None if steps is None else round(nproc * batches.tokens_per_step * steps),
+        steps=steps,
         seconds_per_step=seconds_per_step,
-        seconds=None if batches.steps is None or seconds_per_step is None else seconds_per_step * batches.steps,
-        lr_search_seconds=None if nproc > 1 else lr_search_seconds(config, batches, seconds_per_step),
+        seconds=None if steps is None or seconds_per_step is None else seconds_per_step * steps,
         basis=basis,
         full=full,
         measured=measured,
@@ -169,19 +146,22 @@ def plan(
 
 def read_shape(config: TrainConfig) -> tuple[PretrainedConfig, Labels | None]:
     """Returns config.json of the model, with the labels of the data for tasks that have some, and the labels."""
-    shape = read_config(config.model)
     if config.task in (*TASK_TYPES, GRPO) and "data" not in config.model_fields_set:
         what = "prompts" if config.task == GRPO else "labels"
         raise ConfigError(f"--task {config.task} needs the {what} of the data; add --data")
     if config.task not in TASK_TYPES:
-        return shape, None
+        return read_config(config.model), None
     labels, _ = find_labels(config)
-    set_labels(shape, cast(Labels, labels), load_tokenizer(config.model))
-    return shape, labels
+    return shape_of(config, labels, load_tokenizer(config.model)), labels
 
 
-def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> None:
-    """Raises ConfigError if this machine cannot run real steps of this run."""
+def check_can_be_planned(config: TrainConfig, place: "Place", nproc: int, *, measure: bool) -> None:
+    """Raises ConfigError for settings that exclude each other, and if this machine cannot run the steps to measure."""
+    check_can_be_offloaded(config, place.device.type)
+    if config.fsdp and nproc == 1:
+        raise ConfigError("--fsdp shards the base model across processes; set their number with --nproc")
+    if not measure:
+        return
     if place.is_absent:
         raise ConfigError(
             f"--measure runs real steps, but this machine has no {place.name}; remove --measure or --device"
@@ -194,11 +174,20 @@ def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> No
         )
 
 
-def layers_of(model: Trainable) -> dict[str, Any]:
-    """Returns what the plan says about single layers, by its attributes; nothing for full fine-tuning."""
-    if not isinstance(model, LoRAModel):
-        return {}
-    return {"modules": adapted_modules(model), "groups": trained_groups(model), "left": unadapted_groups(model)}
+def what_is_trained(fake: estimate.FakeModel) -> dict[str, Any]:
+    """Returns attributes of the plan: the layers with an update, unless all weights are trained, and their numbers."""
+    model, summary = fake.model, fake.model.summary()
+    layers: dict[str, Any] = {}
+    if isinstance(model, LoRAModel):
+        layers = {"modules": adapted_modules(model), "groups": trained_groups(model), "left": unadapted_groups(model)}
+    return {
+        "dtype": str(fake.base.dtype).removeprefix("torch."),
+        "kernels": fake.kernels.description,
+        "trainable_parameters": summary.trainable_parameters,
+        "total_parameters": summary.total_parameters,
+        "parts": trained_parts(model),
+        **layers,
+    }
 
 
 # ---- The device
@@ -206,20 +195,15 @@ def layers_of(model: Trainable) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Place:
-    """The device of a run: one of this machine, or a graphics card by name.
-
-    available: bytes that a run may use.
-    process: bytes that its process uses before loading the model.    process_basis: where that number comes from.
-    shards: number of ranks that the base is sharded over.
-    """
+    """The device of a run: one of this machine, or a graphics card by name."""
 
     name: str
     device: torch.device | estimate.AbsentDevice
-    process: int
-    process_basis: str
-    available: int
+    process: int  # bytes that a process uses before it loads the model
+    process_basis: str  # where that number comes from
+    available: int  # bytes that a run may use
     notes: list[str] = field(default_factory=list)
-    shards: int = 1
+    shards: int = 1  # number of ranks that the base is sharded over
 
     @property
     def is_absent(self) -> bool:
@@ -271,18 +255,6 @@ def time_here(
     return step.flops / tokens / speed * batches.tokens_per_step, rule
 
 
-def lr_search_seconds(config: TrainConfig, batches: "Batches", seconds_per_step: float | None) -> float | None:
-    """Returns the seconds of a short `search --lr-only`. None if unknown, not possible, or if the rate is set.
-
-    It evaluates half of the held-out examples. Their forward takes about half of a training step's time for as many
-    tokens, because the backward of a frozen base needs no gradients of its weights.
-    """
-    if seconds_per_step is None or not batches.held_out_tokens or "learning_rate" in config.model_fields_set:
-        return None
-    evaluation = batches.held_out_tokens / 2 * seconds_per_step / batches.tokens_per_step / 2
-    return seconds_needed(Costs(START.fixed, seconds_per_step, evaluation), SHORT_STEPS)
-
-
 # ---- Batches
 
 MOST_EXAMPLES = 4096  # per batch, if the number of examples is unknown
@@ -290,27 +262,29 @@ MOST_EXAMPLES = 4096  # per batch, if the number of examples is unknown
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """task: the training task, without its reference model.
-    largest: the examples of the largest forward pass.    at: batch size -> its largest forward pass.
-    examples: number of training examples.    tokens: of all steps.    examples, tokens, steps: None if unknown.
-    tokens_per_step: of one rank.    held_out_tokens: of all held-out examples; 0 for too few to halve, or if unknown.
-    """
+    """The batches of one rank. With a stream or without data, the number of examples is unknown."""
 
-    task: Task
-    largest: list[Example]
-    at: Callable[[int], list[Example]]
-    examples: int | None
-    tokens: int | None
+    task: Task  # without its reference model
+    largest: list[Example]  # of the largest forward pass
+    shape: StepShape
     steps: int | None
     tokens_per_step: float
     notes: list[str]
-    held_out_tokens: int = 0
+    examples: Examples | None = None
     rollouts: Rollouts | None = None
+
+    def at(self, batch_size: int) -> list[Example]:
+        """Returns the largest forward pass with this batch size."""
+        if self.rollouts is not None:  # a group of completions at most
+            return self.largest
+        if self.examples is None:
+            return _largest_part(self.largest, batch_size, self.shape.token_limit)
+        return largest_forward(self.examples, replace(self.shape, batch_size=batch_size))
 
     @property
     def most(self) -> int:
         """The largest possible batch size."""
-        return MOST_EXAMPLES if self.examples is None else self.examples
+        return MOST_EXAMPLES if self.examples is None else len(self.examples)
 
 
 def read_batches(
@@ -323,71 +297,61 @@ def read_batches(
 ) -> Batches:
     """Returns batches of the data, or without data, of examples with max_length tokens.
 
-    limit: tokens that go through the model at once on the planned device.    nproc: number of ranks.
+    limit: tokens that go through the model at once on the planned device.
+    nproc: number of ranks.
     labels: the classes of the model.
 
     Raises DataError with all problems of the data.
     """
     step = replace(step_shape(config, accelerator), token_limit=limit)
-    vocabulary = shape.get_text_config().vocab_size
-    examples, rollouts, steps, tokens_of_step, held_out_tokens = None, None, config.max_steps, 0.0, 0
     if "data" not in config.model_fields_set:
-        example, what = Example.of_text(np.arange(config.max_length, dtype=np.int32) % vocabulary), "example"
-        task: Task = language_model_task(load_tokenizer(config.model)) if reads_images(shape) else CAUSAL_LM
-        if learns_preferences(config):
-            task = preference_task(config, FEEDBACK if config.loss == "kto" else PREFERENCE, config.model)
-            example, what = Example.of_two(example, example, np.ones(1)), "reply with its prompt"
-        largest = _largest_part([example], step.batch_size, limit)
-        tokens_of_step = float(step.examples_per_step * len(example.input_ids))
-        notes = [
-            f"without --data, every {what} is assumed to have --max-length {config.max_length:,} tokens, all of them "
-            "trained; shorter ones need less"
-        ]
+        batches = assumed_batches(config, shape, step)
     else:
+        vocabulary = shape.get_text_config().vocab_size
         data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
-        data = replace(data, shape=replace(data.shape, token_limit=limit))
-        task, largest = data.task, data.largest
-        if (rollouts := data.rollouts) is not None:
-            per_epoch = steps_per_epoch(rollouts.train.epoch_size, replace(step, world=nproc))
-            steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch * config.num_iterations)
-            tokens_of_step = float(step.examples_per_step * rollouts.tokens_of_group)
-            notes = ["every completion is assumed to have --max-completion-length tokens"]
-        elif data.prepared is None or config.streaming:
-            steps, tokens_of_step = data.max_steps, float(data.largest_size.tokens * config.gradient_accumulation_steps)
-            notes = ["the data is streamed, so lengths are estimated from the first batch"]
-        else:
-            train = data.prepared.train
-            examples, steps = train, config.max_steps or epoch_steps(config, train.epoch_size, nproc)
-            tokens_of_step = train.mean_length * min(step.examples_per_step, train.epoch_size / nproc)
-            if data.held_out and len(data.held_out) >= FEWEST_HALVED:
-                held_out_tokens = int(data.held_out.lengths.sum())
-            notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
-            if isinstance(task, ImageTextToText) and (images := int(task.is_image(train.input_ids).sum())):
-                notes.append(f"{images:,} of {len(train.input_ids):,} tokens of the training examples are images")
-    if task.reference is not None:
-        notes.append(
+        batches = batches_of(config, replace(data, shape=replace(data.shape, token_limit=limit)), step, nproc)
+    if batches.task.reference is not None:
+        batches.notes.append(
             "before the first step, the log-probabilities of all replies are computed once; the time excludes this"
         )
+    return replace(batches, task=batches.task.without_reference())
 
-    def at(count: int) -> list[Example]:
-        if rollouts is not None:  # a group of completions at most
-            return largest
-        if examples is None:
-            return _largest_part(largest, count, limit)
-        return largest_forward(examples, replace(step, batch_size=count))
 
-    return Batches(
-        task=task.without_reference(),
-        largest=largest,
-        at=at,
-        examples=None if examples is None else len(examples),
-        tokens=None if steps is None else round(nproc * tokens_of_step * steps),
-        steps=steps,
-        tokens_per_step=tokens_of_step,
-        notes=notes,
-        held_out_tokens=held_out_tokens,
-        rollouts=rollouts,
+def assumed_batches(config: TrainConfig, shape: PretrainedConfig, step: StepShape) -> Batches:
+    """Returns batches of examples with max_length tokens."""
+    ids = np.arange(config.max_length, dtype=np.int32) % shape.get_text_config().vocab_size
+    example, what = Example.of_text(ids), "example"
+    task: Task = language_model_task(load_tokenizer(config.model)) if reads_images(shape) else CAUSAL_LM
+    if learns_preferences(config):
+        task = preference_task(config, FEEDBACK if config.loss == "kto" else PREFERENCE, config.model)
+        example, what = Example.of_two(example, example, np.ones(1)), "reply with its prompt"
+    note = (
+        f"without --data, every {what} is assumed to have --max-length {config.max_length:,} tokens, all of them "
+        "trained; shorter ones need less"
     )
+    largest = _largest_part([example], step.batch_size, step.token_limit)
+    return Batches(task, largest, step, config.max_steps, step.examples_per_step * len(example.input_ids), [note])
+
+
+def batches_of(config: TrainConfig, data: TrainingData, step: StepShape, nproc: int) -> Batches:
+    """Returns batches of data, of completions, or of a stream, of which only the first batch is known."""
+    if (rollouts := data.rollouts) is not None:
+        per_epoch = steps_per_epoch(rollouts.train.epoch_size, replace(step, world=nproc))
+        steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch * config.num_iterations)
+        tokens = step.examples_per_step * rollouts.tokens_of_group
+        notes = ["every completion is assumed to have --max-completion-length tokens"]
+        return Batches(data.task, data.largest, step, steps, tokens, notes, rollouts=rollouts)
+    if data.prepared is None or config.streaming:
+        tokens = data.largest_tokens * config.gradient_accumulation_steps
+        notes = ["the data is streamed, so lengths are estimated from the first batch"]
+        return Batches(data.task, data.largest, step, data.max_steps, tokens, notes)
+    train, task = data.prepared.train, data.task
+    notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
+    if isinstance(task, ImageTextToText) and (images := int(task.is_image(train.input_ids).sum())):
+        notes.append(f"{images:,} of {len(train.input_ids):,} tokens of the training examples are images")
+    steps = config.max_steps or epoch_steps(config, train.epoch_size, nproc)
+    tokens_per_step = train.mean_length * min(step.examples_per_step, train.epoch_size / nproc)
+    return Batches(task, data.largest, step, steps, tokens_per_step, notes, train)
 
 
 def learns_preferences(config: TrainConfig) -> bool:
@@ -406,26 +370,16 @@ def tokens_of(examples: list[Example]) -> int:
     return sum(len(example.input_ids) for example in examples)
 
 
+def split_note(batches: Batches) -> list[str]:
+    """Returns a note if not all examples go through the model at once."""
+    largest = batches.at(batches.most)
+    if len(largest) == batches.most:
+        return []
+    tokens = f"{tokens_of(largest):,} tokens"
+    return [f"larger batches are split into passes of at most {tokens}, so they need little more memory than this one"]
+
+
 # ---- Memory
-
-
-def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches) -> estimate.StepCost:
-    """Returns the simulated cost of the largest forward pass of the run.
-
-    Image towers run only if a part of them is trained, because frozen ones keep nothing for the backward.
-    """
-    task, fake = batches.task, replace(fake, task=batches.task)
-    simulate = partial(estimate.simulate_step, fake, checkpointed=config.gradient_checkpointing)
-    if not isinstance(task, ImageTextToText):
-        return simulate(batches.largest)
-    if trains_on_pixels(fake.model):
-        try:
-            return simulate(batches.largest)
-        except RuntimeError as error:
-            if not needs_contents(error):
-                raise
-            fake.notes.append("the activations of the image tower cannot be simulated and are missing; use --measure")
-    return simulate([task.as_text(example) for example in batches.largest])
 
 
 def full_fine_tuning(
@@ -441,41 +395,36 @@ def full_fine_tuning(
     except ConfigError:
         return None
     with estimate.fake_model(full, shape, place.device, batches.task) as fake:
-        memory = place.memory_of(full, fake, largest_step(full, fake, batches))
+        memory = place.memory_of(full, fake, estimate.largest_step(full, fake, batches.largest))
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
 
 
 WITHOUT_FSDP = {"fsdp": False, "fsdp_offload_params": False}
 AS_SET = "as set"
-ACTIVATIONS = f"--activation-memory {ACTIVATION_MEMORY}"
-CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
 
 
-def cheaper_runs(
+def checkpointing(
     config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, batches: Batches, place: Place
 ) -> dict[str, Memory]:
-    """Returns the memory with fewer activations in compiled layers, and with checkpointing, where the run allows it."""
-    if config.gradient_checkpointing or asks_for_compiled_layers(config):
+    """Returns the memory with checkpointing, where the run allows it."""
+    if not estimate.can_checkpoint(config):
         return {}
-    steps = {CHECKPOINTING: estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)}
-    device = place.device
-    if config.fast != "off" and not (isinstance(device, torch.device) and obstacle_to_compiling(fake.base, device)):
-        steps = {ACTIVATIONS: estimate.with_compiled_layers(step, fake, ACTIVATION_MEMORY), **steps}
-    return {settings: place.memory_of(config, fake, cheaper) for settings, cheaper in steps.items()}
+    cheaper = estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)
+    return {CHECKPOINTING: place.memory_of(config, fake, cheaper)}
 
 
 def quantization(
     config: TrainConfig, shape: PretrainedConfig, step: estimate.StepCost, batches: Batches, place: Place
 ) -> dict[str, Memory]:
     """Returns the memory with a 4-bit base, without and with checkpointing, where the run allows it."""
-    if config.method == FULL or config.quantize or stored_quantization(shape) or config.fsdp_offload_params:
+    if not estimate.can_quantize(config, shape):
         return {}
     with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device, batches.task) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
         memory = {QUANTIZATION: place.memory_of(config, fake, cheaper)}
-        if both := cheaper_runs(config, fake, step, batches, place).get(CHECKPOINTING):
-            memory[f"{QUANTIZATION} {CHECKPOINTING}"] = both
+        for settings, both in checkpointing(config, fake, step, batches, place).items():
+            memory[f"{QUANTIZATION} {settings}"] = both
     return memory
 
 
@@ -496,19 +445,3 @@ def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> in
         return memory.total + memory.activations * (tokens_of(batches.at(batch_size)) - tokens) // tokens
 
     return bisect_right(range(1, batches.most + 1), available, key=needed)
-
-
-def remedies(
-    config: TrainConfig, batch_size: int, alternatives: Collection[str], *, can_shard: bool = False
-) -> list[str]:
-    """Returns settings that need less memory. batch_size: the largest that fits, 0 for none."""
-    examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    accumulation = -(-examples // max(batch_size, 1))
-    options = [
-        (batch_size > 0, f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}"),
-        (can_shard, "--fsdp"),
-        *((option in alternatives, option) for option in (ACTIVATIONS, CHECKPOINTING, QUANTIZATION)),
-        (config.method == FULL, "--method lora"),
-        (config.max_length > 128, f"--max-length {config.max_length // 2}"),
-    ]
-    return [*(text for helps, text in options if helps), "a smaller --model"]

@@ -53,8 +53,6 @@ class Plan:
     largest_forward: its examples and tokens.    basis: where memory and time come from.
     examples: for training.    tokens, seconds: of all steps. These, steps and seconds_per_step are None if unknown, as
         the time is for a card that this machine does not have.
-    lr_search_seconds: of `tailora search --lr-only` with SHORT_STEPS, unless it ends early. None if the time of a step
-        is unknown, with fewer than 4 held-out examples, for several processes, and if the learning rate is set.
     full: None if the run itself is full fine-tuning, or the model is quantized.
     ranks: None for one process. With several, memory and time are per process.
     """
@@ -83,7 +81,6 @@ class Plan:
     steps: int | None = None
     seconds_per_step: float | None = None
     seconds: float | None = None
-    lr_search_seconds: float | None = None
     full: FullFineTuning | None = None
     measured: StepsMeasured | None = None
     ranks: Ranks | None = None

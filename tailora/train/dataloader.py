@@ -38,7 +38,6 @@ from tailora.train.config import GRPO, TrainConfig
 from tailora.train.grpo import with_target
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
-from tailora.train.memory import ForwardSize
 from tailora.train.preference import preference_task
 from tailora.train.rewards import RewardProcess, parse_rewards
 from tailora.train.rollouts import Rollouts
@@ -64,16 +63,10 @@ class TrainingData:
         return largest_forward(self.known, self.shape)
 
     @property
-    def largest_size(self) -> ForwardSize:
-        """Its size, of what is kept for the backward."""
-        trained = [sequence for example in self.largest for sequence in self.task.trained_sequences(example)]
-        return ForwardSize(
-            batch_size=self.shape.batch_size,
-            examples=len(self.largest),
-            tokens=sum(len(sequence.input_ids) for sequence in trained),
-            supervised=sum(sequence.supervised for sequence in trained),
-            checkpointed=self.shape.checkpointed,
-        )
+    def largest_tokens(self) -> int:
+        """The tokens of that forward, without those of sequences that get no gradient."""
+        trained = (sequence for example in self.largest for sequence in self.task.trained_sequences(example))
+        return sum(len(sequence.input_ids) for sequence in trained)
 
     @property
     def longest(self) -> Example:

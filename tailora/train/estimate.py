@@ -1,8 +1,9 @@
 """The memory and the work of a run, estimated from config.json, the settings and the largest forward, without weights.
 
     fake_model            the model that would be trained, made of tensors without contents
-    simulate_step         its forward and backward, under a MemoryTracker -> StepCost: activations, logits
+    largest_step          its largest forward and backward, under a MemoryTracker -> StepCost: activations, logits
     estimate_memory       the memory of the whole run, part by part; of the process itself by measured constants
+    check_fits            raises an error if such a step needs more than is free, which `train` calls before the first
     products_per_second   how fast this machine multiplies, for the time of a step
 
 A process needs most memory either while it reads the weights, in a step, or while it reads back what was saved.
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any, cast
 
@@ -25,13 +26,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tailora.core.adapter import adapter_dtype
-from tailora.core.device import HALF, synchronize
+from tailora.core.device import HALF, device_name, synchronize
 from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
 from tailora.data.labels import Labels
 from tailora.data.schemas import SEQ2SEQ
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, MemoryLimitError
 from tailora.formats.hub import local_folder
 from tailora.formats.load import lora_config_of, read_any_format
 from tailora.kernels.attention import CPU
@@ -39,16 +40,25 @@ from tailora.kernels.compiled_layers import decoder_layers
 from tailora.model import LoRAModel
 from tailora.train.classification import label_task
 from tailora.train.config import TASK_TYPES, TrainConfig
+from tailora.train.image_text_to_text import ImageTextToText
 from tailora.train.kernel_choice import (
     PLAIN,
     Kernels,
+    asks_for_compiled_layers,
     choose_layout,
     plain_kernels,
     share_kept,
     use_kernels,
 )
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, BatchLayout, Task, make_batch
-from tailora.train.memory import MemoryTracker, fake_tensors
+from tailora.train.memory import (
+    MemoryTracker,
+    available_bytes,
+    fake_tensors,
+    format_bytes,
+    needs_contents,
+    total_bytes,
+)
 from tailora.train.model_loading import new_model, precision_of
 from tailora.train.quantize import (
     METHODS,
@@ -60,7 +70,7 @@ from tailora.train.quantize import (
     stays_quantized,
     stored_quantization,
 )
-from tailora.train.trainable import FullModel, Trainable, trained_module
+from tailora.train.trainable import FullModel, Trainable, trained_module, trains_on_pixels
 
 # ---- The model without its weights
 #
@@ -363,6 +373,83 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
         flops=tracker.flops,
         malloc_overhead=tracker.sum_of_peaks - peak.total() if base.device.type == "cpu" else 0,
     )
+
+
+def largest_step(config: TrainConfig, fake: FakeModel, examples: Sequence[Example]) -> StepCost:
+    """Returns the cost of a run's largest forward and backward.
+
+    Image towers run only if a part of them is trained, because frozen ones keep nothing for the backward.
+    """
+    step: StepCost | None = None
+    simulate = partial(simulate_step, fake, checkpointed=config.gradient_checkpointing)
+    if isinstance(fake.task, ImageTextToText):
+        if trains_on_pixels(fake.model):
+            try:
+                step = simulate(examples)
+            except RuntimeError as error:
+                if not needs_contents(error):
+                    raise
+                fake.notes.append(
+                    "the activations of the image tower cannot be simulated and are missing; use --measure"
+                )
+        examples = [fake.task.as_text(example) for example in examples]
+    step = step or simulate(examples)
+    if asks_for_compiled_layers(config):
+        step = with_compiled_layers(step, fake, config.activation_memory)
+        fake.notes.append("the memory of compiled layers is estimated from one measurement, not simulated")
+    return step
+
+
+def check_fits(
+    config: TrainConfig,
+    shape: PretrainedConfig,
+    task: Task,
+    examples: Sequence[Example],
+    device: torch.device,
+    advice: str,
+) -> None:
+    """Raises MemoryLimitError if the largest step of a loaded model needs more than is free.
+
+    Some models cannot be simulated. They are not checked.
+    """
+    try:
+        with fake_model(config, shape, device, task) as fake:
+            needed = largest_step(config, fake, examples).bytes
+    except Exception:  # noqa: BLE001 - the code of a model may fail in any way on tensors without contents
+        return
+    available = available_bytes(device)
+    if needed > available:
+        memory = f"{device} ({device_name(device)}, {format_bytes(total_bytes(device))} in total)"
+        free = f"{format_bytes(available)} are free{'' if device.type == 'cpu' else f' on {memory}'}"
+        cause = f"a step needs about {format_bytes(needed)}, but only {free}"
+        raise MemoryLimitError(f"out of memory before the first step: {cause}\n{advice}")
+
+
+CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
+
+
+def can_checkpoint(config: TrainConfig) -> bool:
+    return not (config.gradient_checkpointing or asks_for_compiled_layers(config))
+
+
+def can_quantize(config: TrainConfig, shape: PretrainedConfig) -> bool:
+    """Returns whether a run with a 4-bit base is an alternative."""
+    return not (config.method == "full" or config.quantize or stored_quantization(shape) or config.fsdp_offload_params)
+
+
+def remedies(config: TrainConfig, shape: PretrainedConfig, batch_size: int, *, can_shard: bool = False) -> list[str]:
+    """Returns settings that need less memory. batch_size: a smaller one, 0 if there is none."""
+    examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    accumulation = -(-examples // max(batch_size, 1))
+    options = [
+        (batch_size > 0, f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}"),
+        (can_shard, "--fsdp"),
+        (can_checkpoint(config), CHECKPOINTING),
+        (can_quantize(config, shape), QUANTIZATION),
+        (config.method == "full", "--method lora"),
+        (config.max_length > 128, f"--max-length {config.max_length // 2}"),
+    ]
+    return [*(text for helps, text in options if helps), "a smaller --model"]
 
 
 def with_compiled_layers(step: StepCost, fake: FakeModel, activation_memory: float) -> StepCost:

@@ -52,7 +52,6 @@ from tailora.train.kernel_comparison import (
     short_examples,
 )
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
-from tailora.train.memory import ACTIVATION_MEMORY
 from tailora.train.model_loading import pad_id
 from tailora.train.parallel import first_of_ranks
 from tailora.train.trainable import Trainable
@@ -335,12 +334,6 @@ def share_kept(kernels: Kernels, activation_memory: float) -> float:
     if kernels.compiled is not None:
         kept = COMPILED_SHARE * kernels.compiled.activation_memory
     return COMPILED_SHARE * activation_memory / kept
-
-
-def share_kept_instead(config: TrainConfig, base: PreTrainedModel, kernels: Kernels) -> float | None:
-    """Returns what ACTIVATION_MEMORY would leave of what these layers keep; None if it is no choice for this run."""
-    excluded = config.fast == "off" or config.gradient_checkpointing or config.activation_memory <= ACTIVATION_MEMORY
-    return None if excluded or obstacle_to_compiling(base, base.device) else share_kept(kernels, ACTIVATION_MEMORY)
 
 
 def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:

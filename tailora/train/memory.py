@@ -1,8 +1,6 @@
-"""How much memory there is, how much a forward keeps, what helps if that is too much, and what code would allocate.
+"""How much memory there is, and what code would allocate.
 
-`measure_cost` counts what a forward of the loaded model keeps for its backward. Without temporaries that is a lower
-bound: it can only show that a run does not fit. `train.estimate` estimates a whole run without loading the model, by a
-`MemoryTracker` on tensors without contents.
+`train.estimate` estimates a run without loading the model, by a `MemoryTracker` on tensors without contents.
 """
 
 import ctypes
@@ -14,9 +12,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +25,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedModel
 
-from tailora.core.device import device_name
-from tailora.core.quantization import dense_shape, inner_tensors, quantized_layers, stored_tensors
 from tailora.errors import MemoryLimitError, is_out_of_memory
 from tailora.kernels import cpu_attention
 from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_documents
-from tailora.kernels.recompute import Recomputing
 
 CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # the groups of this process; all groups
 CGROUP_FILES = {  # folder of a version -> its files of limit and use, and the files in memory that can be dropped
@@ -49,7 +40,6 @@ CGROUP_FILES = {  # folder of a version -> its files of limit and use, and the f
 }
 STATUS = Path("/proc/self/status")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-ACTIVATION_MEMORY = 0.4  # that is recommended: the smallest that was measured; it costs little time
 KEPT_BYTES, MMAP_BYTES = 256 * 2**20, 32 * 2**20  # glibc takes no larger threshold for mmap
 
 
@@ -171,125 +161,6 @@ def _free_in_process() -> list[int]:
     used = {resource.RLIMIT_AS: memory.vms, resource.RLIMIT_DATA: memory.data}
     limits = {kind: resource.getrlimit(kind)[0] for kind in used}
     return [limit - used[kind] for kind, limit in limits.items() if limit != resource.RLIM_INFINITY]
-
-
-# ---- What a forward keeps
-
-
-@dataclass(frozen=True)
-class ForwardSize:
-    """The size of one forward, usually of the largest."""
-
-    batch_size: int  # as set; a forward may hold a part of it
-    examples: int
-    tokens: int
-    supervised: int
-    checkpointed: bool
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the forward keeps until the backward, in bytes."""
-
-    fixed: float  # copies of the adapter in the base's precision, and of a quantized base the one weight in use
-    per_token: float
-    per_checkpointed_token: float
-    per_supervised: float  # in addition: hidden states or logits of a supervised token, depending on the loss
-
-    def of(self, size: ForwardSize) -> int:
-        per_token = self.per_checkpointed_token if size.checkpointed else self.per_token
-        return int(self.fixed + per_token * size.tokens + self.per_supervised * size.supervised)
-
-    def with_images(self, kept: int, tokens: int, supervised: int) -> "Cost":
-        """Returns the cost with what else an example with images keeps, spread over its tokens.
-
-        kept: bytes that its forward keeps.    tokens, supervised: their numbers in the example.
-        """
-        more = max(kept - self.fixed - self.per_token * tokens - self.per_supervised * supervised, 0) / tokens
-        growth = 1 + more / self.per_token
-        return replace(
-            self, per_token=self.per_token * growth, per_checkpointed_token=self.per_checkpointed_token * growth
-        )
-
-
-def measure_cost(
-    forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrainedModel, recomputing: Recomputing | None = None
-) -> Cost:
-    """Returns the cost, from three calls of `forward(tokens, supervised)`, which must not checkpoint the layers."""
-    half = kept_bytes(partial(forward, tokens // 2, False), model, recomputing)
-    whole = kept_bytes(partial(forward, tokens, False), model, recomputing)
-    supervised = kept_bytes(partial(forward, tokens, True), model, recomputing)
-    per_token = (whole - half) / (tokens - tokens // 2)
-    config, width = model.config.get_text_config(), model.dtype.itemsize
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    quantized = (dense_shape(layer).numel() for layer in quantized_layers(model).values())
-    return Cost(
-        fixed=max(whole - per_token * tokens, 0) + max(quantized, default=0) * width,
-        per_token=per_token,
-        per_checkpointed_token=per_token / layers + layers * hidden * width,
-        per_supervised=(supervised - whole) / max(tokens - 1, 1),  # nothing predicts the first token
-    )
-
-
-def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel, recomputing: Recomputing | None = None) -> int:
-    """Returns the bytes that autograd, or `recomputing`, keeps after the forward, without the model's weights."""
-    known = {part.untyped_storage().data_ptr() for tensor in stored_tensors(model) for part in inner_tensors(tensor)}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        for part in inner_tensors(tensor):
-            storage = part.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage._cdata] = storage
-        return tensor.detach()  # the tensor itself would keep its own graph alive for ever
-
-    hooks = saved_tensors_hooks(keep, lambda tensor: tensor) if recomputing is None else nullcontext()
-    with hooks, torch.enable_grad():
-        loss = forward()  # kept alive while sizes are added up, so that no address is used by two tensors
-    if recomputing is not None:
-        kept = {key: storage for key, storage in recomputing.storages() if storage.data_ptr() not in known}
-    total = sum(storage.nbytes() for storage in kept.values())  # FSDP2 has freed the weights that it gathered
-    del loss
-    return total
-
-
-def check_fits(needed: int, device: torch.device, advice: str) -> None:
-    """Raises MemoryLimitError if fewer bytes are free than the largest forward keeps."""
-    available = available_bytes(device)
-    if needed > available:
-        memory = f"{device} ({device_name(device)}, {format_bytes(total_bytes(device))} in total)"
-        free = f"{format_bytes(available)} are free{'' if device.type == 'cpu' else f' on {memory}'}"
-        cause = f"a step keeps at least {format_bytes(needed)} for its backward pass, but only {free}"
-        raise MemoryLimitError(f"out of memory before the first step: {cause}\n{advice}")
-
-
-def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float | None = None) -> str:
-    """Returns three changes of settings, with effects. compiled_share: what ACTIVATION_MEMORY leaves, if possible."""
-    half = max(size.examples // 2, 1)
-    share = half / size.examples
-    smaller = replace(size, examples=half, tokens=int(size.tokens * share), supervised=int(size.supervised * share))
-    shorter = replace(size, tokens=size.tokens // 2, supervised=size.supervised // 2)
-    lines = []
-
-    def add(change: str, after: int, effect: str) -> None:
-        lines.append(f"  - {change}: {format_bytes(after)} instead of {format_bytes(cost.of(size))}; {effect}")
-
-    same = "the same result in about the same time"
-    if size.examples > 1:
-        accumulated = f"with {size.batch_size / half:g} times the gradient accumulation"
-        add(f"--per-device-train-batch-size {half} {accumulated}", cost.of(smaller), same)
-    if compiled_share is not None:
-        less = replace(cost, per_token=cost.per_token * compiled_share)
-        add(f"--activation-memory {ACTIVATION_MEMORY}", less.of(size), f"{same}, after half a minute of compiling")
-    if not size.checkpointed:
-        checkpointed = cost.of(replace(size, checkpointed=True))
-        add("--gradient-checkpointing", checkpointed, "the same result in about a third more time")
-    add(f"--max-length {longest // 2}", cost.of(shorter), "half the time for the longest examples, which are truncated")
-    lines += [
-        "  - fewer --target-modules or --layers-to-transform: layers below the first adapted one keep no activations",
-        "  - a smaller base model: memory and time shrink with its depth and width",
-    ]
-    return "\n".join(["what helps:", *lines[:3]])
 
 
 @contextmanager

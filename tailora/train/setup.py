@@ -6,7 +6,7 @@ data -> model -> adapter -> batch layout -> kernels -> memory -> optimizer -> st
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,14 +16,14 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adapter_set import layer_calls
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.core.device import as_current, choose_device, device_name
 from tailora.core.layer_calls import last_names
-from tailora.core.quantization import stored_bytes
+from tailora.core.quantization import inner_tensors, stored_bytes, stored_tensors
 from tailora.data.dataset import Example
 from tailora.data.labels import LABEL_TASKS, Labels, read_labels
 from tailora.errors import ConfigError, TailoraWarning, TargetError, listing, nearest
@@ -36,6 +36,7 @@ from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import ChooseHeldOut, ReadData, TrainingData, read_data, resolved_sources
 from tailora.train.divergence import FiniteUpdates
+from tailora.train.estimate import check_fits, remedies
 from tailora.train.failures import fail_together
 from tailora.train.kernel_choice import (
     PLAIN,
@@ -44,29 +45,27 @@ from tailora.train.kernel_choice import (
     choose_kernels,
     choose_layout,
     recorded_kernels,
-    share_kept_instead,
     use_kernels,
 )
 from tailora.train.kernel_comparison import has_dropout
-from tailora.train.loss import CAUSAL_LM, BatchLayout, ModelWithLoss, Task, make_batch
-from tailora.train.memory import (
-    Cost,
-    check_fits,
-    explain_out_of_memory,
-    keep_freed_memory,
-    kept_bytes,
-    measure_cost,
-    remedies,
-    reset_peak,
+from tailora.train.loss import BatchLayout, ModelWithLoss, Task, make_batch
+from tailora.train.memory import available_bytes, explain_out_of_memory, keep_freed_memory, reset_peak
+from tailora.train.model_loading import (
+    fitted_labels,
+    labels_of_adapter,
+    labels_of_config,
+    load_base,
+    read_config,
+    set_labels,
 )
-from tailora.train.model_loading import fitted_labels, labels_of_adapter, labels_of_config, load_base, read_config
 from tailora.train.optimizer import OPTIMIZERS, LossScale, parameter_groups
 from tailora.train.parallel import Sharding, forget_forward, own_process_group, send_from_first_rank
 from tailora.train.quantize import check_full_training, dequantization_note, stored_quantization
 from tailora.train.state import TrainState, seed_all, seeded
-from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module, trained_parts, trains_on_pixels
+from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module, trained_parts
 
-PROBE_TOKENS = 32  # most tokens of the longest example to measure memory on
+PROBE_TOKENS = 32  # most tokens of the longest example to try the model on
+PEAK_PER_SAVED = 4  # a step never takes more than this, times what autograd saves by itself: temporaries, padding
 LOADING_REMEDIES = (
     "try --quantize nf4 (a quarter of bfloat16's memory), --dtype bfloat16 (half of float32's memory) or a smaller "
     "--model, or close other programs"
@@ -90,8 +89,7 @@ class Run:
     model: Trainable  # the adapter around the base, or the base trained in full
     layout: BatchLayout  # packed or padded batches
     kernels: Kernels
-    activation_bytes: int  # what the largest forward keeps for its backward
-    memory_remedies: str  # what helps if the run does not fit
+    memory_remedies: str  # what helps if memory runs out
     base_fingerprint: dict[str, LayerFingerprint]  # of the adapted weights
     updates: FiniteUpdates  # the trained parameters, their optimizer, and the last good values
     forward: nn.Module  # the model with its loss, as accelerate prepared it
@@ -144,10 +142,9 @@ class Run:
             "trainable_parameters": summary.trainable_parameters,
             "total_parameters": summary.total_parameters,
             "max_steps": data.max_steps,
-            "largest_forward_tokens": data.largest_size.tokens,
+            "largest_forward_tokens": data.largest_tokens,
             "data": None if data.prepared is None else data.prepared.report.to_dict(),
             **run_log.environment(),
-            "estimated_activation_bytes": self.activation_bytes,
         }
 
 
@@ -178,21 +175,21 @@ def set_up(
         labels, has_new_head = find_labels(config)
         load = loader_of(config, device, labels)
         base, tokenizer = load()
-        if dequantized := dequantization_note(read_config(config.model), config.model):
+        shape = shape_of(config, labels, tokenizer)
+        if dequantized := dequantization_note(shape, config.model):
             note(dequantized)
         weights = model_fingerprint(base)
         data = read(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator, labels)
         if held_out is not None and data.held_out is not None:
             data = replace(data, held_out=data.held_out.select(held_out(len(data.held_out))))
         model = attach(config, base, tokenizer, saved, load)
-        layout, kernels = choose_computation(config, model, tokenizer, data, saved, note)
-        cost = memory_cost(model, layout, kernels, data.longest, data.tried_task)
-    if data.rollouts is not None:  # whose examples are completions
-        advice = data.rollouts.memory_advice
-    else:
-        kept_instead = share_kept_instead(config, base, kernels)
-        advice = remedies(cost, data.largest_size, len(data.longest.input_ids), kept_instead)
-    check_fits(activation_bytes := cost.of(data.largest_size), device, advice)
+        layout = choose_layout(config, model, tokenizer, note, task=data.tried_task)
+        if saved is not None:
+            layout = replace(layout, float32_from=saved.state["run"].get("float32_from"))
+        bytes_per_token = try_forward(model, data.longest, data.tried_task, layout)
+        init_from_data(model, data, layout, config.init_batches)
+        kernels = kernels_for(config, model, layout, data, saved)
+        advice = check_memory(config, shape, data, device, bytes_per_token)
     updates = start_updates(config, model, device, stack)
     seed_all(config.seed + accelerator.process_index)  # each rank draws its own dropout masks
     run = Run(
@@ -209,7 +206,6 @@ def set_up(
         model=model,
         layout=layout,
         kernels=kernels,
-        activation_bytes=activation_bytes,
         memory_remedies=advice,
         base_fingerprint=peft.base_fingerprint(model.adapter(), base) if isinstance(model, LoRAModel) else {},
         updates=updates,
@@ -220,33 +216,56 @@ def set_up(
         ),
     )
     state = TrainState() if saved is None else resume(run, saved)
-    accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
-    if is_main:
-        if overwrite and (aside := run_log.set_aside(output_dir)):
-            note(f"the earlier run is kept in {aside} until this one has finished")
-        evaluated = {step for step, _ in state.history}
-        run_log.start_metrics(output_dir, resumed_at=None if saved is None else state.step, evaluated=evaluated)
+    start_logs(run, state, overwrite=overwrite)
     return run, state
 
 
-def choose_computation(
-    config: TrainConfig,
-    model: Trainable,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainingData,
-    saved: Checkpoint | None,
-    note: Callable[[str], None],
-) -> tuple[BatchLayout, Kernels]:
-    """Tries the model on the longest example, and starts an adapter from data. saved: its kernels are used again."""
-    layout = choose_layout(config, model, tokenizer, note, task=data.tried_task)
-    recorded = None
-    if saved is not None:
-        recorded = recorded_kernels(saved.state["run"])
-        layout = replace(layout, float32_from=saved.state["run"].get("float32_from"))
-    check_layers_are_called(model, data.longest, data.tried_task, layout)
-    init_from_data(model, data, layout, config.init_batches)
+def start_logs(run: Run, state: TrainState, *, overwrite: bool) -> None:
+    """Starts the trackers and the logs of the output folder, from which an earlier run is moved away."""
+    config, output_dir = run.config, run.output_dir
+    settings = {name: str(value) for name, value in config.model_dump().items()}
+    run.accelerator.init_trackers("tailora", config=settings)
+    if run.is_main:
+        if overwrite and (aside := run_log.set_aside(output_dir)):
+            run.note(f"the earlier run is kept in {aside} until this one has finished")
+        evaluated = {step for step, _ in state.history}
+        resumed_at = None if config.resume_from_checkpoint is None else state.step
+        run_log.start_metrics(output_dir, resumed_at=resumed_at, evaluated=evaluated)
+
+
+def kernels_for(
+    config: TrainConfig, model: Trainable, layout: BatchLayout, data: TrainingData, saved: Checkpoint | None
+) -> Kernels:
+    """Compares kernels on the longest example. saved: a checkpoint, whose kernels are used again."""
+    recorded = None if saved is None else recorded_kernels(saved.state["run"])
     step = 0 if saved is None else saved.state["progress"]["step"]
-    return layout, choose_kernels(config, model, layout, Work(data.tokens(step), data.longest), recorded)
+    return choose_kernels(config, model, layout, Work(data.tokens(step), data.longest), recorded)
+
+
+def check_memory(
+    config: TrainConfig, shape: PretrainedConfig, data: TrainingData, device: torch.device, bytes_per_token: float
+) -> str:
+    """Returns what helps if memory runs out. Raises MemoryLimitError if the largest step needs more than is free.
+
+    The estimate of that step takes seconds, so a generous bound comes first.
+
+    bytes_per_token: see `try_forward`.
+    """
+    smaller, can_shard = config.per_device_train_batch_size // 2, launch.world_size() > 1 and not config.fsdp
+    advice = "\n  - ".join(["what helps:", *remedies(config, shape, smaller, can_shard=can_shard)])
+    if data.rollouts is not None:
+        advice = data.rollouts.memory_advice
+    if PEAK_PER_SAVED * bytes_per_token * data.largest_tokens > available_bytes(device):
+        check_fits(config, shape, data.task.without_reference(), data.largest, device, advice)
+    return advice
+
+
+def shape_of(config: TrainConfig, labels: Labels | None, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Returns config.json of the model, with the labels of the data if there are any."""
+    shape = read_config(config.model)
+    if labels is not None:
+        set_labels(shape, labels, tokenizer)
+    return shape
 
 
 def start_updates(config: TrainConfig, model: Trainable, device: torch.device, stack: ExitStack) -> FiniteUpdates:
@@ -451,26 +470,33 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
         model.start_from_data(data.first_batches(batches), loss)
 
 
-def check_layers_are_called(model: Trainable, example: Example, task: Task, layout: BatchLayout) -> None:
-    """Raises TargetError if a forward calls no adapted layer, or reads the weight of one without calling it.
+def try_forward(model: Trainable, example: Example, task: Task, layout: BatchLayout) -> float:
+    """Returns the bytes that a forward saves for its backward, per token; at most, as it counts some of them twice.
 
-    Warns about other layers that the example does not train.
+    Raises TargetError if the forward calls no adapted layer, or reads the weight of one without calling it. Warns about
+    other layers that the example does not train.
     """
-    if not isinstance(model, LoRAModel):
-        return
     device = next(model.parameters()).device
     part = example if example.images else task.start_of(example, PROBE_TOKENS)  # towers run only for images
     batch = make_batch([part], replace(layout, packed=False), device, task)
-    calls = layer_calls(model)
-    keep_nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0))
+    calls = layer_calls(model) if isinstance(model, LoRAModel) else None
+    weights = {_address(part) for tensor in stored_tensors(model) for part in inner_tensors(tensor)}
+    saved = 0
+
+    def count(tensor: Tensor) -> None:  # the graph is only looked at, so nothing is kept
+        nonlocal saved
+        saved += sum(part.nbytes for part in inner_tensors(tensor) if _address(part) not in weights)
 
     def forward() -> Tensor:
-        with evaluating(model), calls.recorded(), keep_nothing:  # the graph is only looked at
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda _: torch.empty(0))
+        with evaluating(model), nullcontext() if calls is None else calls.recorded(), hooks:
             output: Tensor = task.call(model, batch).logits
         forget_forward(model.base_model)
         return output
 
-    output = forward()
+    output, bytes_per_token = forward(), saved / len(part.input_ids)
+    if calls is None:
+        return bytes_per_token
     if calls.ran.isdisjoint(calls.layers.values()):
         raise TargetError(
             f"the model uses none of the adapted layers for text ({', '.join([*calls.layers][:5])}); change "
@@ -490,27 +516,8 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
             TailoraWarning,
             stacklevel=2,
         )
+    return bytes_per_token
 
 
-def memory_cost(
-    model: Trainable, layout: BatchLayout, kernels: Kernels, example: Example, task: Task = CAUSAL_LM
-) -> Cost:
-    """Returns the bytes that a forward keeps for its backward, measured on the start of one example.
-
-    If more than the language model is trained, images count with the tokens of this example.
-    """
-    base = cast(PreTrainedModel, model.base_model)
-
-    def loss_of(part: Example) -> Tensor:
-        return task.outputs(model, make_batch([part], layout, base.device, task), layout).losses.sum()
-
-    def forward(tokens: int, supervised: bool) -> Tensor:
-        return loss_of(task.start_of(example, tokens, supervised=supervised))
-
-    with use_kernels(base, layout, kernels) as recomputing:
-        cost = measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base, recomputing)
-        if example.images and trains_on_pixels(model):
-            whole = kept_bytes(partial(loss_of, example), base, recomputing)
-            cost = cost.with_images(whole, len(example.input_ids), example.supervised)
-    forget_forward(base)
-    return cost
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -60,7 +60,6 @@ class StepShape:
     rank: int = 0
     world: int = 1
     token_limit: int | None = None  # of one forward; a longer example goes alone
-    checkpointed: bool = False  # with gradient checkpointing
     task: Task = CAUSAL_LM
 
     @property
@@ -76,7 +75,6 @@ def step_shape(config: TrainConfig, accelerator: Accelerator) -> StepShape:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         token_limit=token_limit(accelerator.device.type),
-        checkpointed=config.gradient_checkpointing,
     )
 
 

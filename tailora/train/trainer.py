@@ -362,7 +362,7 @@ class Trainer:
                     lambda done, total: self.run.report(events.EvaluationProgress(done, total, "held-out prompts")),
                 )
         run, accelerator, counts = self.run, self.run.accelerator, task.counts(examples)
-        budget, ranks, rank = run.data.largest_size.tokens, accelerator.num_processes, accelerator.process_index
+        budget, ranks, rank = run.data.largest_tokens, accelerator.num_processes, accelerator.process_index
         shares = [np.arange(first, len(examples), ranks) for first in range(ranks)]
         share, part = shares[rank], None
         if len(share):

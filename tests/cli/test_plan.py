@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 from command_line import check_refused, found, output
+from transformers import LlamaConfig
 
 from tailora.cli.main import main
 from tailora.cli.plan import bytes_of
 from tailora.errors import ConfigError
-from tailora.study.plan import plan, remedies
+from tailora.study.plan import plan
 from tailora.study.plan_result import Plan
 from tailora.train.config import TrainConfig
+from tailora.train.estimate import remedies
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,9 +151,9 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
     assert not found["fits"]
     first = "--per-device-train-batch-size 24 --gradient-accumulation-steps 6"
     config = TrainConfig(per_device_train_batch_size=64, gradient_accumulation_steps=2)
-    assert remedies(config, 24, [])[0] == first
+    assert remedies(config, LlamaConfig(), 24)[0] == first
     full = TrainConfig(method="full", learning_rate=1e-4, gradient_checkpointing=True, max_length=64)
-    assert remedies(full, 0, []) == ["--method lora", "a smaller --model"]
+    assert remedies(full, LlamaConfig(), 0) == ["--method lora", "a smaller --model"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_bytes import kept_bytes
 from tiny import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from tailora.core.device import HALF
 from tailora.core.float32_products import float32_products
 from tailora.kernels import recompute
 from tailora.kernels.recompute import recomputed
-from tailora.train.memory import kept_bytes
 
 SHARES = {  # of what autograd keeps by itself
     "LlamaForCausalLM": 0.7,

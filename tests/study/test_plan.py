@@ -21,15 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.report.blocks import Paragraph
-from tailora.report.format import duration
 from tailora.report.pages.plan import plan_page
-from tailora.study.budget import START
-from tailora.study.lr_range import SHORT_STEPS
-from tailora.study.plan import batch_size_that_fits, largest_step, plan, quantization
+from tailora.study.plan import batch_size_that_fits, plan, quantization
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import FakeModel, Memory, fake_trainable
+from tailora.train.estimate import FakeModel, Memory, fake_trainable, largest_step
 from tailora.train.image_text_to_text import ImageTextToText
 from tailora.train.loss import CAUSAL_LM
 from tailora.train.memory import fake_tensors
@@ -66,7 +62,6 @@ def test_what_a_plan_of_reinforcement_learning_excludes_is_named(small_run: Trai
     planned = plan(small_run.replaced(**changes))
     assert any(note.startswith("sampling needs a cache of ") for note in planned.notes)
     assert "the time excludes sampling and evaluations, which usually take longer than the steps" in planned.notes
-    assert planned.lr_search_seconds is None, "search --lr-only needs a loss"
     with_beta = plan(small_run.replaced(**changes, beta=0.04))
     assert (planned.full is None, with_beta.full) == (False, None)
     assert any(note.startswith("full fine-tuning is not shown") for note in with_beta.notes)
@@ -230,34 +225,6 @@ def test_ranks_share_the_steps_of_an_epoch(planned: Plan, small_run: TrainConfig
     assert two.available_bytes < one.available_bytes  # both take from the memory of this machine
 
 
-def test_a_short_search_for_the_learning_rate_takes_its_steps_and_evaluations(planned: Plan) -> None:
-    per_step, seconds = planned.seconds_per_step, planned.lr_search_seconds
-    assert per_step is not None
-    assert seconds is not None
-    assert planned.examples == 42, "18 of 60 are held out, and half of these are evaluated 14 times"
-    evaluations = (seconds - START.fixed) / per_step - SHORT_STEPS  # in steps
-    assert evaluations == pytest.approx(14 * 9 / 4 / 2, rel=0.1), "a forward is half of a step of 4 examples"
-    text = " ".join(block.text for block in plan_page(planned).sections[3].blocks if isinstance(block, Paragraph))
-    assert "`tailora search --lr-only --max-steps 40` with the same settings suggests one for yours in" in text
-    assert f"about {duration(seconds)}, or less if" in text
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"validation_split": 0.0},
-        {"validation_split": 0.05},
-        {"learning_rate": 1e-4},
-        {"method": "full", "learning_rate": 1e-4},
-        {"device": "h100 pcie"},
-    ],
-)
-def test_a_run_that_cannot_be_searched_has_no_time_of_a_search(small_run: TrainConfig, changes: dict[str, Any]) -> None:
-    found = plan(TrainConfig(model=small_run.model, data=small_run.data, dtype="float32", **changes))
-    assert found.lr_search_seconds is None
-    assert "--lr-only" not in str(plan_page(found))
-
-
 def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainConfig) -> None:
     common = {"model": small_run.model, "dtype": "float32", "r": 4, "max_length": 64, "max_steps": 3}
     single = plan(TrainConfig(**common, per_device_train_batch_size=4))
@@ -321,7 +288,6 @@ def test_a_tower_is_left_out_of_the_estimate_only_if_its_shapes_depend_on_number
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task, example = ImageTextToText(tiny_llava()[1]), Example.of_text(np.arange(4))
-    batches: Any = SimpleNamespace(task=task, largest=[replace(example, images=("an image",))])
     nothing: Any = None
     fake = FakeModel(nothing, task, nothing, nothing, nothing, notes=[])
 
@@ -332,9 +298,9 @@ def test_a_tower_is_left_out_of_the_estimate_only_if_its_shapes_depend_on_number
             return "as text"
 
         monkeypatch.setattr("tailora.train.estimate.simulate_step", simulate)
-        return largest_step(TrainConfig(), fake, batches)
+        return largest_step(TrainConfig(), fake, [replace(example, images=("an image",))])
 
-    monkeypatch.setattr("tailora.study.plan.trains_on_pixels", lambda _: True)
+    monkeypatch.setattr("tailora.train.estimate.trains_on_pixels", lambda _: True)
     reads: list[Callable[[], Any]] = [  # as in towers
         lambda: torch.ones(()).tolist(),
         lambda: torch.ones(()).nonzero(),

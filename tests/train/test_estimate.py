@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from kept_bytes import kept_bytes
 from runs import token_losses
 from tiny import LLAMA_3_8B, chat_tokenizer
 from torch.distributed.tensor import DTensor
@@ -26,11 +27,15 @@ from transformers import (
 from tailora.core.config import LoRAConfig
 from tailora.core.quantization import stored_bytes, stored_tensors
 from tailora.data.dataset import Example
+from tailora.errors import MemoryLimitError
 from tailora.kernels.loss import FROZEN, OWN
 from tailora.model import LoRAModel
+from tailora.study.plan import plan
+from tailora.train import estimate
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import (
     AbsentDevice,
+    StepCost,
     estimate_memory,
     fake_model,
     fake_trainable,
@@ -38,11 +43,11 @@ from tailora.train.estimate import (
     simulate_step,
 )
 from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
-from tailora.train.loss import BatchLayout
-from tailora.train.memory import ForwardSize, fake_tensors
+from tailora.train.loss import CAUSAL_LM, BatchLayout, make_batch
+from tailora.train.memory import fake_tensors
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.parallel import Sharding
-from tailora.train.setup import memory_cost
+from tailora.train.trainer import run
 
 CPU = torch.device("cpu")
 
@@ -89,18 +94,52 @@ def example(length: int, start: int = 0) -> Example:
     return Example.of_text(ids)
 
 
-@pytest.mark.parametrize("fast", ["auto", "off"])
-def test_what_a_forward_keeps_is_what_the_real_one_keeps(model_folder: Path, fast: str) -> None:
-    config = TrainConfig(model=str(model_folder), r=4, fast=fast, dtype="float32")
-    shape = read_config(config.model)
-    with fake_model(config, shape, CPU) as fake:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"fast": "off"}, {"packing": "off"}, {"quantize": "nf4"}, {"quantize": "int8"}, {"quantize": "torchao-int8"}],
+    ids=str,
+)
+def test_what_a_forward_keeps_is_what_the_real_one_keeps(tmp_path: Path, changes: dict[str, Any]) -> None:
+    shape = LlamaConfig(**shape_of(320, 128, 256, 2, 4, 2))
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(tmp_path)
+    chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
+    config = TrainConfig(model=str(tmp_path), r=4, dtype="float32", **changes)
+    with fake_model(config, read_config(config.model), CPU) as fake:
         step = simulate_step(fake, [example(100)], checkpointed=False)
-        rows, kernels = fake.layout, fake.kernels
-    model = LoRAModel(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), LoRAConfig(r=4)).train()
-    kept = memory_cost(model, rows, kernels, example(100))
-    load = ForwardSize(1, 1, 100, 99, checkpointed=False)
-    assert step.kept == pytest.approx(kept.of(load), rel=0.05)
+        layout, kernels = fake.layout, fake.kernels
+    base, _ = load_base(config.model, config.dtype, CPU, config.quantize)
+    model = LoRAModel(base, config.lora()).train()
+    batch = make_batch([example(100)], layout, CPU)
+    with use_kernels(base, layout, kernels) as recomputing:
+        kept = kept_bytes(lambda: CAUSAL_LM.outputs(model, batch, layout).losses.sum(), base, recomputing)
+    assert step.kept == pytest.approx(kept, rel=0.05)
     assert step.kept < step.activations + step.logits  # with temporaries
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"method": "full"}], ids=str)
+def test_a_run_is_refused_if_its_largest_step_needs_more_than_is_free(
+    settings: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate is the one of a plan, and is made only if a bound from a short forward does not fit."""
+    kept = settings(per_device_train_batch_size=8, max_steps=1).model_dump(exclude_unset=True, exclude={"r"})
+    config = TrainConfig(**kept, **({} if "method" in changes else {"r": 4}), **changes)
+    planned, steps = plan(config), list[StepCost]()
+    needed = planned.memory.activations + planned.memory.logits
+    estimated = estimate.largest_step
+    monkeypatch.setattr(estimate, "largest_step", lambda *given: steps.append(estimated(*given)) or steps[-1])
+    run(config)
+    assert not steps
+    monkeypatch.setattr("tailora.train.setup.available_bytes", lambda _: 0)
+    monkeypatch.setattr(estimate, "available_bytes", lambda _: 2 * needed)
+    run(config, overwrite=True)
+    assert steps[0].activations + steps[0].logits == needed
+    monkeypatch.setattr(estimate, "available_bytes", lambda _: needed - 1)
+    with pytest.raises(MemoryLimitError, match=r"a step needs about .*, but only .* are free\nwhat helps:") as caught:
+        run(config, overwrite=True)
+    lines = str(caught.value).splitlines()[2:]
+    assert lines[0] == "  - --per-device-train-batch-size 4 --gradient-accumulation-steps 2"
+    assert ("  - --gradient-checkpointing" in lines) == ("gradient_checkpointing" not in changes)
+    assert ("  - --method lora" in lines) == ("  - --quantize nf4" not in lines) == ("method" in changes)
 
 
 def test_longer_rows_and_checkpointing_take_what_they_should(model_folder: Path) -> None:

@@ -37,11 +37,8 @@ from tailora.evaluation.generate import chat_ids, generation_arguments, prompt_o
 from tailora.kernels.loss import Batch
 from tailora.train.dataloader import TrainingData
 from tailora.train.image_text_to_text import check_processor, language_model_task
-from tailora.train.kernel_choice import PLAIN, Kernels
 from tailora.train.loss import BatchLayout, make_batch
-from tailora.train.memory import ForwardSize, kept_bytes
 from tailora.train.model_loading import load_tokenizer
-from tailora.train.setup import memory_cost
 from tailora.train.trainable import FullModel, trained_parts
 
 BY_DEFAULT = ("llava", "qwen2_5_vl", "gemma3", "idefics3")  # no token types, grids, token types, images per row
@@ -304,23 +301,13 @@ def test_a_model_is_tried_on_an_example_with_images_if_there_is_one(tmp_path: Pa
     assert len(longest.images) == 2 < len(longest.input_ids) < max(data.train.lengths)
 
 
-def test_parts_of_the_model_are_named_and_images_count_in_memory_where_a_tower_is_trained(tmp_path: Path) -> None:
-    data = prepare(str(write_rows(tmp_path)), tiny_vlm("llava")[1], DataSettings(validation_split=0))
-    example, costs = max(data.train, key=lambda example: len(example.input_ids)), []
+def test_parts_of_the_model_are_named() -> None:
     for targets, parts in (
         ("language-model", ["language model"]),
         ("all-linear", ["language model", "image tower", "projector"]),
     ):
-        base, processor = tiny_vlm("llava")
-        model = LoRAModel(base, LoRAConfig(r=2, target_modules=targets))
-        assert trained_parts(model) == parts
-        layout, task = BatchLayout(False, "", 0), language_model_task(processor)
-        costs.append(memory_cost(model, layout, Kernels(PLAIN, ""), example, task))
-        size = ForwardSize(1, 1, len(example.input_ids), example.supervised, checkpointed=False)
-    batch = make_batch([example], layout, base.device, task)
-    kept = kept_bytes(lambda: task.outputs(model, batch, layout).losses.sum(), base)
-    assert costs[1].of(size) == pytest.approx(kept, rel=0.01)
-    assert costs[0].of(size) < kept / 1.2
+        base, _ = tiny_vlm("llava")
+        assert trained_parts(LoRAModel(base, LoRAConfig(r=2, target_modules=targets))) == parts
 
 
 def test_all_weights_of_a_model_for_images_are_read_back(tmp_path: Path) -> None:

@@ -14,30 +14,18 @@ from limits import give_back_freed_memory
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from tailora.core.config import LoRAConfig
-from tailora.data.dataset import Example
 from tailora.errors import MemoryLimitError, is_out_of_memory
-from tailora.kernels.loss import FROZEN, OWN, RECOMPUTED
-from tailora.model import LoRAModel
 from tailora.train import memory
-from tailora.train.kernel_choice import PLAIN, Kernels
-from tailora.train.loss import BatchLayout
 from tailora.train.memory import (
-    Cost,
-    ForwardSize,
     available_bytes,
-    check_fits,
     explain_out_of_memory,
     format_bytes,
     peak_bytes,
-    remedies,
     reset_peak,
     used_bytes,
 )
-from tailora.train.setup import memory_cost
 
 CPU = torch.device("cpu")
-COST = Cost(fixed=0, per_token=1e6, per_checkpointed_token=1e5, per_supervised=1e5)
 
 STARVED = """
 import json, resource, sys
@@ -56,53 +44,6 @@ try:
 except MemoryLimitError as error:
     print(error)
 """
-
-
-BATCH, CHECKPOINT, LENGTH = "--per-device-train-batch-size 4", "--gradient-checkpointing", "--max-length 512"
-TARGETS, SMALLER = "fewer --target-modules", "a smaller base model"
-
-
-@pytest.mark.parametrize(
-    ("examples", "checkpointed", "compiled_share", "expected"),
-    [
-        (8, False, None, {BATCH: "4,050,000 GB", CHECKPOINT: "900,000 GB", LENGTH: "4,050,000 GB"}),
-        (8, False, 0.5, {BATCH: "4,050,000 GB", "--activation-memory 0.4": "4,100,000 GB", CHECKPOINT: "900,000 GB"}),
-        (8, True, None, {BATCH: "450,000 GB", LENGTH: "450,000 GB", TARGETS: ""}),
-        (1, False, None, {CHECKPOINT: "900,000 GB", LENGTH: "4,050,000 GB", TARGETS: ""}),
-        (1, True, None, {LENGTH: "450,000 GB", TARGETS: "", SMALLER: ""}),
-    ],
-)
-def test_a_load_beyond_the_machine_has_three_priced_remedies(
-    examples: int, checkpointed: bool, compiled_share: float | None, expected: dict[str, str]
-) -> None:
-    load = ForwardSize(examples, examples, tokens=8 * 10**9, supervised=10**9, checkpointed=checkpointed)
-    first, *lines = remedies(COST, load, 1024, compiled_share).splitlines()
-    assert (first, len(lines)) == ("what helps:", 3)
-    before = "900,000 GB" if checkpointed else "8,100,000 GB"
-    for line, (change, after) in zip(lines, expected.items(), strict=True):
-        assert line.startswith(f"  - {change}")
-        assert (f"{after} instead of {before};" in line) == bool(after)
-
-
-def test_what_does_not_fit_is_refused_with_advice() -> None:
-    check_fits(COST.of(ForwardSize(2, 2, tokens=10, supervised=5, checkpointed=False)), CPU, "advice")
-    with pytest.raises(MemoryLimitError, match=r"keeps at least 8,100,000 GB .* are free\nadvice$"):
-        check_fits(81 * 10**14, CPU, "advice")
-
-
-@pytest.mark.parametrize(("form", "kept"), [(FROZEN, 32), (RECOMPUTED, 32), (OWN, 320)])  # hidden size, vocabulary
-def test_the_estimate_is_what_the_forward_keeps(model_folder: Path, form: str, kept: int) -> None:
-    torch.manual_seed(0)
-    model = LoRAModel(AutoModelForCausalLM.from_pretrained(model_folder), LoRAConfig(r=4)).train()
-    ids = torch.arange(100).numpy().astype("int32")
-    cost = memory_cost(model, BatchLayout(False, form, 0), Kernels(PLAIN, ""), Example.of_text(ids))
-    layers, hidden, inner, keys = 2, 32, 48, 16
-    least = (
-        4 * layers * (4 * hidden + 2 * keys + 3 * inner)
-    )  # norms' inputs and outputs, q, k, v, gate, up, their product
-    assert least < cost.per_token < 3 * least
-    assert 4 * kept <= cost.per_supervised < 4 * kept + 32  # float32, and indices
-    assert cost.per_checkpointed_token < cost.per_token
 
 
 @pytest.mark.parametrize(
@@ -147,8 +88,8 @@ def test_running_out_in_training_names_cause_and_remedies(settings: Any, model_f
     assert process.returncode == 0, process.stderr
     assert "out of memory while training" in process.stdout
     assert "allocate" in process.stdout.splitlines()[0]
-    assert process.stdout.count("\n  - ") == 3
-    assert "--per-device-train-batch-size 1 with 8 times the gradient accumulation" in process.stdout
+    assert "what helps:\n  - --per-device-train-batch-size 4 --gradient-accumulation-steps 2\n" in process.stdout
+    assert process.stdout.rstrip().endswith("\n  - a smaller --model")
 
 
 def write_group(folder: Path, files: dict[str, str]) -> None:

@@ -303,13 +303,12 @@ def test_what_kto_computes_without_gradients_counts_as_neither_trained_nor_kept_
     examples = feedback(6)
     own = [example.sequences[0] for example in examples]
     data = training_data(examples, KTO(BETA))
-    assert data.largest_size.tokens == sum(len(sequence.input_ids) for sequence in own)
-    assert data.largest_size.supervised == sum(sequence.supervised for sequence in own)
-    assert next(data.steps(0)).supervised == data.largest_size.supervised
+    assert data.largest_tokens == sum(len(sequence.input_ids) for sequence in own)
+    assert next(data.steps(0)).supervised == sum(sequence.supervised for sequence in own)
 
 
 def test_the_longest_sequence_of_a_pair_may_be_the_rejected_one() -> None:
-    """Memory is measured on it, and the advice to halve --max-length begins from it."""
+    """The model is tried on it."""
     random = np.random.default_rng(0)
     short, long = sequence(random, [1, 2]), sequence(random, range(3, 60))
     assert training_data(Examples.of([Example.of_two(short, long)]), Pairs("dpo", BETA)).longest.hash == long.hash

@@ -5,23 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny import chat_model, chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.quantization import dense_weight, is_quantized, quantized_layers, stored_bytes
-from tailora.data.dataset import Example
+from tailora.core.quantization import dense_weight, quantized_layers, stored_bytes
 from tailora.errors import ConfigError
 from tailora.kernels.loss import FROZEN
 from tailora.train.events import Prepared
-from tailora.train.kernel_choice import PLAIN, Kernels
-from tailora.train.loss import BatchLayout
 from tailora.train.model_loading import load_base
 from tailora.train.quantize import METHODS, obstacle, settings_for
-from tailora.train.setup import memory_cost
 from tailora.train.trainer import run
 
 CPU = torch.device("cpu")
@@ -118,22 +113,3 @@ def test_a_quantised_model_keeps_its_own_way(model_folder: Path, tmp_path: Path)
     layers, loaded = quantized_layers(model), quantized_layers(again)
     assert layers.keys() == loaded.keys()
     assert all(torch.allclose(dense_weight(layers[path]), dense_weight(loaded[path]), rtol=1e-6) for path in layers)
-
-
-@methods
-def test_the_estimate_counts_what_a_quantised_base_keeps(model_folder: Path, method: str) -> None:
-    ids = np.arange(100, dtype=np.int32)
-    costs = []
-    for how in (None, method):
-        base, _ = load_base(str(model_folder), "float32", "cpu", how)
-        assert any(map(is_quantized, base.modules())) == (how is not None)
-        model = LoRAModel(base, LoRAConfig(r=4)).train()
-        costs.append(memory_cost(model, BatchLayout(False, FROZEN, 0), Kernels(PLAIN, ""), Example.of_text(ids)))
-    plain, quantised = costs
-    dense = 4 * 2 * HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * INNER)  # all linear layers in float32
-    largest = 4 * HIDDEN * INNER
-    assert quantised.per_token == pytest.approx(plain.per_token, rel=0.3)
-    extra = quantised.fixed - plain.fixed
-    assert largest <= extra <= largest + (dense if method == "torchao-int8" else largest)
-    if method == "torchao-int8":
-        assert extra > dense / 2  # its backward keeps copies

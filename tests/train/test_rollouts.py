@@ -248,11 +248,11 @@ def test_without_a_token_limit_a_forward_has_at_most_the_tokens_of_a_group(
     trainer.train()
     data = trainer.run.data
     assert data.rollouts is not None
-    assert data.largest_size.examples == 4
-    assert data.largest_size.tokens == data.rollouts.tokens_of_group
+    assert len(data.largest) == 4
+    assert data.largest_tokens == data.rollouts.tokens_of_group
     for step in steps:
         assert len(step.micro_batches) > 1
-        assert all(sum(len(e.input_ids) for e in part) <= data.largest_size.tokens for part in step.micro_batches)
+        assert all(sum(len(e.input_ids) for e in part) <= data.largest_tokens for part in step.micro_batches)
 
 
 def test_a_failing_reward_ends_the_run_with_its_name(grpo: Any) -> None:

@@ -4,7 +4,6 @@ from tailora.report.blocks import Block, Column, Figure, Number, Page, Paragraph
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, duration, plural, share
 from tailora.report.pages.shared import numeric, settings_table
-from tailora.study.lr_range import SHORT_STEPS
 from tailora.study.plan_result import Plan
 from tailora.train.memory import format_bytes
 
@@ -24,7 +23,7 @@ def plan_page(plan: Plan) -> Page:
         Section("What is trained", f"Parts: {', '.join(plan.parts)}." if plan.parts else "", _trained(plan)),
         Section("Memory", f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {basis}.", _memory(plan)),
         Section("What fits", f"In {available}, with all other settings unchanged.", [options]),
-        Section("Steps and time", "", [Paragraph(_steps(plan)), *_lr_search(plan), Paragraph(plan.kernels)]),
+        Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
         Section("Every matrix with a low-rank update", "", [_matrices(plan)]),
         Section("Settings", "", [settings_table("Settings", ("", plan.settings))]),
     ]
@@ -135,18 +134,6 @@ def _steps(plan: Plan) -> str:
     total = "" if plan.seconds is None else f", {duration(plan.seconds)} in total"
     per_step = f"{duration(plan.seconds_per_step)} per step{total} ({basis})"
     return f"{ranks}{steps} {per_step}. Evaluations, answers and saving are not included."
-
-
-def _lr_search(plan: Plan) -> list[Paragraph]:
-    if plan.lr_search_seconds is None:
-        return []
-    search = f"`tailora search --lr-only --max-steps {SHORT_STEPS}` with the same settings"
-    time = f"about {duration(plan.lr_search_seconds)}, or less if the loss rises early"
-    return [
-        Paragraph(
-            f"The default learning rate does not suit every model and run. {search} suggests one for yours in {time}."
-        )
-    ]
 
 
 def _matrices(plan: Plan) -> Table | None:
