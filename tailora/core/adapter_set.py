@@ -34,6 +34,7 @@ from tailora.core.layer_types import find_layer
 from tailora.core.mixed_batch import MixedBatch, flat_layers, mixed_parts
 from tailora.core.quantization import allow_repacking, prevent_repacking
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
+from tailora.patches import compiled_call
 
 
 class AdapterSet:
@@ -180,7 +181,7 @@ class AdapterSet:
         layers = self._in_order(self._unwatched)
         self._watched |= self._unwatched
         self._unwatched = set()
-        is_compiled = any(module._compiled_call_impl for module in self.base_model.modules())
+        is_compiled = any(map(compiled_call, self.base_model.modules()))
         return nullcontext() if is_compiled else LayerCalls(self.base_model, layers).warned_of()
 
     def _in_order(self, paths: Collection[str]) -> dict[str, nn.Module]:

@@ -19,6 +19,7 @@ from tailora.core.attach import Adapted, AdapterPart, attach, attached_parts
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, qualified_name
 from tailora.core.quantization import is_quantized
+from tailora.patches import compiled_call
 
 FEW_TOKENS = 2  # up to this many tokens in a forward pass, torch's own kernel is faster
 KERNEL_LOCK = Lock()
@@ -68,7 +69,7 @@ def _first_weight(base: nn.Module) -> Tensor:
 
 def _may_be_constant(base: nn.Module) -> bool:
     """False under autocast, and if a part of the model is compiled for inference, because it would be recompiled."""
-    calls = [module._compiled_call_impl for module in base.modules()]
+    calls = [compiled_call(module) for module in base.modules()]
     if any(call is not None and not getattr(call, "only_with_gradients", False) for call in calls):
         return False
     kind = _first_weight(base).device.type
@@ -179,27 +180,27 @@ def few_token_kernel(base: nn.Module) -> Iterator[bool]:
 
     The choice applies to the entire process and is slow for many tokens, so only one `generate` at a time uses it.
     """
-    if not (torch._C._get_mkldnn_enabled() and KERNEL_LOCK.acquire(blocking=False)):
-        yield not torch._C._get_mkldnn_enabled()
+    onednn: Any = torch.backends.mkldnn
+    if not (onednn.enabled and KERNEL_LOCK.acquire(blocking=False)):
+        yield not onednn.enabled
         return
+
+    def choose_kernel(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = [kwargs.get(name) for name in ("input_ids", "decoder_input_ids")]
+        ids = [value for value in (*args, *named) if isinstance(value, Tensor)]
+        onednn.enabled = not (ids and max(tensor.numel() for tensor in ids) <= FEW_TOKENS)
+
+    def use_onednn(*_: Any) -> None:
+        onednn.enabled = True
+
     hooks = [
-        base.register_forward_pre_hook(_choose_kernel, with_kwargs=True),
-        base.register_forward_hook(_use_onednn, always_call=True),
+        base.register_forward_pre_hook(choose_kernel, with_kwargs=True),
+        base.register_forward_hook(use_onednn, always_call=True),
     ]
     try:
         yield True
     finally:
         for hook in hooks:
             hook.remove()
-        _use_onednn()
+        use_onednn()
         KERNEL_LOCK.release()
-
-
-def _choose_kernel(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    named = [kwargs.get(name) for name in ("input_ids", "decoder_input_ids")]
-    ids = [value for value in (*args, *named) if isinstance(value, Tensor)]
-    torch._C._set_mkldnn_enabled(not (ids and max(tensor.numel() for tensor in ids) <= FEW_TOKENS))
-
-
-def _use_onednn(*_: Any) -> None:
-    torch._C._set_mkldnn_enabled(True)

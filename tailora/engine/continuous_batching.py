@@ -36,6 +36,7 @@ from tailora.engine.interface import Engine, EventHandler, Finish, Request, Samp
 from tailora.engine.padded_batching import PaddedEngine
 from tailora.engine.sampling import ChosenTokens, RunningRequest, next_tokens
 from tailora.errors import AdapterError, ConfigError
+from tailora.patches import add_scheduler, attention_of, report_failures, sort_batches
 from tailora.quiet import silent_loggers
 
 PAGE_SIZE = 32  # tokens in a block of the cache
@@ -109,7 +110,7 @@ class ContinuousEngine(Engine):
         self._requests: dict[str, RunningRequest] = {}
         self._lock = Lock()  # of _requests and _manager
         model: Any = adapter_set.base_model
-        self._attention: str = model.config._attn_implementation
+        self._attention = attention_of(model.config)
         head = model.get_output_embeddings() if model._supports_logits_to_keep() else None
         self._batch = MixedBatch(is_packed=True, head=head)
         self._new_tokens_of: list[RunningRequest | None] = []  # of the running batch, in the order of its logits
@@ -126,7 +127,7 @@ class ContinuousEngine(Engine):
         self._is_stopped = True
         model: Any = self.adapter_set.base_model
         if self._manager is not None and self._manager.is_running():
-            del self._manager.batch_processor.scheduler.schedule_batch  # a cycle, which would keep the cache in memory
+            sort_batches(self._manager, None)  # a cycle would keep the cache in memory
             self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)
         self._manager = None
         # stop() and a failed start leave it on the model, where the next engine would use it
@@ -253,8 +254,7 @@ class ContinuousEngine(Engine):
 
         The server has frozen all objects, so cycles are no longer collected; the error's traceback holds tensors, too.
         """
-        if (processor := self._manager.batch_processor) is not None:
-            vars(processor.scheduler).pop("schedule_batch", None)
+        sort_batches(self._manager, None)
         self._manager.batch_processor = None
         self._manager.background_thread_status.fatal_error = RuntimeError("the manager has ended")
 
@@ -274,31 +274,16 @@ class ContinuousEngine(Engine):
                 auto_switch_to_flash=False,
                 use_async_batching=False,
                 use_cuda_graph=False,
+                scheduler_type=add_scheduler(),
             ),
         )
-
-        def deliver(*outputs: Any) -> None:
-            for output in outputs:
-                if output.error is not None:
-                    self._end_failed(output.request_id, output.error)
-
-        manager.output_router.deliver = deliver
-        manager.output_router.deliver_batch = lambda outputs: deliver(*outputs)
+        report_failures(manager, self._end_failed)
         manager.logit_processor.logits_processor.append(ChosenTokens(self._next_tokens))
         manager.logit_processor.do_processing = True
         if self._attention == "sdpa":  # before the manager asks which masks are needed
             model.set_attn_implementation(BY_REQUEST)
         manager.warmup()  # creates the batch processor; without padding it runs nothing
-        scheduler = manager.batch_processor.scheduler
-        schedule_batch = scheduler.schedule_batch
-
-        def schedule_by_adapter(*budgets: int) -> Any:
-            batch = schedule_batch(*budgets)
-            if states := batch[0]:
-                self._set_batch(states)
-            return batch
-
-        scheduler.schedule_batch = schedule_by_adapter
+        sort_batches(manager, self._set_batch)
         with torch.inference_mode():  # the thread inherits it
             manager.start()
         return manager
@@ -414,6 +399,6 @@ def obstacle(model: Any) -> str:
         return f"{name} has layers without a key-value cache{': ' if others else ''}{', '.join(sorted(others))}"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{name} does not support transformers' attention interface"
-    if model.config._attn_implementation == "eager":  # in transformers' batches also without soft caps
+    if attention_of(model.config) == "eager":  # in transformers' batches also without soft caps
         return f"{name} uses eager attention, which does not keep requests separate"
     return ""

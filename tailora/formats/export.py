@@ -37,6 +37,7 @@ from tailora.formats.load import restore
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, SUFFIXES, peft_layers
 from tailora.formats.run_folder import DIFFUSERS_WEIGHTS, EXPORTED_FILES, check_result_folder
+from tailora.patches import attention_of
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
 
     base: Any = source.base_model
     like_base = {"dtype": base.dtype, "device_map": {"": base.device}}
-    like_base["attn_implementation"] = base.config._attn_implementation
+    like_base["attn_implementation"] = attention_of(base.config)
     model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **like_base)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = [f"{kind}: {', '.join(sorted(report[kind])[:3])}" for kind in kinds if report[kind]]

@@ -13,7 +13,7 @@ Position biases are not supported and raise PackingError; so do soft caps and at
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tailora.kernels import cpu_attention
 from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, Options, PaddedRow
+from tailora.patches import attention_of, leave_attention_open
 
 NAME = "tailora_packed"
 PADDED = "tailora_padded"
@@ -112,7 +113,7 @@ def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     prepare = partial(_prepare, None if provider == CPU else PROVIDERS[provider], sliding_windows(model))
     with use_attention(model, NAME):
-        if config._attn_implementation != NAME:
+        if attention_of(config) != NAME:
             raise PackingError(f"{type(model).__name__} does not allow choosing the attention implementation")
         with (model if decoder is None else decoder).register_forward_pre_hook(prepare, with_kwargs=True):
             yield
@@ -128,7 +129,7 @@ def sliding_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
 @contextmanager
 def padded_rows(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, padded rows on a device get a mask in any case, so that the host need not wait."""
-    if model.device.type == "cpu" or model.config._attn_implementation != "sdpa":
+    if model.device.type == "cpu" or attention_of(model.config) != "sdpa":
         yield
         return
     with use_attention(model, PADDED):
@@ -140,15 +141,15 @@ def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Within the block the model uses this attention of transformers' registry."""
     config = model.config
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
-    before = {"": config._attn_implementation, **{name: part._attn_implementation for name, part in parts.items()}}
+    before = {"": attention_of(config), **{name: attention_of(part) for name, part in parts.items()}}
     model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation({part: own for part, own in before.items() if own is not None})
         for part, own in before.items():
-            if own is None:  # which transformers does not set
-                parts[part]._attn_implementation = None
+            if own is None:
+                leave_attention_open(parts[part])
 
 
 def _always_masked(**arguments: Any) -> Tensor:
@@ -168,7 +169,7 @@ def _prepare(
     arguments: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Adds what all layers share to the arguments of the decoder, which passes them on. Raises PackingError."""
-    if cast(PreTrainedModel, decoder).config._attn_implementation != NAME:
+    if attention_of(decoder.config) != NAME:
         return inputs, arguments  # another attention is used within `packed_rows`, to sample from the model
     if arguments.get("attention_mask") is not None:
         raise PackingError("a packed row has no padding, but an attention mask was passed")

@@ -37,6 +37,7 @@ from tailora.core.cache import cache_folder
 from tailora.core.device import cpu_flags
 from tailora.core.layer_types import computing_device
 from tailora.kernels.device_attention import MOST_GRAPHS
+from tailora.patches import compiled_call, set_compiled_call
 
 COMPILER_ERRORS = (TorchDynamoException, InductorError)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -137,13 +138,13 @@ class CompiledLayers:
         folder_before = os.environ.get(CACHE_VARIABLE)
         sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
         whole = [layer for layer in layers if not isinstance(layer, FSDPModule)]
-        before = [layer._compiled_call_impl for layer in whole]
+        before = [compiled_call(layer) for layer in whole]
         forwards = [vars(layer).get("forward") for layer in sharded]
         on_cpu = all(computing_device(weight).type == "cpu" for layer in layers for weight in layer.parameters())
         try:
             os.environ[CACHE_VARIABLE] = str(code_folder())
             for layer in whole:
-                layer._compiled_call_impl = self._call_of(layer)  # not a part of copies and pickles
+                set_compiled_call(layer, self._call_of(layer))
             for layer in sharded:
                 vars(layer)["forward"] = self._call_of(layer)
             # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
@@ -160,7 +161,7 @@ class CompiledLayers:
                 yield
         finally:
             for layer, call in zip(whole, before, strict=True):
-                layer._compiled_call_impl = call
+                set_compiled_call(layer, call)
             for layer, forward in zip(sharded, forwards, strict=True):
                 vars(layer).pop("forward", None)
                 if forward is not None:

@@ -43,7 +43,7 @@ from tailora.train.memory import available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images
 from tailora.train.preference import preference_task
 from tailora.train.quantize import dequantization_note, stays_quantized
-from tailora.train.rollouts import Rollouts
+from tailora.train.rollouts import Prompts
 from tailora.train.setup import check_can_be_offloaded, find_labels, shape_of, start_accelerator
 from tailora.train.step import StepShape, split_by_tokens, step_shape, token_limit
 from tailora.train.trainable import trained_parts
@@ -85,8 +85,8 @@ def plan(
     alternatives |= quantization(config, shape, step, batches, place)
     dequantized = dequantization_note(shape, config.model)
     notes = [*([dequantized] if dequantized else []), *place.notes, *batches.notes, *fake.notes]
-    if batches.rollouts is not None:
-        cache = format_bytes(batches.rollouts.cache_bytes(shape, fake.base.dtype))
+    if batches.prompts is not None:
+        cache = format_bytes(batches.prompts.cache_bytes(shape, fake.base.dtype))
         notes.append(f"sampling needs a cache of {cache} between the steps")
         notes.append("the time excludes sampling and evaluations, which usually take longer than the steps")
     if is_shared:
@@ -271,11 +271,11 @@ class Batches:
     tokens_per_step: float
     notes: list[str]
     examples: Examples | None = None
-    rollouts: Rollouts | None = None
+    prompts: Prompts | None = None
 
     def at(self, batch_size: int) -> list[Example]:
         """Returns the largest forward pass with this batch size."""
-        if self.rollouts is not None:  # a group of completions at most
+        if self.prompts is not None:  # a group of completions at most
             return self.largest
         if self.examples is None:
             return _largest_part(self.largest, batch_size, self.shape.token_limit)
@@ -335,12 +335,12 @@ def assumed_batches(config: TrainConfig, shape: PretrainedConfig, step: StepShap
 
 def batches_of(config: TrainConfig, data: TrainingData, step: StepShape, nproc: int) -> Batches:
     """Returns batches of data, of completions, or of a stream, of which only the first batch is known."""
-    if (rollouts := data.rollouts) is not None:
-        per_epoch = steps_per_epoch(rollouts.train.epoch_size, replace(step, world=nproc))
+    if (prompts := data.prompts) is not None:
+        per_epoch = steps_per_epoch(prompts.data.train.epoch_size, replace(step, world=nproc))
         steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch * config.num_iterations)
-        tokens = step.examples_per_step * rollouts.tokens_of_group
+        tokens = step.examples_per_step * prompts.tokens_of_group
         notes = ["every completion is assumed to have --max-completion-length tokens"]
-        return Batches(data.task, data.largest, step, steps, tokens, notes, rollouts=rollouts)
+        return Batches(data.task, data.largest, step, steps, tokens, notes, prompts=prompts)
     if data.prepared is None or config.streaming:
         tokens = data.largest_tokens * config.gradient_accumulation_steps
         notes = ["the data is streamed, so lengths are estimated from the first batch"]

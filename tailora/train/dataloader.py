@@ -35,12 +35,11 @@ from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import ConfigError, DataError
 from tailora.train.classification import class_weights, label_task
 from tailora.train.config import GRPO, TrainConfig
-from tailora.train.grpo import with_target
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.preference import preference_task
 from tailora.train.rewards import RewardProcess, parse_rewards
-from tailora.train.rollouts import Rollouts
+from tailora.train.rollouts import Prompts
 from tailora.train.step import Step, StepShape, split_by_tokens, step_shape
 
 ChooseHeldOut = Callable[[int], NDArray[np.int64]]  # number of held-out examples -> indices of those to evaluate
@@ -50,12 +49,12 @@ ChooseHeldOut = Callable[[int], NDArray[np.int64]]  # number of held-out example
 class TrainingData:
     prepared: PreparedData | None  # None when streaming without eval_data
     held_out: Examples | None
-    steps: Callable[[int], Iterator["Step"]]  # number of the first step -> it, and the steps after it
+    steps: Callable[[int], Iterator[Step]]  # number of the first step -> it, and the steps after it
     max_steps: int
     known: Examples  # the examples to train on; of a stream, the first ones
     shape: StepShape
     counts: RowCounts | None = None  # of a stream, while it is read
-    rollouts: Rollouts | None = None  # what samples the steps from the model in training
+    prompts: Prompts | None = None  # for completions that are sampled from the model in training
 
     @cached_property
     def largest(self) -> list[Example]:
@@ -238,17 +237,21 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
         pass
     per_epoch = steps_per_epoch(data.train.epoch_size, shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
-    rollouts = Rollouts(config, data, rewards, judges, shape)
+    prompts = Prompts(config, shape, data, rewards, judges)
     longest = max([*data.train, *data.eval], key=lambda example: len(example.input_ids)).input_ids
     ids = np.resize(longest, len(longest) + config.max_completion_length)
     full = Example.of_text(ids, np.arange(len(ids)) >= len(longest))
     # The largest batch of completions is a group, which is the most that goes through the model at once
-    known = Examples.of([with_target(full, 0.0, [0.0] * full.supervised)] * config.num_generations)
+    known = Examples.of([full] * config.num_generations)
     groups = shape.batch_size * shape.accumulation
-    shape = replace(shape, task=rollouts.task, batch_size=config.num_generations, accumulation=groups)
+    shape = replace(shape, task=prompts.task, batch_size=config.num_generations, accumulation=groups)
     held_out = replace(data.eval, source_indices=np.arange(len(data.eval))) if data.eval else None
     prepared = replace(data, eval_samples=[prompt.chat for prompt in data.eval_samples])
-    return TrainingData(prepared, held_out, rollouts.steps, max_steps, known, shape, rollouts=rollouts)
+    return TrainingData(prepared, held_out, _not_sampled, max_steps, known, shape, prompts=prompts)
+
+
+def _not_sampled(_start: int) -> Iterator[Step]:
+    raise AssertionError  # `set_up` replaces it by `Rollouts.steps`, which need the model
 
 
 def stream_notes(data: TrainingData, max_length: int) -> list[str]:

@@ -10,8 +10,9 @@ first iteration. Groups whose rewards are all equal have no advantage and, witho
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -100,38 +101,32 @@ class Drift:
         return {"drift_mean": mean, "drift_max": most}
 
 
-def with_target(
-    example: Example,
-    advantage: float,
-    sampled: Sequence[float],
-    old: Sequence[float] | None = None,
-    reference: Sequence[float] | None = None,
-) -> Example:
-    """Returns a completion with what its loss needs: for each of its tokens, four columns of `Example.target`.
+@dataclass(frozen=True, slots=True)
+class ScoredCompletion(Example):
+    """A prompt with a completion, and what its loss needs: log-probabilities of each of the completion's tokens."""
 
-    advantage: NaN for a completion that is not trained.
-    sampled: log-probabilities when it was sampled.    old: of the model before the first iteration; None: the current
-    ones.    reference: of the base model; None without a KL penalty.
-    """
-    missing = [np.nan] * len(sampled)
-    columns = [[advantage] * len(sampled), sampled, old or missing, reference or missing]
-    return replace(example, target=np.array(columns, dtype=np.float64).T)  # (tokens, 4)
+    sampled: Sequence[float] = ()  # when it was sampled
+    advantage: float | None = 0.0  # None: it is not trained
+    old: Sequence[float] | None = None  # before the first iteration; None: the current ones
+    reference: Sequence[float] | None = None  # of the base model; None without a KL penalty
+
+    @classmethod
+    def without_score(cls, example: Example) -> "ScoredCompletion":
+        """Returns an example as a completion, to try or measure the model on."""
+        if isinstance(example, ScoredCompletion):
+            return example
+        return cls(example.input_ids, example.labels, sampled=[0.0] * example.supervised)
 
 
 @dataclass(frozen=True, eq=False)
 class GRPO(Task):
-    """Makes completions with a higher reward than others of their group more likely.
+    """Makes completions with a higher reward than others of their group more likely."""
 
-    loss: grpo, dr_grpo, dapo or rloo.    beta: of the KL penalty; 0: none.
-    epsilon, epsilon_high: bounds of the probability ratio, 1 - epsilon and 1 + epsilon_high.
-    temperature: of sampling; log-probabilities are those at this temperature.
-    """
-
-    loss: str = "grpo"
-    beta: float = 0.0
-    epsilon: float = 0.2
+    loss: str = "grpo"  # or dr_grpo, dapo, rloo
+    beta: float = 0.0  # weight of the KL penalty; 0: none
+    epsilon: float = 0.2  # bounds of the probability ratio: 1 - epsilon and 1 + epsilon_high
     epsilon_high: float = 0.2
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling, and of the log-probabilities
     max_completion_length: int = 256
     drift: Drift = field(default_factory=Drift)
     score_names: tuple[str, ...] = ()
@@ -147,45 +142,51 @@ class GRPO(Task):
     def divisor(self, example: Example) -> float:
         if self.loss != "dapo":
             return 1.0
-        return 0.0 if np.isnan(_target(example)[0, 0]) else float(example.supervised)
+        is_masked = ScoredCompletion.without_score(example).advantage is None
+        return 0.0 if is_masked else float(example.supervised)
 
-    def is_trained(self, example: Example) -> bool:
-        """Returns whether the example has a gradient."""
-        advantage = _target(example)[0, 0]
-        return not np.isnan(advantage) and bool(self.beta or advantage)
+    def has_gradient(self, completion: ScoredCompletion) -> bool:
+        return completion.advantage is not None and bool(self.beta or completion.advantage)
 
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         batch = CAUSAL_LM.make_batch(examples, layout)
-        targets = np.concatenate([_target(example) for example in examples])  # (tokens, 4)
+        completions = [*map(ScoredCompletion.without_score, examples)]
         lengths = np.bincount(batch.owners, minlength=len(examples))
+        advantages = [completion.advantage or 0.0 for completion in completions]
+        is_trained = [completion.advantage is not None for completion in completions]
         extras = {
-            "sequences": torch.from_numpy(batch.owners),
-            "lengths": torch.from_numpy(lengths),
-            "columns": torch.from_numpy(targets.T.copy()).float(),  # (4, tokens)
+            "sequences": torch.from_numpy(batch.owners),  # (tokens,), as are those below, except lengths
+            "lengths": torch.from_numpy(lengths),  # (sequences,)
+            "advantages": torch.tensor(advantages, dtype=torch.float32)[batch.owners],
+            "is_trained": torch.tensor(is_trained)[batch.owners],
+            "sampled": _of_tokens(completion.sampled for completion in completions),
         }
+        if all(completion.old is not None for completion in completions):
+            extras["old"] = _of_tokens(completion.old or () for completion in completions)
+        if self.beta:
+            extras["reference"] = _of_tokens(completion.reference or completion.sampled for completion in completions)
         return replace(batch, owners=np.arange(len(examples)), extras=extras, temperature=self.temperature)
 
     def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:
         log_p = -FORMS[layout.loss](model, batch)  # (tokens,)
         lengths, sequences = batch.extras["lengths"], batch.extras["sequences"]
-        advantages, sampled, old, reference = batch.extras["columns"].to(log_p)
-        current = log_p.detach()
+        advantages, current = batch.extras["advantages"].to(log_p), log_p.detach()
         if torch.is_grad_enabled() and self.drift.is_measured:
-            self.drift.differences.append((sampled - current).abs())
-        log_ratios = log_p - torch.where(old.isnan(), current, old)
+            self.drift.differences.append((batch.extras["sampled"].to(log_p) - current).abs())
+        log_ratios = log_p - batch.extras.get("old", current).to(log_p)
 
         def sums(values: Tensor) -> Tensor:
             """(tokens,) -> (sequences,)."""
             return values.new_zeros(len(lengths)).index_add(0, sequences, values)
 
         if self.loss == "rloo":
-            of_sequences = sums(advantages.nan_to_num()) / lengths
+            of_sequences = sums(advantages) / lengths
             return Outputs(self._clipped(sums(log_ratios), of_sequences))
-        losses = self._clipped(log_ratios, advantages.nan_to_num())
+        losses = self._clipped(log_ratios, advantages)
         if self.beta:
-            to_reference = reference - log_p
+            to_reference = batch.extras["reference"].to(log_p) - log_p
             penalties = to_reference.exp() - to_reference - 1  # arXiv:2402.03300, eq. 4
-            penalties = penalties * ~advantages.isnan()
+            penalties = penalties * batch.extras["is_trained"]
             losses = losses + self.beta * log_ratios.exp() * penalties  # unbiased: arXiv:2512.02556, section 3.1
         divisors = {"grpo": lengths, "dr_grpo": torch.tensor(self.max_completion_length), "dapo": torch.tensor(1)}
         return Outputs(sums(losses) / divisors[self.loss].to(losses.device))
@@ -199,10 +200,9 @@ class GRPO(Task):
         return self.drift.read()
 
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:
-        start = Example.of_text(example.input_ids[:tokens], supervised)
-        return with_target(start, 1.0, [0.0] * start.supervised)
+        return ScoredCompletion.without_score(Example.of_text(example.input_ids[:tokens], supervised))
 
 
-def _target(example: Example) -> npt.NDArray[np.float64]:
-    assert example.target is not None
-    return example.target
+def _of_tokens(values: Iterable[Sequence[float]]) -> Tensor:
+    """Returns numbers of the tokens of each completion, one after another, (tokens,)."""
+    return torch.tensor([*chain.from_iterable(values)], dtype=torch.float32)

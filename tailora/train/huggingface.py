@@ -30,6 +30,7 @@ from tailora.errors import ConfigError, FormatError, TailoraWarning
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, Batch, LossForm
 from tailora.model import LoRAModel
+from tailora.patches import attention_of
 from tailora.train.kernel_choice import choose_form, choose_packing
 from tailora.train.kernel_comparison import short_examples, tolerance
 
@@ -196,7 +197,7 @@ class AdapterTraining:
         """Gives packed rows the attention of `kernels.attention` in place of masks, tried at the first such batch."""
         model = self._adapted()
         base: Any = model.base_model
-        if "cu_seq_lens_q" not in inputs or base.config._attn_implementation not in MASKED:
+        if "cu_seq_lens_q" not in inputs or attention_of(base.config) not in MASKED:
             return nullcontext()
         if self._packing is None:
             with evaluating(model):

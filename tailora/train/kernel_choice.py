@@ -39,6 +39,7 @@ from tailora.kernels.cpu_attention import BLOCK
 from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.loss import FROZEN, HEAD, RECOMPUTED, Batch, LossForm, own_form
 from tailora.kernels.recompute import Recomputing, recomputed
+from tailora.patches import attention_of
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import (
     LayerCall,
@@ -339,7 +340,7 @@ def share_kept(kernels: Kernels, activation_memory: float) -> float:
 def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
     """Returns how attention is computed, for the run's header."""
     if not layout.packed:
-        return f"{base.config._attn_implementation} with a padding mask"
+        return f"{attention_of(base.config)} with a padding mask"
     if layout.attention in PROVIDERS:
         return PROVIDERS[layout.attention].description
     once = ", shared prefixes only once" if layout.shares_beginnings else ""

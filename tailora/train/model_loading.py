@@ -4,10 +4,11 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +40,7 @@ from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats.hub import check_model_exists
 from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import ADAPTER_CONFIG, TOKENIZER_FILES, adapter_folder, recorded_metadata
+from tailora.patches import before_loading
 from tailora.quiet import quiet_transformers
 from tailora.train.image_text_to_text import check_processor
 from tailora.train.parallel import Sharding
@@ -129,25 +131,6 @@ def _read_processor(name: str, source: str) -> ProcessorMixin:
     )
 
 
-@contextmanager
-def _sharded_before_weights(sharding: Sharding | None) -> Iterator[None]:
-    """Within the block `from_pretrained` shards a model on meta, so that each rank reads only its parts."""
-    if sharding is None:
-        yield
-        return
-    load: Any = PreTrainedModel._load_pretrained_model
-
-    def shard_and_load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        sharding.shard(model)
-        return load(model, *args, **kwargs)
-
-    cast(Any, PreTrainedModel)._load_pretrained_model = staticmethod(shard_and_load)
-    try:
-        yield
-    finally:
-        cast(Any, PreTrainedModel)._load_pretrained_model = staticmethod(load)
-
-
 def load_base(
     name: str,
     dtype: str = "auto",
@@ -184,7 +167,8 @@ def load_base(
             set_labels(config, labels, tokenizer)
             more["ignore_mismatched_sizes"] = True  # of a head for other labels; see below
         with ExitStack() as stack:
-            stack.enter_context(_sharded_before_weights(sharding if is_plain else None))
+            if sharding is not None and is_plain:  # so that each rank reads only its parts
+                stack.enter_context(before_loading(sharding.shard))
             if labels is not None or stored is not None:  # about the head that the files lack, and scales of inputs
                 stack.enter_context(quiet_transformers(warnings=False))
             if stored is not None:
@@ -284,9 +268,9 @@ def initialize_heads(model: PreTrainedModel, heads: list[str], seed: int) -> Non
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for module in (module for head in heads for module in model.get_submodule(head).modules()):
-            for parameter in module.parameters(recurse=False):
-                cast(Any, parameter)._is_hf_initialized = False  # or transformers leaves what it has read
-            cast(Any, module)._is_hf_initialized = False
+            for name, parameter in [*module.named_parameters(recurse=False)]:
+                # a new object, because transformers marks those that it has read, and leaves them as they are
+                setattr(module, name, nn.Parameter(parameter.detach(), parameter.requires_grad))
             model._init_weights(module)
 
 

@@ -10,8 +10,9 @@ What is sampled depends only on the weights, the seed and the number of the step
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from itertools import chain, count, islice, starmap
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +31,10 @@ from tailora.errors import DataError, DivergedError
 from tailora.kernels.loss import FORMS
 from tailora.train import grpo, run_log
 from tailora.train.config import TrainConfig
-from tailora.train.grpo import GRPO, Rewards, group_means, mean_and_error, with_target
+from tailora.train.grpo import GRPO, Rewards, ScoredCompletion, group_means, mean_and_error
 from tailora.train.loss import BatchLayout, Evaluation, make_batch
 from tailora.train.rewards import Reward, RewardProcess
-from tailora.train.sampler import ADVICE, Sample, Sampler
+from tailora.train.sampler import Sample, Sampler
 from tailora.train.step import Step, StepShape, split_by_tokens
 from tailora.train.trainable import FullModel, Trainable
 
@@ -42,32 +43,24 @@ SHOWN_PROMPTS = 4  # held-out prompts, the same at each evaluation, whose comple
 Floats = npt.NDArray[np.float64]
 
 
-class Rollouts:
-    """The prompts of a run, the completions of its steps, and their rewards.
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The prompts of a run, what scores their completions, and the largest sizes of these."""
 
-    rewards: whose weighted sum is the reward.    judges: that only judge held-out completions.    names: of both.
-    """
+    config: TrainConfig
+    shape: StepShape
+    data: PreparedData
+    rewards: list[Reward]  # whose weighted sum is the reward
+    judges: list[Reward]  # of held-out completions only
 
-    memory_advice = ADVICE  # if training needs too much
-    sampler: Sampler  # this and the rest: from `connect` on
-    model: Trainable
-    layout: BatchLayout
-    note: Callable[[str], None]
-    _scorer: RewardProcess
+    @property
+    def names(self) -> dict[str, list[str]]:
+        return {"trained": [reward.name for reward in self.rewards], "judges": [judge.name for judge in self.judges]}
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        data: PreparedData,
-        rewards: Sequence[Reward],
-        judges: Sequence[Reward],
-        shape: StepShape,
-    ) -> None:
-        self.config, self.shape, self.train = config, shape, data.train
-        self.prompts, self.held_out = data.prompts, data.eval_samples
-        self.rewards, self.judges = list(rewards), list(judges)
-        self.names = {"trained": [reward.name for reward in rewards], "judges": [judge.name for judge in judges]}
-        self.task = GRPO(
+    @cached_property
+    def task(self) -> GRPO:
+        config = self.config
+        return GRPO(
             config.loss or "grpo",
             config.beta or 0.0,
             config.epsilon,
@@ -77,17 +70,56 @@ class Rollouts:
             score_names=("reward", *chain(*self.names.values()), "completion_tokens", "truncated", "kl"),
         )
 
-    def connect(
-        self, model: Trainable, tokenizer: Any, layout: BatchLayout, note: Callable[[str], None], stack: ExitStack
+    def of_step(self, number: int) -> list[int]:
+        """Returns the indices of the prompts that are sampled the `number`th time, of all ranks."""
+        train, size, seed = self.data.train, self.shape.examples_per_step, self.config.seed
+        epochs, positions = np.divmod(np.arange(size) + number * size, train.epoch_size)
+        orders = {i: np.random.default_rng([seed, i]).permutation(train.epoch(i, seed)) for i in {*epochs}}
+        return [int(orders[epoch][position]) for epoch, position in zip(epochs, positions, strict=True)]
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest prompt with the longest completion."""
+        prompts = [*self.data.prompts, *self.data.eval_samples]
+        return max(len(prompt.ids) for prompt in prompts) + self.config.max_completion_length
+
+    @property
+    def tokens_of_group(self) -> int:
+        """The most tokens of a group, and of one forward on an accelerator."""
+        return self.longest * self.config.num_generations
+
+    @property
+    def sampled_at_once(self) -> int:
+        """The completions of a rank that are sampled at the same time, in a step or an evaluation."""
+        held_out = math.ceil(len(self.data.eval_samples) / self.shape.world)
+        prompts = max(self.shape.batch_size * self.shape.accumulation, held_out)
+        return min(MOST_REQUESTS, prompts * self.config.num_generations)
+
+    def cache_bytes(self, model_config: PretrainedConfig, dtype: torch.dtype) -> int:
+        """Returns the bytes of the engine's keys and values."""
+        return cache_bytes(model_config, dtype, self.longest, self.sampled_at_once)
+
+
+class Rollouts:
+    """Samples and scores completions. Its engine and the process of its rewards run until `stack` is left."""
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        model: Trainable,
+        tokenizer: Any,
+        layout: BatchLayout,
+        note: Callable[[str], None],
+        stack: ExitStack,
     ) -> None:
-        """Starts the engine and the process of the rewards, until `stack` is left."""
+        self.prompts, self.config, self.shape, self.task = prompts, prompts.config, prompts.shape, prompts.task
         self.model, self.layout, self.note = model, layout, note
         if isinstance(model, FullModel):
             note("without an adapter, KL from the base is not measured on held-out completions: it needs both models")
-        self.sampler = Sampler(self.config, model, tokenizer, self.longest, self.sampled_at_once, note)
+        self.sampler = Sampler(self.config, model, tokenizer, prompts.longest, prompts.sampled_at_once, note)
         stack.callback(self.sampler.stop)
         self.task.drift.limit, self.task.drift.warn = grpo.DRIFT_LIMITS.get(self.sampler.base.dtype, math.inf), note
-        self._scorer = stack.enter_context(RewardProcess(self.rewards + self.judges, self.config.reward_seconds))
+        self._scorer = stack.enter_context(RewardProcess(prompts.rewards + prompts.judges, self.config.reward_seconds))
 
     def _sample(self, *arguments: Any) -> list[Sample]:
         """Calls the sampler. Raises DivergedError on all ranks if the logits of one are not finite."""
@@ -103,8 +135,8 @@ class Rollouts:
     def _scores(self, samples: Sequence[Sample]) -> Floats:
         """Returns (names, samples), by the names of `GRPO.score_names` without kl. NaN: None. Raises RewardError."""
         scores = self._scorer.score([sample.for_rewards() for sample in samples]).T
-        known = np.ma.masked_invalid(scores[: len(self.rewards)])
-        total = (known * [[reward.weight] for reward in self.rewards]).sum(0).filled(np.nan)
+        known = np.ma.masked_invalid(scores[: len(self.prompts.rewards)])
+        total = (known * [[reward.weight] for reward in self.prompts.rewards]).sum(0).filled(np.nan)
         lengths, truncated = [len(sample.ids) for sample in samples], [sample.is_truncated for sample in samples]
         return np.array([total, *scores, lengths, truncated])
 
@@ -123,17 +155,10 @@ class Rollouts:
                 self.task.drift.is_measured = iteration == 0
                 yield step
 
-    def prompts_of(self, number: int) -> list[int]:
-        """Returns the indices of the prompts that are sampled the `number`th time, of all ranks."""
-        size, total, seed = self.shape.examples_per_step, self.train.epoch_size, self.config.seed
-        epochs, positions = np.divmod(np.arange(size) + number * size, total)
-        orders = {i: np.random.default_rng([seed, i]).permutation(self.train.epoch(i, seed)) for i in {*epochs}}
-        return [int(orders[epoch][position]) for epoch, position in zip(epochs, positions, strict=True)]
-
     def _sampled_step(self, number: int) -> Step:
         config, shape = self.config, self.shape
-        own, indices = range(shape.rank, shape.examples_per_step, shape.world), self.prompts_of(number)
-        prompts = [self.prompts[indices[position]] for position in own]
+        own, indices = range(shape.rank, shape.examples_per_step, shape.world), self.prompts.of_step(number)
+        prompts = [self.prompts.data.prompts[indices[position]] for position in own]
         samples = self._sample(prompts, [[config.seed, number, position] for position in own])
         scores = np.concatenate(gather_object([self._scores(samples)]), 1)  # of all ranks
         scores = scores.reshape(len(scores), -1, config.num_generations)  # (names, groups, completions)
@@ -143,23 +168,26 @@ class Rollouts:
         metrics = self._metrics_of(scores)
         rewards, advantages = (np.split(values, shape.world)[shape.rank] for values in (scores[0], advantages))
         self._log_largest(number, samples, rewards, advantages)
-        examples = [sample.example() for sample in samples]
-        old: Sequence[list[float] | None] = [None] * len(examples)
+        completions = [sample.completion() for sample in samples]
+        old: Sequence[list[float] | None] = [None] * len(completions)
         reference = old
         if config.num_iterations > 1:
-            old = self._log_probabilities(examples)
+            old = self._log_probabilities(completions)
         if self.task.beta:
             with self.model.disable_adapter():
-                reference = self._log_probabilities(examples)
-        sampled = [sample.log_probabilities for sample in samples]
-        columns = zip(examples, advantages.flat, sampled, old, reference, strict=True)
-        return self._as_step([*starmap(with_target, columns)], metrics)
+                reference = self._log_probabilities(completions)
+        known = [None if math.isnan(advantage) else float(advantage) for advantage in advantages.flat]
+        scored = [
+            replace(completion, advantage=advantage, old=before, reference=of_base)
+            for completion, advantage, before, of_base in zip(completions, known, old, reference, strict=True)
+        ]
+        return self._as_step(scored, metrics)
 
     def _metrics_of(self, scores: Floats) -> dict[str, float]:
         """Returns what to log with a step. scores: (names, groups, completions)."""
         rewards, *others, lengths, truncated = scores
         metrics = mean_and_error("reward", rewards)
-        for name, values in zip(chain(*self.names.values()), others, strict=True):
+        for name, values in zip(chain(*self.prompts.names.values()), others, strict=True):
             metrics |= mean_and_error(f"reward/{name}", values)
         equal_groups = float(grpo.has_equal_rewards(rewards).mean())
         sizes = {"completion_tokens": float(lengths.mean()), "truncated": float(truncated.mean())}
@@ -177,12 +205,12 @@ class Rollouts:
         known = [reward for reward in rewards[group].tolist() if reward == reward]
         self._log(step=number * self.config.num_iterations + 1, **texts, advantage=float(sizes[group]), rewards=known)
 
-    def _as_step(self, examples: list[Example], metrics: dict[str, float]) -> Step:
+    def _as_step(self, completions: list[ScoredCompletion], metrics: dict[str, float]) -> Step:
         """Returns a step of this rank's completions. Those without an advantage are counted, but not computed."""
-        trained = [example for example in examples if self.task.is_trained(example)] or examples[:1]
-        lengths = [len(example.input_ids) for example in trained]
-        parts = split_by_tokens(lengths, self.shape.token_limit or self.tokens_of_group)
-        step = Step.of([[trained[i] for i in part] for part in parts], examples, self.task)
+        trained = [completion for completion in completions if self.task.has_gradient(completion)] or completions[:1]
+        lengths = [len(completion.input_ids) for completion in trained]
+        parts = split_by_tokens(lengths, self.shape.token_limit or self.prompts.tokens_of_group)
+        step = Step.of([[trained[i] for i in part] for part in parts], completions, self.task)
         totals = np.array(gather_object([(step.tokens, step.supervised, step.divisor)])).sum(0)  # of all ranks
         tokens, supervised, divisor = totals.tolist()
         return replace(step, tokens=int(tokens), supervised=int(supervised), divisor=divisor, metrics=metrics)
@@ -192,35 +220,11 @@ class Rollouts:
         device, results = next(self.model.parameters()).device, list[list[float]]()
         lengths = [len(example.input_ids) for example in examples]
         with torch.no_grad(), evaluating(self.model):
-            for part in split_by_tokens(lengths, self.tokens_of_group):
-                prepared = [with_target(examples[i], 0.0, [0.0] * examples[i].supervised) for i in part]
-                batch = make_batch(prepared, self.layout, device, self.task)
+            for part in split_by_tokens(lengths, self.prompts.tokens_of_group):
+                batch = make_batch([examples[i] for i in part], self.layout, device, self.task)
                 left = iter((-FORMS[self.layout.loss](self.model, batch)).tolist())  # of the tokens of all completions
-                results += [[*islice(left, example.supervised)] for example in prepared]
+                results += [[*islice(left, examples[i].supervised)] for i in part]
         return results
-
-    # ---- Sizes
-
-    @property
-    def longest(self) -> int:
-        """The tokens of the longest prompt with the longest completion."""
-        return max(len(prompt.ids) for prompt in [*self.prompts, *self.held_out]) + self.config.max_completion_length
-
-    @property
-    def tokens_of_group(self) -> int:
-        """The most tokens of a group, and of one forward on an accelerator."""
-        return self.longest * self.config.num_generations
-
-    @property
-    def sampled_at_once(self) -> int:
-        """The completions of a rank that are sampled at the same time, in a step or an evaluation."""
-        held_out = math.ceil(len(self.held_out) / self.shape.world)
-        prompts = max(self.shape.batch_size * self.shape.accumulation, held_out)
-        return min(MOST_REQUESTS, prompts * self.config.num_generations)
-
-    def cache_bytes(self, model_config: PretrainedConfig, dtype: torch.dtype) -> int:
-        """Returns the bytes of the engine's keys and values."""
-        return cache_bytes(model_config, dtype, self.longest, self.sampled_at_once)
 
     # ---- Held-out prompts
 
@@ -234,7 +238,7 @@ class Rollouts:
         generations, state = self.config.num_generations, PartialState()
         own = np.array_split(examples.source_indices, state.num_processes)[state.process_index].tolist()
         seeds = [[self.config.seed, 2**31, number] for number in own]
-        prompts = [self.held_out[number] for number in own]
+        prompts = [self.prompts.data.eval_samples[number] for number in own]
         samples = self._sample(prompts, seeds, lambda done: progress(done, len(own)))
         scores = np.array([*self._scores(samples), self._log_ratios(samples)])
         scores = scores.reshape(len(scores), -1, generations).swapaxes(0, 1)
@@ -264,6 +268,6 @@ class Rollouts:
         if isinstance(self.model, FullModel) or not samples:
             return np.full(len(samples), np.nan)
         with self.model.disable_adapter():
-            of_base = self._log_probabilities([sample.example() for sample in samples])
+            of_base = self._log_probabilities([sample.completion() for sample in samples])
         pairs = zip(samples, of_base, strict=True)
         return np.array([sum(sample.log_probabilities) - sum(base) for sample, base in pairs])

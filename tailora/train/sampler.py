@@ -5,7 +5,7 @@ The engine runs the model itself, with its adapter unmerged, and waits while the
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from threading import Semaphore
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import to_conversation
-from tailora.data.dataset import Example
 from tailora.data.processor import text_tokenizer
 from tailora.data.samples import Prompt
 from tailora.data.tokenize import stop_ids
@@ -27,7 +26,9 @@ from tailora.engine.sampling import OVERFLOW
 from tailora.errors import DivergedError
 from tailora.kernels.attention import use_attention
 from tailora.model import LoRAModel
+from tailora.patches import attention_of
 from tailora.train.config import TrainConfig
+from tailora.train.grpo import ScoredCompletion
 from tailora.train.memory import explain_out_of_memory, return_freed_memory
 from tailora.train.rewards import Completion
 from tailora.train.trainable import Trainable
@@ -59,10 +60,11 @@ class Sample:
         texts = {"prompt": str(asked["content"]), "completion": self.text}
         return {name: text[:SHOWN_CHARACTERS] for name, text in texts.items()}
 
-    def example(self) -> Example:
-        """Returns prompt and completion, which alone is trained."""
+    def completion(self) -> ScoredCompletion:
+        """Returns prompt and completion, which alone is trained, without an advantage."""
         ids = np.array([*self.prompt.ids, *self.ids], dtype=np.int32)
-        return Example.of_text(ids, np.arange(len(ids)) >= len(self.prompt.ids))
+        completion = ScoredCompletion.of_text(ids, np.arange(len(ids)) >= len(self.prompt.ids))
+        return replace(completion, sampled=self.log_probabilities)
 
 
 class Sampler:
@@ -77,12 +79,12 @@ class Sampler:
         self.config, self.model, self.tokenizer = config, model, text_tokenizer(tokenizer)
         self.base = cast(PreTrainedModel, model.base_model)
         self._request_numbers = count()
-        with evaluating(model), use_attention(self.base, self.base.config._attn_implementation):
+        with evaluating(model), use_attention(self.base, cast(str, attention_of(self.base.config))):
             self._engine = make_engine(
                 _adapters_of(model), stop_ids(model, tokenizer), max_positions=longest, max_requests=most, note=note
             )
             self._engine.start()
-            self._attention = self.base.config._attn_implementation  # that the engine has chosen
+            self._attention = cast(str, attention_of(self.base.config))  # that the engine has chosen
         self._pause = ExitStack()
         self._pause_engine()
 

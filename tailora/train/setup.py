@@ -61,6 +61,8 @@ from tailora.train.model_loading import (
 from tailora.train.optimizer import OPTIMIZERS, LossScale, parameter_groups
 from tailora.train.parallel import Sharding, forget_forward, own_process_group, send_from_first_rank
 from tailora.train.quantize import check_full_training, dequantization_note, stored_quantization
+from tailora.train.rollouts import Rollouts
+from tailora.train.sampler import ADVICE
 from tailora.train.state import TrainState, seed_all, seeded
 from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module, trained_parts
 
@@ -85,6 +87,7 @@ class Run:
     weights: dict[str, LayerFingerprint]  # of the base
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
+    rollouts: Rollouts | None  # what samples the steps from the model in training
     task: Task
     model: Trainable  # the adapter around the base, or the base trained in full
     layout: BatchLayout  # packed or padded batches
@@ -135,7 +138,7 @@ class Run:
             "task": self.task.description,
             "loss_unit": self.task.loss_unit,
             "labels": self.labels,
-            "rewards": None if data.rollouts is None else data.rollouts.names,
+            "rewards": None if data.prompts is None else data.prompts.names,
             "start": f"from {config.adapter}" if config.adapter else config.init_lora_weights,
             "adapted_layers": len(summary.rows),
             "parts": trained_parts(self.model),
@@ -192,6 +195,10 @@ def set_up(
         advice = check_memory(config, shape, data, device, bytes_per_token)
     updates = start_updates(config, model, device, stack)
     seed_all(config.seed + accelerator.process_index)  # each rank draws its own dropout masks
+    rollouts: Rollouts | None = None
+    if data.prompts is not None:
+        rollouts = Rollouts(data.prompts, model, tokenizer, layout, note, stack)
+        data = replace(data, steps=rollouts.steps)
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -202,6 +209,7 @@ def set_up(
         weights=weights,
         tokenizer=tokenizer,
         data=data,
+        rollouts=rollouts,
         task=data.task,
         model=model,
         layout=layout,
@@ -253,8 +261,8 @@ def check_memory(
     """
     smaller, can_shard = config.per_device_train_batch_size // 2, launch.world_size() > 1 and not config.fsdp
     advice = "\n  - ".join(["what helps:", *remedies(config, shape, smaller, can_shard=can_shard)])
-    if data.rollouts is not None:
-        advice = data.rollouts.memory_advice
+    if data.prompts is not None:
+        advice = ADVICE
     if PEAK_PER_SAVED * bytes_per_token * data.largest_tokens > available_bytes(device):
         check_fits(config, shape, data.task.without_reference(), data.largest, device, advice)
     return advice

@@ -123,7 +123,7 @@ class Trainer:
                 self.evaluate_before_training()
                 left = islice(run.data.steps(state.step), run.data.max_steps - state.step)
                 steps: Iterator[Step] = map(self.collated, left)
-                if run.data.rollouts is None:  # which need the weights of the step before
+                if run.rollouts is None:  # which need the weights of the step before
                     steps = stack.enter_context(one_ahead(steps, run.accelerator.device))
                 while self.submitted_steps < run.data.max_steps and not self.is_out_of_patience():
                     is_stopped = state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set()
@@ -157,8 +157,6 @@ class Trainer:
         self.run, self.state = set_up(
             self.config, stack, self.on_event, read=self.read, held_out=self.held_out, overwrite=self.overwrite
         )
-        if (rollouts := self.run.data.rollouts) is not None:
-            rollouts.connect(self.run.model, self.run.tokenizer, self.run.layout, self.run.note, stack)
         held_out = self.run.data.held_out
         counts = None if held_out is None else self.run.task.counts(held_out)
         if self.before is not None and (counts is None or not np.array_equal(self.before.counts, counts)):
@@ -345,7 +343,7 @@ class Trainer:
         evaluation = known or self.evaluate(held_out, run.task)
         seconds = time.perf_counter() - started
         self.state.history.append((self.state.step, evaluation.loss))
-        metrics = {} if run.data.rollouts is None else run.data.rollouts.metrics_of(evaluation)
+        metrics = {} if run.rollouts is None else run.rollouts.metrics_of(evaluation)
         self.log(eval_loss=evaluation.loss, **metrics)
         best = may_be_kept and self.is_best(evaluation)
         reward = metrics.get("eval_reward")
@@ -354,7 +352,7 @@ class Trainer:
 
     def evaluate(self, examples: Examples, task: Task, what: str = "held-out examples") -> Evaluation:
         """Evaluates this rank's share of the examples and joins the shares. what: the examples, for the progress."""
-        if (rollouts := self.run.data.rollouts) is not None:
+        if (rollouts := self.run.rollouts) is not None:
             with self.sampling():
                 return rollouts.evaluate(
                     examples,

@@ -123,18 +123,15 @@ def test_the_json_of_a_card_has_its_memory_and_no_time(tiny_model: Path, capsys:
     assert all(option["batch_size"] == option["tokens"] == 0 for option in found["options"])
 
 
-def test_less_activation_memory_takes_less_and_is_told_once(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpointing_is_an_option_unless_it_is_set(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = ["plan", "--model", str(tiny_model), "--device", "h100", "--max-steps", "10", "--json"]
     found = []
-    for more in ([], ["--activation-memory", "0.4"], ["--fast", "off"], ["--gradient-checkpointing"]):
+    for more in ([], ["--gradient-checkpointing"]):
         assert main([*tokens, *more]) == 0
         found.append(json.loads(capsys.readouterr().out))
     options = [{option["settings"]: option["memory"] for option in plan["options"]} for plan in found]
-    assert options[0]["--activation-memory 0.4"] == found[1]["memory"]["total"] < found[0]["memory"]["total"]
-    assert all("--activation-memory 0.4" not in others for others in options[1:])
-    assert any("compiled layers" in note for note in found[1]["notes"])
+    assert options[0]["--gradient-checkpointing"] < options[0]["as set"]
+    assert "--gradient-checkpointing" not in options[1]
 
 
 def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
@@ -144,7 +141,7 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
     assert main([*tokens, "--memory", "1MB"]) == 4
     shown = capsys.readouterr().out
     assert "It does not fit" in shown
-    helps = "--activation-memory 0.4; --gradient-checkpointing; --quantize nf4; --max-length 512; a smaller --model."
+    helps = "--gradient-checkpointing; --quantize nf4; --max-length 512; a smaller --model."
     assert f"What helps: {helps}" in shown
     assert main([*tokens, "--memory", "1MB", "--json"]) == 4
     found = json.loads(capsys.readouterr().out)

@@ -1,6 +1,7 @@
 """The losses and advantages of reinforcement learning against their equations, written out token by token."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,8 @@ import pytest
 import torch
 from tiny import chat_model
 
-from tailora.data.dataset import Example
 from tailora.kernels.loss import OWN
-from tailora.train.grpo import GRPO, SMALLEST_STD, advantages_of, with_target
+from tailora.train.grpo import GRPO, SMALLEST_STD, ScoredCompletion, advantages_of
 from tailora.train.loss import BatchLayout, make_batch
 
 PROMPT = 4
@@ -62,8 +62,8 @@ def test_losses_are_those_of_their_papers(loss: str) -> None:
         policy = log_probabilities(model, ids)
         old, reference = ([p + random.normal(0, 0.3) for p in policy] for _ in range(2))
         completions.append((policy, old, reference))
-        example = Example.of_text(ids, np.arange(len(ids)) >= PROMPT)
-        examples.append(with_target(example, advantage, old, old, reference))
+        example = ScoredCompletion.of_text(ids, np.arange(len(ids)) >= PROMPT)
+        examples.append(replace(example, advantage=advantage, sampled=old, old=old, reference=reference))
     task = GRPO(loss, 0.0 if loss == "rloo" else BETA, LOW, HIGH, max_completion_length=LONGEST)
     losses = task.outputs(model, make_batch(examples, layout, model.device, task), layout).losses
     value = losses.sum().item() / sum(map(task.divisor, examples))

@@ -1,5 +1,6 @@
 """Reinforcement learning: the losses of TRL's trainers, advantages, and runs whose reward rises."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,10 @@ import torch
 from datasets import Dataset
 from tiny import chat_model, chat_tokenizer
 
-from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.kernels.loss import OWN
 from tailora.train.config import TrainConfig
-from tailora.train.grpo import GRPO, with_target
+from tailora.train.grpo import GRPO, ScoredCompletion
 from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.step import Step
 
@@ -21,31 +21,32 @@ LAYOUT = BatchLayout(False, OWN, 0)
 PROMPT, LONGEST = 5, 7
 
 
-def completions(step: int, model: Any, masked: int | None = None) -> list[Example]:
+def completions(step: int, model: Any, masked: int | None = None) -> list[ScoredCompletion]:
     """Returns four completions of different lengths, sampled by a slightly different model. masked: is not trained."""
     random = np.random.default_rng(step)
-    examples = []
+    examples = list[ScoredCompletion]()
     for length in (LONGEST, 3, 5, 1):
         ids = random.integers(300, size=PROMPT + length).astype(np.int32)
-        example = Example.of_text(ids, np.arange(len(ids)) >= PROMPT)
+        example = ScoredCompletion.of_text(ids, np.arange(len(ids)) >= PROMPT)
         logits = model(torch.tensor(ids[None].astype(np.int64))).logits[0, PROMPT - 1 : -1] / 0.7
         old = logits.log_softmax(-1).gather(1, torch.tensor(ids[PROMPT:, None].astype(np.int64)))[:, 0]
         old = old.detach().numpy() + random.normal(0, 0.3, length)
         reference = old + random.normal(0, 0.3, length)
-        advantage = random.normal() if len(examples) != masked else np.nan
-        examples.append(with_target(example, advantage, old.tolist(), old.tolist(), reference.tolist()))
+        advantage = random.normal() if len(examples) != masked else None
+        of_tokens = {"sampled": old.tolist(), "old": old.tolist(), "reference": reference.tolist()}
+        examples.append(replace(example, advantage=advantage, **of_tokens))
     return examples
 
 
-def inputs_of_trl(examples: list[Example]) -> dict[str, Any]:
+def inputs_of_trl(examples: list[ScoredCompletion]) -> dict[str, Any]:
     rows, lengths = len(examples), [example.supervised for example in examples]
-    is_masked = [bool(np.isnan(example.target[0, 0])) for example in examples]
+    is_masked = [example.advantage is None for example in examples]
     inputs: dict[str, Any] = {
         "prompt_ids": torch.tensor(np.stack([e.input_ids[:PROMPT] for e in examples]).astype(np.int64)),
         "prompt_mask": torch.ones(rows, PROMPT, dtype=torch.long),
         "completion_ids": torch.zeros(rows, LONGEST, dtype=torch.long),
         "completion_mask": torch.zeros(rows, LONGEST, dtype=torch.long),
-        "advantages": torch.tensor([e.target[0, 0] for e in examples]).nan_to_num().float(),
+        "advantages": torch.tensor([e.advantage or 0.0 for e in examples]),
         "old_per_token_logps": torch.zeros(rows, LONGEST),
         "ref_per_token_logps": torch.zeros(rows, LONGEST),
         "num_items_in_batch": torch.tensor(sum(n for n, masked in zip(lengths, is_masked, strict=True) if not masked)),
@@ -53,8 +54,8 @@ def inputs_of_trl(examples: list[Example]) -> dict[str, Any]:
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         inputs["completion_ids"][row, :length] = torch.tensor(example.input_ids[PROMPT:].astype(np.int64))
         inputs["completion_mask"][row, :length] = not is_masked[row]
-        inputs["old_per_token_logps"][row, :length] = torch.tensor(example.target[:, 2])
-        inputs["ref_per_token_logps"][row, :length] = torch.tensor(example.target[:, 3])
+        inputs["old_per_token_logps"][row, :length] = torch.tensor(example.old)
+        inputs["ref_per_token_logps"][row, :length] = torch.tensor(example.reference)
     inputs["old_logps"] = inputs["old_per_token_logps"].sum(1)
     return inputs
 
@@ -136,7 +137,7 @@ def test_no_penalty_may_be_named() -> None:
 
 
 def test_a_rank_whose_completions_are_all_masked_adds_nothing_to_the_divisor() -> None:
-    example = Example.of_text(np.arange(4, dtype=np.int32), np.arange(4) >= 2)
-    for advantage, divisor in ((np.nan, 0), (1.0, 2)):
-        examples = [with_target(example, advantage, [0.0, 0.0])]
+    example = ScoredCompletion.of_text(np.arange(4, dtype=np.int32), np.arange(4) >= 2)
+    for advantage, divisor in ((None, 0), (1.0, 2)):
+        examples = [replace(example, advantage=advantage, sampled=[0.0, 0.0])]
         assert Step.of([examples], examples, GRPO("dapo")).divisor == divisor

@@ -18,9 +18,9 @@ from tailora.errors import ConfigError, DataError, DivergedError, MemoryLimitErr
 from tailora.train.events import Evaluated, Note
 from tailora.train.grpo import DRIFT_LIMITS, advantages_of
 from tailora.train.rewards import RewardError
-from tailora.train.rollouts import SHOWN_PROMPTS, Rollouts
+from tailora.train.rollouts import SHOWN_PROMPTS, Prompts, Rollouts
 from tailora.train.sampler import Sampler
-from tailora.train.step import Step
+from tailora.train.step import Step, StepShape
 from tailora.train.trainer import Trainer, run
 
 REWARDS = """
@@ -247,9 +247,9 @@ def test_without_a_token_limit_a_forward_has_at_most_the_tokens_of_a_group(
     trainer = Trainer(grpo(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2))
     trainer.train()
     data = trainer.run.data
-    assert data.rollouts is not None
+    assert data.prompts is not None
     assert len(data.largest) == 4
-    assert data.largest_tokens == data.rollouts.tokens_of_group
+    assert data.largest_tokens == data.prompts.tokens_of_group
     for step in steps:
         assert len(step.micro_batches) > 1
         assert all(sum(len(e.input_ids) for e in part) <= data.largest_tokens for part in step.micro_batches)
@@ -267,9 +267,9 @@ def test_held_out_prompts_without_rewards_are_left_out_of_the_mean(grpo: Any) ->
         lambda event: notes.append(event.text) if isinstance(event, Note) else None,
     )
     result = trainer.train()
-    rollouts = trainer.run.data.rollouts
-    assert rollouts is not None
-    missing = sum(int(prompt.columns["answer"]) % 2 for prompt in rollouts.held_out)
+    prompts = trainer.run.data.prompts
+    assert prompts is not None
+    missing = sum(int(prompt.columns["answer"]) % 2 for prompt in prompts.data.eval_samples)
     assert 0 < missing < 10
     note = f"{missing} of 10 held-out prompts are left out of the mean reward: all of their completions got None"
     assert notes.count(note) == 1
@@ -289,7 +289,7 @@ def test_a_rank_may_have_no_held_out_prompt(grpo: Any, monkeypatch: pytest.Monke
     trainer, found = Trainer(with_reward(grpo(max_steps=1), "constant")), []
 
     def evaluate_on_two_ranks(*_: Any) -> None:
-        rollouts, held_out = trainer.run.data.rollouts, trainer.run.data.held_out
+        rollouts, held_out = trainer.run.rollouts, trainer.run.data.held_out
         assert rollouts is not None
         assert held_out is not None
         other = np.full((1, len(rollouts.task.score_names), 4), 0.5)
@@ -358,23 +358,22 @@ def test_the_cache_is_as_large_as_planned(grpo: Any, dtype: str, split: float, s
     trainer = Trainer(config)
     with ExitStack() as stack:
         trainer.setup(stack)
-        rollouts, base = trainer.run.data.rollouts, trainer.run.base
+        rollouts, base = trainer.run.rollouts, trainer.run.base
         assert rollouts is not None
         engine: Any = rollouts.sampler._engine
         assert engine.max_requests == sampled
         cache = engine._manager.batch_processor.cache.cache_tensor
-        assert cache.nbytes == rollouts.cache_bytes(base.config, base.dtype)
+        assert cache.nbytes == rollouts.prompts.cache_bytes(base.config, base.dtype)
 
 
 def test_prompts_of_a_source_with_a_weight_appear_as_often() -> None:
     examples = replace(
         Examples.of([Example.of_text(np.arange(2, dtype=np.int32))] * 3), mixture=Mixture((1, 2), (2, 1))
     )
-    rollouts: Any = SimpleNamespace(
-        train=examples, config=SimpleNamespace(seed=0), shape=SimpleNamespace(examples_per_step=4)
-    )
+    config: Any = SimpleNamespace(seed=0)
+    prompts = Prompts(config, StepShape(4, 1), SimpleNamespace(train=examples), [], [])
     for number in range(3):
-        assert sorted(Rollouts.prompts_of(rollouts, number)) == [0, 0, 1, 2]
+        assert sorted(prompts.of_step(number)) == [0, 0, 1, 2]
 
 
 def test_advantages() -> None:
