@@ -443,7 +443,7 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("tutorials/preferences", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/preferences", "better"): ("demo, fine-tuned", "Written to"),
     ("tutorials/rewards", "letter"): ("demo, fine-tuned", "Written to"),
-    ("tutorials/rewards", "begins"): ("demo, fine-tuned", "Written to"),
+    ("tutorials/rewards", "begins"): ("demo, fine-tuned", "Metrics"),
     ("tutorials/pretraining", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/pretraining", "eval"): ("What was measured", "outputs/"),
     ("tutorials/pretraining", "mixed"): ("What was measured", "outputs/"),
