@@ -56,33 +56,11 @@ FLAGS = ["field", "system", "max_length", "dtype", "image_folder"]
 Flags: Any = flags_of(TrainConfig, FLAGS)
 KIND = "eval"  # of report.json
 MEMORY_ADVICE = "try a smaller --max-length, --quantize nf4 or --dtype bfloat16, or close other programs"
+GATE_HELP = f"exit with code 4 if this condition is not met; repeatable; {QUOTES_HINT}"
+METRICS_HELP = f"{', '.join(METRICS)}; default: accuracy for data with choices, all for labels, loss for other data"
+NORMALIZE_HELP = "what exact_match ignores: case, punctuation, space, strip (leading and trailing whitespace), or none"
 
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter or of its training run")]
-Data = Annotated[str | None, Parameter(help="held-out data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")]
-Gates = Annotated[
-    list[str] | None,
-    Parameter(
-        negative=(),
-        metavar="METRIC<N",
-        help=f"exit with code 4 if this condition is not met; repeatable; {QUOTES_HINT}",
-    ),
-]
-Metrics = Annotated[
-    list[str] | None,
-    Parameter(
-        negative=(),
-        metavar="A,B",
-        help=f"{', '.join(METRICS)}; default: accuracy for data with choices, loss for other data, and all metrics for "
-        "models that predict labels",
-    ),
-]
-Normalize = Annotated[
-    str,
-    Parameter(
-        metavar="A,B",
-        help="what exact_match ignores: case, punctuation, space, strip (leading and trailing whitespace), or none",
-    ),
-]
 
 
 @Parameter(name="*", group=Group.create_ordered("lm-evaluation-harness"))
@@ -111,12 +89,14 @@ NO_HARNESS_FLAGS = HarnessFlags()
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class EvalFlags:
-    data: Data = None
+    data: Annotated[
+        str | None, Parameter(help="held-out data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")
+    ] = None
     model: BaseModel = None
-    metrics: Metrics = None
-    gate: Gates = None
+    metrics: Annotated[list[str] | None, Parameter(negative=(), metavar="A,B", help=METRICS_HELP)] = None
+    gate: Annotated[list[str] | None, Parameter(negative=(), metavar="METRIC<N", help=GATE_HELP)] = None
     base: Annotated[bool, Parameter(help="also evaluate the base model, for comparison")] = True
-    normalize: Normalize = "strip"
+    normalize: Annotated[str, Parameter(metavar="A,B", help=NORMALIZE_HELP)] = "strip"
     max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens per answer, for exact_match")] = 128
     samples: Annotated[NonNegativeInt, Parameter(help="number of answers to show, for exact_match")] = 3
     limit: Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")] = None

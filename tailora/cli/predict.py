@@ -47,18 +47,9 @@ Data = Annotated[
     str | None,
     Parameter(
         name="--data",
-        metavar="FILE",
         help="rows to predict: JSONL, JSON, CSV, Parquet, folder, Hub id, text with a prompt per line, or - for stdin",
     ),
 ]
-Prompts = Annotated[
-    list[str] | None,
-    Parameter(name="--prompt", negative=(), help="prompt instead of FILE; repeatable; - reads a prompt from stdin"),
-]
-IgnoreChatTemplate = Annotated[
-    bool, Parameter(negative=(), show_default=False, help="continue prompts as plain text, without a chat template")
-]
-Output = Annotated[Path | None, Parameter(help="JSONL file to write rows and predictions to, instead of stdout")]
 DEFAULT_SAMPLING = Sampling()
 CHUNK = 1000  # rows predicted at a time
 
@@ -66,28 +57,41 @@ Prediction = dict[str, Any]
 DIGITS = 6  # of predicted numbers; float32 has about 7
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PredictFlags:
+    prompt: Annotated[
+        list[str] | None, Parameter(negative=(), help="prompt instead of --data; repeatable; - reads one from stdin")
+    ] = None
+    adapter: Adapters = None
+    model: BaseModel = None
+    image: Images = None
+    ignore_chat_template: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="continue prompts as text, without a chat template")
+    ] = False
+    output: Annotated[Path | None, Parameter(help="JSONL file for rows and predictions, instead of stdout")] = None
+    limit: Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")] = None
+    quantize: Quantize = None
+    device: Device = "auto"
+    overwrite: Overwrite = False
+    json: Json = False
+
+
+NO_FLAGS = PredictFlags()
+
+
 def predict(
     adapter: Adapter = None,
     /,
     data: Data = None,
     *,
-    prompt: Prompts = None,
-    adapters: Adapters = None,
-    model: BaseModel = None,
-    image: Images = None,
-    ignore_chat_template: IgnoreChatTemplate = False,
-    output: Output = None,
-    limit: Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")] = None,
+    given: PredictFlags = NO_FLAGS,
     sampling: Sampling = DEFAULT_SAMPLING,
-    quantize: Quantize = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    json: Json = False,
     flags: Flags = None,
 ) -> int:
     """Predict labels, or generate answers, for the rows of a file or for prompts.
 
-    Answers to --prompt are printed as text. For a FILE, each line of the output is a JSON object with the columns of
+    Answers to --prompt are printed as text. For --data, each line of the output is a JSON object with the columns of
     the row and these columns:
 
     - a language model: messages (the chat that was answered, with the system message) and answer,
@@ -98,94 +102,98 @@ def predict(
     They replace columns with the same name. With several --adapter, which replace ADAPTER, the updates of all adapters
     are added together.
     """
-    if adapters and data is None:
+    if given.adapter and data is None:
         adapter, data = None, adapter
-    check_arguments(adapter, adapters, data, prompt, output, overwrite=overwrite)
-    settings = flags or {}
-    if ignore_chat_template and (image or "system" in settings):
-        flag = "--image" if image else "--system"
-        raise ConfigError(f"{flag} needs the chat template, so it cannot be combined with --ignore-chat-template")
-    images = read_images(image)
-    model, folders = what_answers(adapter, adapters, model)
+    check_arguments(adapter, data, given, flags or {})
+    images = read_images(given.image)
+    model, folders = what_answers(adapter, given)
     config = merge_with_run(flags, next(iter(folders.values()), None), arguments={"model": model})
     log_columns(flags, config)
     labels = labels_of(model, list(folders.values()))
     refuse_system(labels, flags)
-    if labels is not None and (len(folders) > 1 or image or ignore_chat_template):
+    if labels is not None and (len(folders) > 1 or images or given.ignore_chat_template):
         raise ConfigError(
             f"several adapters, --image and --ignore-chat-template are for language models, but this model is for "
             f"{labels.task}; remove them"
         )
-    rows = read_all(data, prompt, "prompt" if labels is None else "text", limit)
+    rows = read_all(data, given.prompt, "prompt" if labels is None else "text", given.limit)
     log("loading the model")
-    loaded = load_model(model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
-    from tailora.cli.progress import counter
-    from tailora.evaluation.generate import image_obstacle
-    from tailora.train.memory import explain_out_of_memory
-
-    show = write_stdout if prompt and labels is None and output is None and not json else None
+    quantize, dtype, device = given.quantize, config.dtype, given.device
+    loaded = load_model(model, folders, quantize=quantize, dtype=dtype, device=device, labels=labels)
     if labels is not None:
         results = label_predictions(loaded, labels, rows, config)
-    else:
-        obstacle = image_obstacle(loaded.model, loaded.tokenizer)
-        check_accepts_images(obstacle, images)
-        system = None if ignore_chat_template else system_of(settings.get("system"), folders or {model: Path(model)})
-        options = ChatOptions(config.field, system, images, obstacle, ignore_chat_template)
-        results = answer_predictions(loaded, rows, options, sampling, show)
-    predictions: list[Prediction] = []
-    with (
-        explain_out_of_memory("answering", MEMORY_ADVICE),
-        counter(stderr(), "rows") if output else nullcontext(lambda *_: None) as progress,
-        partial_answers(output) if output else nullcontext(lambda line: write_stdout(f"{line}\n")) as write,
-    ):
-        for number, prediction in enumerate(results, 1):
-            if output is not None or not (json or show):
-                write(dumps(prediction, ensure_ascii=False))
-            predictions += [prediction] if json else []
-            progress(number, len(rows))
-    if output is not None:
-        log(f"{len(rows):,} predictions written to {output}")
-    if json:
-        print_json({"model": model, "adapters": loaded.adapters, "predictions": predictions})
-    return 0
+        return write_predictions(results, len(rows), model, loaded, given)
+    from tailora.evaluation.generate import image_obstacle
+
+    obstacle = image_obstacle(loaded.model, loaded.tokenizer)
+    check_accepts_images(obstacle, images)
+    system = None if given.ignore_chat_template else system_of(flags, folders or {model: Path(model)})
+    options = ChatOptions(config.field, system, images, obstacle, given.ignore_chat_template)
+    show = write_stdout if given.prompt and given.output is None and not given.json else None
+    results = answer_predictions(loaded, rows, options, sampling, show)
+    return write_predictions(results, len(rows), model, loaded, given, is_shown=show is not None)
 
 
-def check_arguments(
-    adapter: str | None,
-    adapters: Sequence[str] | None,
-    data: str | None,
-    prompt: Sequence[str] | None,
-    output: Path | None,
-    *,
-    overwrite: bool,
-) -> None:
+def check_arguments(adapter: str | None, data: str | None, given: PredictFlags, flags: Mapping[str, Any]) -> None:
     """Raises ConfigError or DataError for contradictions, missing data and an output that cannot be written."""
-    if adapters and adapter is not None:
+    if given.adapter and adapter is not None:
         raise ConfigError(f"use either ADAPTER ({adapter}) or --adapter, which is repeatable")
-    if prompt and data is not None:
-        raise ConfigError(f"--prompt and a FILE ({data}) cannot be combined; use only one")
-    if not prompt and data is None:
-        raise ConfigError("nothing to predict; add a FILE, --prompt TEXT, or - to read stdin")
+    if given.prompt and data is not None:
+        raise ConfigError(f"--prompt and --data {data} cannot be combined; use only one")
+    if not given.prompt and data is None:
+        raise ConfigError("nothing to predict; add a file, --prompt TEXT, or - to read stdin")
+    if given.ignore_chat_template and (given.image or "system" in flags):
+        flag = "--image" if given.image else "--system"
+        raise ConfigError(f"{flag} needs the chat template, so it cannot be combined with --ignore-chat-template")
     check_sources(data=[] if data == STDIN else [data])
-    if output is None:
+    if (output := given.output) is None:
         return
     if (suffix := output.suffix.lower()) in READERS.keys() - {*JSON_LINES, TXT}:
         raise ConfigError(
             f"--output {output}: expected a .jsonl file, got {suffix[1:].upper()}; use {output.with_suffix('.jsonl')}"
         )
     for path in (output, partial_file(output)):
-        check_new_file(path, overwrite=overwrite)
+        check_new_file(path, overwrite=given.overwrite)
 
 
-def what_answers(
-    adapter: str | None, adapters: Sequence[str] | None, model: str | None
-) -> tuple[str, Mapping[str, Path]]:
+def what_answers(adapter: str | None, given: PredictFlags) -> tuple[str, Mapping[str, Path]]:
     """Returns the model to load, and name -> folder of its adapters. Raises ConfigError or FormatError."""
-    if adapters:
-        folders = parse_adapters(adapters)
-        return base_model_name(model, list(folders.values())), folders
-    target = find_target(adapter, model)
+    if given.adapter:
+        folders = parse_adapters(given.adapter)
+        return base_model_name(given.model, list(folders.values())), folders
+    target = find_target(adapter, given.model)
     return target.model, parse_adapters([target.adapter]) if target.adapter is not None else {}
+
+
+def write_predictions(
+    results: Iterable[Prediction],
+    total: int,
+    model: str,
+    loaded: Loaded,
+    given: PredictFlags,
+    *,
+    is_shown: bool = False,
+) -> int:
+    """Writes lines to the file or to stdout, or one JSON object. is_shown: they are already on stdout."""
+    from tailora.cli.progress import counter
+    from tailora.train.memory import explain_out_of_memory
+
+    output, predictions = given.output, list[Prediction]()
+    with (
+        explain_out_of_memory("answering", MEMORY_ADVICE),
+        counter(stderr(), "rows") if output else nullcontext(lambda *_: None) as progress,
+        partial_answers(output) if output else nullcontext(lambda line: write_stdout(f"{line}\n")) as write,
+    ):
+        for number, prediction in enumerate(results, 1):
+            if output is not None or not (given.json or is_shown):
+                write(dumps(prediction, ensure_ascii=False))
+            predictions += [prediction] if given.json else []
+            progress(number, total)
+    if output is not None:
+        log(f"{total:,} predictions written to {output}")
+    if given.json:
+        print_json({"model": model, "adapters": loaded.adapters, "predictions": predictions})
+    return 0
 
 
 @contextmanager
@@ -357,9 +365,9 @@ def read_question(row: Row, options: ChatOptions, tokenizer: "ChatTokenizer") ->
         return row.problem(error)
 
 
-def system_of(given: str | None, sources: Mapping[str, Path]) -> str | None:
+def system_of(flags: Mapping[str, Any] | None, sources: Mapping[str, Path]) -> str | None:
     """Returns the system message for all sources together. Raises FormatError."""
-    systems = {*training_systems(given, sources).values()}
+    systems = {*training_systems((flags or {}).get("system"), sources).values()}
     if len(systems) > 1:
         note("the adapters were trained with different system messages, so none is used; set one with --system TEXT")
         return None

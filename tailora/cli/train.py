@@ -30,7 +30,6 @@ from tailora.train.config import GRPO, TASK_TYPES, TrainConfig
 from tailora.train.launch import count_processes, how_to_resume, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
-    from tailora.data.dataset import Examples
     from tailora.evaluation.generate import ComparedAnswer
     from tailora.train.events import TrainResult
 
@@ -118,7 +117,6 @@ def demo_folder(checkpoint: str | None) -> Path:
 # ---- What a finished run prints: the result, its files, and what to do next
 
 
-KL_TEXTS, KL_TOKENS = 16, 2048  # most held-out conversations, and most of their tokens, to measure KL on
 PROMPT_LENGTH = 60  # characters of the prompt in the suggested commands
 FILES = {
     PAGE: "the full report; open it in a browser",
@@ -311,7 +309,7 @@ def answer_samples(result: "TrainResult", config: TrainConfig) -> list["Compared
 
 def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, Any]:
     """Returns further numbers for the result of preferences and of rewards; {} for an adapter trained further."""
-    from tailora.evaluation.forgetting import forgetting, sample_texts
+    from tailora.evaluation.forgetting import forgetting, kl_texts, sample_texts
 
     data = result.data
     if data is None or config.adapter is not None or not len(data.eval):
@@ -319,15 +317,3 @@ def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, 
     if data.report.task == GRPO:  # the held-out prompts are few, and have no reply
         return {"forgetting": asdict(forgetting(result.model, sample_texts(result.model, result.tokenizer)))}
     return {"eval_kl": forgetting(result.model, kl_texts(data.eval)).kl} if data.report.task == PREFERENCE else {}
-
-
-def kl_texts(held_out: "Examples") -> list[list[int]]:
-    """Returns the first tokens of the first examples; few, since all log-probabilities are kept for each token."""
-    texts: list[list[int]] = []
-    left = KL_TOKENS
-    for i in range(min(len(held_out), KL_TEXTS)):
-        texts.append(held_out[i].sequences[0].input_ids[:left].tolist())
-        left -= len(texts[-1])
-        if left < 2:  # the first token of a text is not predicted
-            break
-    return texts

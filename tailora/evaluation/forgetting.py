@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from tailora.core.attach import evaluating
 from tailora.core.inference import constant_adapters
 from tailora.data.chat_template import DataSettings
+from tailora.data.dataset import Examples
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import check_vocabulary, prepare
 from tailora.data.processor import text_tokenizer
 from tailora.errors import DataError
 from tailora.train.state import seeded
 
+KL_TEXTS, KL_TOKENS = 16, 2048  # most held-out conversations, and most of their tokens, to measure KL on
 SAMPLES, SAMPLE_LENGTH = 16, 64  # texts written by the base, and their tokens
 
 
@@ -53,6 +55,18 @@ def sample_texts(
             pad_token_id=start,
         )  # (count, 1 + length)
     texts: list[list[int]] = output.tolist()
+    return texts
+
+
+def kl_texts(held_out: Examples) -> list[list[int]]:
+    """Returns the first tokens of the first examples; few, since all log-probabilities are kept for each token."""
+    texts: list[list[int]] = []
+    left = KL_TOKENS
+    for i in range(min(len(held_out), KL_TEXTS)):
+        texts.append(held_out[i].sequences[0].input_ids[:left].tolist())
+        left -= len(texts[-1])
+        if left < 2:  # the first token of a text is not predicted
+            break
     return texts
 
 

@@ -155,7 +155,7 @@ def test_predict_reads_stdin(
     ("tokens", "hint"),
     [
         (["--adapter", "RUN", "--adapter", "RUN"], "two adapters are named run"),
-        (["RUN", "--data", "x.jsonl"], "--prompt and a FILE (x.jsonl) cannot be combined"),
+        (["RUN", "--data", "x.jsonl"], "--prompt and --data x.jsonl cannot be combined"),
         (["--temperature", "-1"], "--temperature. Must be >= 0"),
         (["--seed", str(2**70)], "--seed. Must be < "),
         (["--system", "be brief", "--ignore-chat-template"], "--system needs the chat template"),

@@ -20,9 +20,10 @@ from command_line import check_refused, found, output
 from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
-from tailora.cli.train import KL_TOKENS, demo_folder, first_prompt, is_worse, kl_texts, next_commands
+from tailora.cli.train import demo_folder, first_prompt, is_worse, next_commands
 from tailora.data.dataset import Example, Examples
 from tailora.errors import CheckpointError, ConfigError, WriteError
+from tailora.evaluation.forgetting import KL_TOKENS, kl_texts
 from tailora.formats import run_folder
 from tailora.formats.run_folder import ADAPTER, PASSPORT, REPORT
 from tailora.report.format import duration
