@@ -97,12 +97,11 @@ class Example:
 class Mixture:
     """How often the examples of several consecutive sources appear in an epoch.
 
-    sizes: number of examples of each source.    weights: passes over it per epoch. 2 uses every example twice; 0.5 uses
-    one half, and the other half in the next epoch.
+    The weight 2 uses every example twice; 0.5 uses one half, and the other half in the next epoch.
     """
 
-    sizes: tuple[int, ...]
-    weights: tuple[float, ...]
+    sizes: tuple[int, ...]  # number of examples of each source
+    weights: tuple[float, ...]  # passes over each source per epoch
 
     @property
     def counts(self) -> list[int]:

@@ -47,18 +47,14 @@ BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, Ar
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image that was read once without errors.
-
-    path: of the file.    sha256: of its bytes, in hexadecimal.    width, height: after rotation by its EXIF tag.
-    name: its value in the row, for messages.    content: the bytes of an image without a file.
-    """
+    """An image that was read once without errors."""
 
     path: Path | None
-    sha256: str
-    width: int
+    sha256: str  # of its bytes, in hexadecimal
+    width: int  # both after rotation by its EXIF tag
     height: int
-    name: str
-    content: bytes | None = field(default=None, repr=False)
+    name: str  # its value in the row, for messages
+    content: bytes | None = field(default=None, repr=False)  # of an image without a file
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but the pixels."""
@@ -161,8 +157,10 @@ def _image_parts(messages: Messages) -> list[dict[str, Any]]:
 def store_images(value: Any, key: str, *, is_used: bool, depth: int = 1) -> Any:
     """Returns a value of a row with its images in the cache folder instead of in memory: bytes and data: URLs.
 
-    An image that cannot be used becomes its DataError, which `read_image` raises. key: of the value, or of its list.
-    is_used: False for columns that are not read, whose images become None.    depth: objects and lists around it.
+    An image that cannot be used becomes its DataError, which `read_image` raises.
+    key: of the value, or of its list.
+    is_used: False for columns that are not read, whose images become None.
+    depth: objects and lists around it.
     """
     if depth > DEEPEST:
         return value

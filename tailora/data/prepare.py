@@ -173,21 +173,14 @@ def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "traine
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedData:
-    """eval: distinct examples, because duplicates are not independent. eval_samples[i] became eval[i].
-
-    trained_rows: `sample_hash` of the training rows.    skipped: unusable rows, with `skip_bad_rows`.
-    prompts: those to train on, for reinforcement learning; prompts[i] became train[i].
-    locations: of the row of each training example.
-    """
-
     train: Examples
-    eval: Examples
+    eval: Examples  # without duplicates, because these are not independent
     report: DataReport
-    eval_samples: list[Any]
-    trained_rows: set[bytes]
-    skipped: list[RowProblem]
-    prompts: list[Prompt]
-    locations: list[str]
+    eval_samples: list[Any]  # eval_samples[i] became eval[i]
+    trained_rows: set[bytes]  # `sample_hash` of the training rows
+    skipped: list[RowProblem]  # unusable rows, with `skip_bad_rows`
+    prompts: list[Prompt]  # for reinforcement learning; prompts[i] became train[i]
+    locations: list[str]  # of the row of each training example
 
 
 def prepare(
@@ -255,7 +248,8 @@ def _report(
 ) -> DataReport:
     """loaded: the sources before the split, training sources first.
 
-    sides: the training and held-out sources after the split.    examples: of each side, including duplicates.
+    sides: the training and held-out sources after the split.
+    examples: of each side, including duplicates.
     """
     (train, evaluated), labels, flagged = examples, tokenizer.settings.labels, Flagged()
     for part in loaded:
@@ -319,19 +313,14 @@ def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSource:
-    """samples[i] became examples[i]; [] for blocks of texts.    is_whole: texts before the split into blocks.
-
-    locations: source_index of an example -> the location of its row.    skipped: with `skip_bad_rows`.
-    """
-
     source: Source
     mapping: ColumnMapping
     examples: Examples
-    samples: list[AnySample]
+    samples: list[AnySample]  # samples[i] became examples[i]; [] for blocks of texts
     counts: RowCounts
-    is_whole: bool
-    locations: dict[int, str]
-    skipped: list[RowProblem]
+    is_whole: bool  # texts before the split into blocks
+    locations: dict[int, str]  # source_index of an example -> the location of its row
+    skipped: list[RowProblem]  # with `skip_bad_rows`
 
     def location(self, example: Example) -> str:
         return self.locations[example.source_index]
@@ -519,7 +508,8 @@ def read_eval_data(
 ) -> tuple[EvalDataReport, list[EncodedSample]]:
     """Returns the rows with supervised tokens, without duplicates.
 
-    name: of the data, or "demo".    limit: maximum number of rows to read.
+    name: of the data, or "demo".
+    limit: maximum number of rows to read.
     trained_rows: `sample_hash` of the model's training rows; None if unknown.
     Raises DataError with the file, row and cause of every problem.
     """

@@ -73,23 +73,20 @@ class Flagged:
 class RowCounts:
     """Counts of encoded rows and their examples. An example counts once, even if its source is read again.
 
-    parts: examples of the last row so far.    split_examples: from conversations with several examples.
-    tokens: after truncation.    longest: tokens of the longest example, before truncation.
     flagged: truncated at max_length; without_weight (weight 0); cut_away (no trained token left); split_rows;
         duplicates of held-out examples, whose hashes are in `held_out`.
-    systems: number of examples with each of the first MOST_SYSTEMS system messages.
     """
 
     rows: int = 0
     last: int = 0  # position of the last one among all rows, from 1
     examples: int = 0
-    parts: int = 0
-    split_examples: int = 0
-    tokens: int = 0
-    longest: int = 0
+    parts: int = 0  # examples of the last row so far
+    split_examples: int = 0  # from conversations with several examples
+    tokens: int = 0  # after truncation
+    longest: int = 0  # tokens of the longest example, before truncation
     held_out: frozenset[bytes] = frozenset()
     flagged: Flagged = field(default_factory=Flagged)
-    systems: Counter[str | None] = field(default_factory=Counter)
+    systems: Counter[str | None] = field(default_factory=Counter)  # examples with each of the first MOST_SYSTEMS
 
     @property
     def system(self) -> str | None:

@@ -101,16 +101,12 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt for reinforcement learning. Prompts with the same chat are equal.
+    """A prompt for reinforcement learning. Prompts with the same chat are equal."""
 
-    chat: with an empty reply.    value: what reward functions get: a text or messages, as in the row.
-    columns: the others of the row.    ids: the tokens of the chat up to the reply, once it is encoded.
-    """
-
-    chat: Conversation | Pair
-    value: str | Messages = field(compare=False)
-    columns: Mapping[str, Any] = field(compare=False)
-    ids: Sequence[int] = field(default=(), compare=False)
+    chat: Conversation | Pair  # with an empty reply
+    value: str | Messages = field(compare=False)  # what reward functions get, as in the row
+    columns: Mapping[str, Any] = field(compare=False)  # the others of the row
+    ids: Sequence[int] = field(default=(), compare=False)  # of the chat up to the reply, once it is encoded
 
 
 AnySample: TypeAlias = Sample | Choices | Preference | Feedback | Labelled | Tagged | Prompt

@@ -294,7 +294,7 @@ FEEDBACK = "feedback"  # a schema whose examples also need the replies of other 
 class Schema:
     """convert: values by key -> sample; raises DataError with the cause.
 
-    task: the training task.    fits: whether a row with the required keys supports this schema if no task is given.
+    fits: whether a row with the required keys supports this schema if no task is given.
     """
 
     name: str

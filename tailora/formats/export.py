@@ -42,12 +42,10 @@ from tailora.patches import attention_of
 
 @dataclass(frozen=True)
 class ExportReport:
-    """files: name -> size in bytes.    changes: what differs from the adapter as trained, in words."""
-
     folder: Path
     format: str
-    files: dict[str, int]
-    changes: list[str]
+    files: dict[str, int]  # name -> size in bytes
+    changes: list[str]  # what differs from the adapter as trained, in words
     logits: "LogitComparison"
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +63,8 @@ def export(
     """Writes a new `folder` completely or not at all, after reading it back and comparing its logits with the model's.
 
     Of models of diffusers, whose inputs differ, the updates are compared instead.
-    overwrite: as in `run_folder.check_result_folder`.    write_more: writes other files into the folder.
+    overwrite: as in `run_folder.check_result_folder`.
+    write_more: writes other files into the folder.
     Raises ConfigError for an unknown format or a folder that is not empty, FormatError with everything that the format
     does not support and for a difference above the tolerance, MergeError, WriteError.
     """
@@ -127,13 +126,10 @@ BATCH, LENGTH = 2, 16
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """Root mean squares over all logits of a small batch, or all updates, relative to the live model's.
+    """Root mean squares over all logits of a small batch, or all updates, relative to the live model's."""
 
-    difference: between the file and the live model.    effect: between the live model and its base.
-    """
-
-    difference: float
-    effect: float
+    difference: float  # between the file and the live model
+    effect: float  # between the live model and its base
     tolerance: float
 
 

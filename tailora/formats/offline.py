@@ -30,15 +30,11 @@ TRAINED_IN_FULL = "trained in full, without a low-rank update"
 
 @dataclass(frozen=True)
 class OfflineAdapter:
-    """updates: by path.    left_out: other keys and paths -> the reason why they are skipped.
-    base: the name of the base model in the files, if there is one.    zero_updates: see `AdapterMetadata`.
-    """
-
     config: LoRAConfig
-    updates: dict[str, Update]
-    left_out: dict[str, str]
-    base: str | None
-    zero_updates: Sequence[str] = ()
+    updates: dict[str, Update]  # by path
+    left_out: dict[str, str]  # other keys and paths -> the reason why they are skipped
+    base: str | None  # name of the base model in the files
+    zero_updates: Sequence[str] = ()  # see `AdapterMetadata`
 
 
 def read_offline(path: Path) -> OfflineAdapter:

@@ -192,21 +192,18 @@ def vllm_problems(source: ExportSource) -> list[str]:
 class Target:
     """A server.
 
-    title: its name in messages.    commands: returns the commands that serve the exported folder.
-    port: default port.
+    commands: returns the commands that serve the exported folder.
     problems: returns the parts of an adapter that the server does not support, in addition to the format's limits.
-    separators: characters with a special meaning in the path of an adapter.
-    converts: whether it reads the base or merged model as GGUF.
     files: returns the files that it reads along with the weights, name -> text.
     """
 
-    title: str
+    title: str  # in messages
     format: str
     commands: Callable[[Serving, str], list[list[str]]]
     port: int
     problems: Callable[[ExportSource], list[str]] = lambda _: []
-    separators: str = ""
-    converts: bool = False
+    separators: str = ""  # characters with a special meaning in the path of an adapter
+    converts: bool = False  # whether it reads the base or merged model as GGUF
     files: Callable[[Serving, ExportSource], dict[str, str]] = lambda *_: {}
 
 
@@ -377,18 +374,14 @@ WITH_SYSTEM: list[Message] = [{"role": "system", "content": SYSTEM_TEXT}, *QUEST
 
 @dataclass(frozen=True)
 class Frame:
-    """The text around the messages of a conversation.
+    """The text around the messages of a conversation."""
 
-    start: of one without a system message.    before, after: around a system message; None: it is omitted.
-    user, reply: around a question; with `reply` the answer begins.    end: after an answer.
-    """
-
-    start: str
-    before: str | None
-    after: str
-    user: str
-    reply: str
-    end: str
+    start: str  # without a system message
+    before: str | None  # before a system message; None: it is omitted
+    after: str  # after a system message
+    user: str  # before a question
+    reply: str  # after a question, where the answer begins
+    end: str  # after an answer
 
     def render(self, messages: Sequence[Message]) -> str:
         """Returns Ollama's result for the template."""
