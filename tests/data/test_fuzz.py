@@ -32,23 +32,8 @@ from tailora.errors import DataError, TailoraError
 
 SETTINGS = DataSettings(max_length=16, validation_split=0)
 Path_ = tuple[str | int, ...]
-KEYS = st.sampled_from(
-    [
-        *KNOWN_KEYS,
-        "role",
-        "content",
-        "from",
-        "value",
-        "label",
-        "weight",
-        "train",
-        "tool_calls",
-        "function",
-        "arguments",
-        "id",
-        "é",
-    ]
-)
+OTHER_KEYS = ["role", "content", "from", "value", "label", "weight", "train", "tool_calls", "function", "arguments"]
+KEYS = st.sampled_from([*KNOWN_KEYS, *OTHER_KEYS, "id", "é"])
 TEXTS = st.text(max_size=8) | st.sampled_from(
     ["\ud800", "\0", "<|im_end|>", "\ufeff", " ", "A", "0", "assistant", "gpt"]
 )
@@ -263,41 +248,13 @@ def test_deep_values(folder: Path, depth: int, start: str) -> None:
 
 PIECES = [
     *("{% for m in messages %}", "{% endfor %}", "{% if add_generation_prompt %}", "{% if loop.last %}", "{% endif %}"),
-    *(
-        "{% generation %}",
-        "{% endgeneration %}",
-        "{{ m.content }}",
-        "{{ m['role'] }}",
-        "{{ m.content[0] }}",
-        "a",
-        " ",
-        "\n",
-    ),
-    *("<|im_start|>", "<|im_end|>", "{{ eos_token }}", "{{ messages[0].content }}", "{{ messages[9].content.x }}"),
-    *(
-        "{{ 1 / 0 }}",
-        "{{ m.content + 1 }}",
-        "{{ raise_exception('no') }}",
-        "{{ m.none.none }}",
-        "{{ {}['a'] }}",
-        "{{ '' * m }}",
-    ),
-    *(
-        "{{ m.content | upper }}",
-        "{{ m | tojson }}",
-        "{{ m.content.index('x') }}",
-        "{{ range(10**7) | list }}",
-        "{%",
-        "}}",
-    ),
-    *(
-        "{{ 10 ** 400 * 1.5 }}",
-        "{{ [] | first }}",
-        "{{ [].pop() }}",
-        "{{ ''.format_map(3) }}",
-        "{{ messages.append(1) }}",
-    ),
-    *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% include 'x' %}", "{{ m.update({}) }}", "{{ '\ud800' }}"),
+    *("{% generation %}", "{% endgeneration %}", "{{ m.content }}", "{{ m['role'] }}", "{{ m.content[0] }}"),
+    *("a", " ", "\n", "<|im_start|>", "<|im_end|>", "{{ eos_token }}", "{{ messages[0].content }}", "{%", "}}"),
+    *("{{ messages[9].content.x }}", "{{ 1 / 0 }}", "{{ m.content + 1 }}", "{{ raise_exception('no') }}"),
+    *("{{ m.none.none }}", "{{ {}['a'] }}", "{{ '' * m }}", "{{ m.content | upper }}", "{{ m | tojson }}"),
+    *("{{ m.content.index('x') }}", "{{ range(10**7) | list }}", "{{ 10 ** 400 * 1.5 }}", "{{ [] | first }}"),
+    *("{{ [].pop() }}", "{{ ''.format_map(3) }}", "{{ messages.append(1) }}", "{% include 'x' %}"),
+    *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ m.update({}) }}", "{{ '\ud800' }}"),
 ]
 
 
