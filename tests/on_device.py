@@ -21,7 +21,6 @@ CHOSEN = ("train",)  # these make everything on the CPU; what they call chooses 
 LEFT_OUT = {  # a pattern of tests -> why they do not run there
     r"core/test_inference\.py::test_a_second_generate_meanwhile": "looks at kernels of the CPU",
     r"core/test_inference\.py::test_the_last_states": "only a CPU copies the head",
-    r"core/test_inference\.py::test_a_token_takes": "tests/device/test_adapters.py counts kernels",
     r"core/test_running_statistics\.py::test_nor_does_the_trainer": "transformers' trainer takes the rows to the CPU",
     r"evaluation/test_generate\.py::test_the_static_cache": "the static cache is the CPU's choice",
     r"formats/test_merged\.py::.*(quantised_base|int8|quantization)": "bitsandbytes, torchao",

@@ -118,23 +118,29 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize(("config", "most"), [("all", 2), ("DoRA", 3), ("DoRA with biases", 3)])
-def test_a_token_takes_at_most_three_more_operations_in_each_layer(config: str, most: int, rows: int) -> None:
-    """Counts operators of torch on a CPU; the path is the same on every device."""
-
-    def operations(model: Any, tokens: int) -> int:
-        prompt = torch.full((rows, 3), 7)
+def operations_of_a_token(model: Any, rows: int) -> int:
+    counts = []
+    for tokens in (3, 4):
         with Operations() as operations:
-            logits_of(model, prompt, max_new_tokens=tokens, min_new_tokens=tokens)
-        return operations.count
+            logits_of(model, torch.full((rows, 3), 7), max_new_tokens=tokens, min_new_tokens=tokens)
+        counts.append(operations.count)
+    return counts[1] - counts[0]
 
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("names", [["default"], ["default", "second"]])
+@pytest.mark.parametrize(("config", "more"), [("all", 2), ("DoRA", 3), ("DoRA with biases", 3)])
+def test_a_token_takes_two_more_operations_in_each_layer_and_three_with_dora(
+    config: str, more: int, names: list[str], rows: int
+) -> None:
     model = stirred(CONFIGS[config], torch.bfloat16)
+    model.add_adapter("second", CONFIGS[config])
+    model.set_adapter(names)
+    stir(model)
     logits_of(model, PROMPTS["token"])  # a CPU keeps the norms
-    base = model.base_model
-    adapted = operations(model, 4) - operations(model, 3)
+    adapted = operations_of_a_token(model, rows)
     model.set_adapter(None)
-    assert 0 < adapted - (operations(base, 4) - operations(base, 3)) <= most * 14
+    assert adapted - operations_of_a_token(model.base_model, rows) == more * 14
 
 
 @pytest.mark.slow

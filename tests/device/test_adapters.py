@@ -1,7 +1,9 @@
-"""What adapters cost on a device: kernels of a decoded token, and DoRA's norms, which never wait for the device."""
+"""What adapters cost on a device: kernels of an evaluation, and DoRA's norms, which never wait for the device.
+
+tests/core/test_inference.py counts those of a decoded token, here too.
+"""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,9 @@ import pytest
 import torch
 from pretend_accelerator import counted, no_synchronisation
 from tiny import chat_model
-from torch import Tensor, nn
+from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core import inference
 from tailora.core.attach import Adapted
 from tailora.core.layer import LoRALayer
 from tailora.data.dataset import Example, Examples
@@ -28,47 +29,9 @@ DORA = LoRAConfig(r=4, use_dora=True)
 
 def stirred(device: torch.device, config: LoRAConfig, dtype: torch.dtype = torch.float32) -> LoRAModel:
     model = LoRAModel(chat_model(initializer_range=0.3, attention_bias=True).to(device, dtype), config).eval()
-    stir(model)
-    return model
-
-
-def stir(model: LoRAModel) -> None:
     for parameter in model.lora_layers.parameters():
         nn.init.normal_(parameter, std=0.3)
-
-
-# ---- Decoding
-
-
-def decoded(model: Any, prompt: Tensor, tokens: int = 4) -> Tensor:
-    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    found = model.generate(prompt, output_logits=True, return_dict_in_generate=True, **settings)
-    return torch.stack(found.logits, dim=1)
-
-
-def kernels_of_a_token(model: Any, prompt: Tensor) -> int:
-    totals = []
-    for tokens in (3, 4):
-        with counted() as counts:
-            decoded(model, prompt, tokens)
-        totals.append(counts.kernels.total())
-    return totals[1] - totals[0]
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize(("config", "most"), [(LoRAConfig(r=4), 2), (DORA, 3)])
-@pytest.mark.parametrize("names", [["default"], ["default", "second"]])
-def test_a_decoded_token_takes_two_more_kernels_for_each_projection_and_three_with_dora(
-    device: torch.device, config: LoRAConfig, most: int, rows: int, names: list[str]
-) -> None:
-    model, prompt = stirred(device, config, torch.bfloat16), torch.full((rows, 3), 7, device=device)
-    for name in names[1:]:
-        model.add_adapter(name, config)
-    model.set_adapter(names)
-    stir(model)
-    adapted = kernels_of_a_token(model, prompt)
-    model.set_adapter(None)
-    assert adapted - kernels_of_a_token(model, prompt) == most * PROJECTIONS
+    return model
 
 
 # ---- Evaluation
@@ -109,16 +72,6 @@ def test_an_evaluation_computes_norms_once_and_adds_as_few_kernels_as_decoding(
     assert {type(part) for layer in layers for part in layer.adapter_parts} == {LoRALayer}
     model.set_adapter(None)
     assert adapted - kernels_of_a_batch() == most * PROJECTIONS
-
-
-@pytest.mark.parametrize("evaluation", [held_out, other_text])
-def test_an_evaluation_gives_what_the_plain_path_gives(
-    device: torch.device, evaluation: Callable[[LoRAModel, int], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = stirred(device, DORA)
-    constant = evaluation(model, 2)
-    monkeypatch.setattr(inference, "_attached_constants", lambda _: nullcontext())
-    np.testing.assert_allclose(constant, evaluation(model, 2), rtol=1e-5)
 
 
 # ---- DoRA's norms

@@ -86,36 +86,6 @@ def test_memory_is_that_of_the_device(device: torch.device) -> None:
     assert peak_bytes(device) == before
 
 
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "dora": {"use_dora": True, "learn_scaling": True},
-    "bias": {"lora_bias": True},
-    "beside the layers": {"trainable_token_indices": [3], "modules_to_save": ["lm_head"]},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora", "use_dora": True},
-}
-
-
-def places(model: LoRAModel) -> dict[str, tuple[torch.device, int]]:
-    return {name: (tensor.device, tensor.data_ptr()) for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_is_made_and_loaded_where_the_model_is(device: torch.device, name: str, tmp_path: Path) -> None:
-    base = chat_model().to(device)
-    model = LoRAModel(base, LoRAConfig(r=2, **ADAPTERS[name]))
-    before = places(model)
-    assert {place for place, _ in before.values()} == {device}
-    with counted() as counts:
-        model.to(device)
-    assert places(model) == before
-    assert not counts.copies
-    assert not counts.kernels
-    model.save_adapter(tmp_path)
-    again = LoRAModel.from_pretrained(chat_model().to(device), tmp_path)
-    assert {place for place, _ in places(again).values()} == {device}
-
-
 def waits_of_start(device: torch.device, layers: int, batches: int) -> int:
     """How often the host waits for the device while an adapter starts from data."""
     config = LoRAConfig(r=2, init_lora_weights="eva", target_modules=["q_proj", "up_proj"])

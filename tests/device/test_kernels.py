@@ -1,51 +1,19 @@
-"""How many kernels a step of training takes, and a layer of an adapted model."""
+"""How many kernels a layer of an adapted model takes."""
 
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from pretend_accelerator import Counts, counted
+from pretend_accelerator import counted
 from tiny import chat_model
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.train.trainer import run
 
 pytestmark = pytest.mark.device
 
-LAYERS = 2  # of the model in `settings`
-ATTENTION = ("aten::scaled_dot_product_attention", "aten::scaled_dot_product_attention_backward")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture
-def counts_of_two_steps(settings: Any, tmp_path: Path, device: torch.device) -> Any:
-    """Returns a function that tells what two more steps of a run with these settings add to the device's counts."""
-
-    def measure(**changes: Any) -> Counts:
-        found = []
-        for steps in (2, 4):
-            folder = tmp_path / f"{changes}, {steps} steps"
-            config = settings(**changes, max_steps=steps, device=str(device), output_dir=str(folder))
-            with counted() as counts:
-                run(config)
-            found.append(counts)
-        fewer, more = found
-        return Counts(*(getattr(more, name) - getattr(fewer, name) for name in vars(more)))
-
-    return measure
-
-
-def test_documents_take_no_kernels_of_their_own(counts_of_two_steps: Any) -> None:
-    one, eight = (counts_of_two_steps(per_device_train_batch_size=size) for size in (1, 8))
-    assert [eight.kernels[name] for name in ATTENTION] == [2 * LAYERS, 2 * LAYERS]
-    assert eight.copies["to the host"] == 2  # a step's results, in one
-    assert eight.kernels.total() <= one.kernels.total() + 2 * 5
-
-
-# ---- A layer
 
 
 def kernels_of_a_layer(device: torch.device, wrapped: Any, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ from pretend_accelerator import counted
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
-from tests.device.test_adapters import PROJECTIONS, kernels_of_a_token
+from tests.device.test_adapters import PROJECTIONS
 from tests.tiny import chat_model
 
 pytestmark = pytest.mark.device
@@ -52,6 +52,15 @@ def test_the_host_waits_for_the_first_forward_alone(device: torch.device, slot: 
     model.set_adapter(None)
     assert later == [waits()] * 2
     assert first > later[0]
+
+
+def kernels_of_a_token(model: Any, prompt: torch.Tensor) -> int:
+    totals = []
+    for tokens in (3, 4):
+        with counted() as counts:
+            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        totals.append(counts.kernels.total())
+    return totals[1] - totals[0]
 
 
 @pytest.mark.parametrize("names", [["a"] * 4, ["a", "b", "a", "b"], ["a", None, "b", "b"]])

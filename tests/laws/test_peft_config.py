@@ -11,7 +11,18 @@ import pytest
 import torch
 from tiny import chat_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, FormatError
@@ -20,6 +31,7 @@ from tailora.formats.peft_config import SETTINGS_WITHOUT_EFFECT, UNSUPPORTED_SET
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+TWICE = 2.0  # PEFT 0.21.2 adds the update of attention's out_proj to the weight, and then merges it once more
 IDS = torch.arange(24).view(2, 12)
 
 
@@ -74,6 +86,48 @@ class Nested(nn.Module):
         return y
 
 
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+class Block(nn.Module):
+    """In nn.TransformerEncoderLayer PEFT's adapters are passed by in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.linear1 = nn.MultiheadAttention(16, 4), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.self_attn(x, x, x)[0]
+        return y + self.linear1(y).tanh()
+
+
+class Vision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = ids.float()[..., None] @ torch.linspace(-0.1, 0.1, 16)[None]
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def mixtral() -> nn.Module:
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, vocab_size=40))
+
+
+def qwen2_moe() -> nn.Module:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **experts, num_key_value_heads=2, vocab_size=40))
+
+
+def gpt_oss() -> nn.Module:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "num_key_value_heads": 2}
+    return GptOssForCausalLM(GptOssConfig(**SIZES, **experts, vocab_size=40))
+
+
 def llama() -> nn.Module:
     return chat_model(num_hidden_layers=3)
 
@@ -87,8 +141,7 @@ def gpt2() -> nn.Module:
 
 
 def classifier() -> nn.Module:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForSequenceClassification(LlamaConfig(**sizes, vocab_size=40, num_labels=3, pad_token_id=0))
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES, vocab_size=40, num_labels=3, pad_token_id=0))
 
 
 Q = {"target_modules": ["q_proj"]}
@@ -173,6 +226,26 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "init false": (llama, {**Q, "init_lora_weights": False}),
     "gaussian": (llama, {**Q, "init_lora_weights": "gaussian"}),
     "orthogonal": (llama, {**Q, "init_lora_weights": "orthogonal", "r": 4}),
+    # matrices that no layer computes alone
+    "attention": (Vision, {"target_modules": ["self_attn", "linear1"]}),
+    "attention, patterns": (
+        Vision,
+        {"target_modules": ["self_attn"], "rank_pattern": {"layers.1.self_attn": 3}, "alpha_pattern": {"self_attn": 5}},
+    ),
+    "mixtral": (mixtral, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "mixtral, one of two": (mixtral, {"target_modules": [], "target_parameters": EXPERTS[1:]}),
+    "mixtral, router and patterns": (
+        mixtral,
+        {
+            "target_modules": [],
+            "target_parameters": [*EXPERTS, "gate.weight"],
+            "rank_pattern": {"down_proj": 3},
+            "alpha_pattern": {"gate.weight": 7},
+            "use_rslora": True,
+        },
+    ),
+    "qwen2-moe": (qwen2_moe, {"target_modules": [], "target_parameters": EXPERTS}),
+    "gpt-oss": (gpt_oss, {"target_modules": [], "target_parameters": EXPERTS}),
     # ranks above the smaller side of a layer, as in many of PEFT's own cases
     "rank above a convolution's channels": (Convolutions, {"target_modules": ["conv1d", "conv2d"]}),
     "rank above a linear layer's outputs": (Convolutions, {"target_modules": ["lin0"]}),
@@ -189,7 +262,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 def fresh(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return make().eval()
+    base = make().eval()
+    for name, parameter in base.named_parameters():
+        if "experts" in name and not isinstance(base, Blocks | Nested):
+            nn.init.normal_(parameter, std=0.3)
+    return base
 
 
 @torch.no_grad()
@@ -233,7 +310,9 @@ def test_what_peft_writes_computes_the_same_here_and_again_in_peft(
     torch.testing.assert_close(output(ours), expected, **TOLERANCE)
     ours.save_adapter(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(fresh(make), str(tmp_path / "ours"))
-    torch.testing.assert_close(output(again), expected, **TOLERANCE)
+    for path, layer in ours.adapter().low_rank.items():
+        layer.strength = TWICE if path.endswith("self_attn.out_proj") else 1.0
+    torch.testing.assert_close(output(again), output(ours), **TOLERANCE)
 
 
 def test_every_field_of_peft_s_config_is_taken_or_refused_or_has_no_effect() -> None:
@@ -293,29 +372,22 @@ def test_tied_factors_warn_that_training_parts_them(tmp_path: Path) -> None:
     torch.testing.assert_close(output(ours), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "one layer",
-        "layers pattern",
-        "a whole path beside layers",
-        "nested numbers",
-        "nested numbers at the top",
-        "nested numbers, blocks",
-        "nested numbers, experts",
-        "the end of a name",
-    ],
-)
+SELECTING = ("all-linear", "exclude", "two patterns match", "one layer", "layers pattern", "a whole path beside layers")
+SELECTING += ("nested numbers", "nested numbers at the top", "nested numbers, blocks", "nested numbers, experts")
+SELECTING += ("the end of a name", "embedding and head")
+
+
+@pytest.mark.parametrize("name", SELECTING)
 def test_the_same_settings_select_the_same_here(name: str) -> None:
-    make, settings = CASES[name]
+    make, settings = CASES[name][0], {"r": 2, "lora_alpha": 4, **CASES[name][1]}
     theirs = peft.get_peft_model(fresh(make), peft.LoraConfig(**settings))
     in_peft = {
-        path.removeprefix("base_model.model.")
+        path.removeprefix("base_model.model."): (module.r["default"], module.lora_alpha["default"])
         for path, module in theirs.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
-    rows = LoRAModel(fresh(make), LoRAConfig(r=2, **settings)).summary().rows
-    assert {row.path for row in rows if row.r} == in_peft
+    rows = LoRAModel(fresh(make), LoRAConfig(**settings)).summary().rows
+    assert {row.path: (row.r, row.lora_alpha) for row in rows if row.r} == in_peft
     assert {row.path for row in rows if not row.r} == ({"my_head"} if "modules_to_save" in settings else set())
 
 
