@@ -120,14 +120,9 @@ def _call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class CompiledLayers:
-    """Compiled code for the layers of one model, kept while this object lives.
+    """Compiled code for the layers of one model, kept while this object lives."""
 
-    activation_memory: share of the activations that is kept for the backward; the rest is computed again, what is
-        cheap first (torch's activation_memory_budget).
-    """
-
-    def __init__(self, activation_memory: float = 1.0, backend: str = "inductor") -> None:
-        self.activation_memory, self.backend = activation_memory, backend
+    def __init__(self, backend: str = "inductor") -> None:
         # its own code object, because torch stores and counts compilations by code object
         function = FunctionType(_call.__code__.replace(), globals())
         self._compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
@@ -153,7 +148,6 @@ class CompiledLayers:
                 # a kind of layer has some more graphs without a mask, in evaluation mode, for one document, ... At
                 # torch's own limit the next one would be an error in the middle of a run
                 dynamo_config.patch(recompile_limit=MOST_GRAPHS, specialize_float=True),  # else it traces twice
-                functorch_config.patch(activation_memory_budget=self.activation_memory),
                 functorch_config.patch({CACHE_FUNCTIONS: True} if hasattr(functorch_config, CACHE_FUNCTIONS) else {}),
                 # on a CPU a pool of compiling processes takes longer to start than a graph to compile
                 inductor_config.patch(compile_threads=1 if on_cpu else inductor_config.compile_threads),

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.torch_version import TorchVersion
-from torch.utils.flop_counter import register_flop_formula
 
 from tailora.core.device import cpu_flags
 from tailora.core.float32_products import REPLACEMENTS, pays
@@ -151,14 +150,6 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     gradients = _backward_operator(gradient, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.in_float32)
     return *gradients, None, None, None, None
-
-
-# torch's activation_memory_budget asks what it costs to compute the operator again
-@register_flop_formula(torch.ops.tailora.packed_attention)
-def _flops(q_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """Of one document; scores, and their product with the values, of half of the pairs of tokens."""
-    tokens, heads, width = q_shape
-    return 2 * heads * tokens * tokens * width
 
 
 _forward_operator.register_autograd(_backward, setup_context=_save_for_backward)

@@ -82,7 +82,9 @@ def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint
         for problem in damaged:
             note(f"resuming from {folder.name}, because {problem}")
         state = json.loads((folder / STATE).read_text())
-        state["run"]["settings"] = _without_removed(folder, state["run"]["settings"])
+        run = state["run"]
+        run["settings"] = _without_removed(folder, run["settings"])
+        run["kernels"] = _without_removed(folder, {k: v for k, v in run["kernels"].items() if v is not None})
         return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
     if not damaged:
         raise CheckpointError(
@@ -145,7 +147,6 @@ FREE = {
     "device",  # only the device type is compared
     "fsdp",
     "fsdp_offload_params",
-    "activation_memory",  # compared with the kernels
     "resume_from_checkpoint",
     "report_to",
     "reward_seconds",

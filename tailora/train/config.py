@@ -58,7 +58,6 @@ COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ..
     (("streaming",), "task", LANGUAGE_MODELS),  # other tasks read all labels before loading the model
     (("label_smoothing",), "loss", (None, "dpo", "simpo")),
     (("simpo_gamma",), "loss", ("simpo",)),
-    (("activation_memory",), "fast", ("auto", "compile")),
     ((*ADAPTER_FIELDS, "adapter", "loraplus_lr_ratio", "quantize"), "method", ("lora",)),
     (("streaming",), "max_steps", True),  # a stream has no end
     (("skip_bad_rows",), "streaming", False),
@@ -232,9 +231,6 @@ class TrainConfig(StrictModel):
         description="auto: use faster kernels after checking that they give the same results; compile: compile the "
         "layers even without a known speedup; off: use the standard kernels",
     )
-    activation_memory: float = Field(
-        1.0, gt=0, le=1, description="fraction of the activations that compiled layers keep; the rest is recomputed"
-    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the base model; adapters are float32"
     )
@@ -279,8 +275,8 @@ class TrainConfig(StrictModel):
         adapter_settings = self.adapter and ", ".join(self.changed(ADAPTER_FIELDS))
         rules = [
             (
-                self.gradient_checkpointing and (self.fast == "compile" or self.activation_memory < 1),
-                "--gradient-checkpointing does not work with compiled layers; use --activation-memory 0.4 instead",
+                self.gradient_checkpointing and self.fast == "compile",
+                "--gradient-checkpointing does not work with --fast compile; remove one of them",
             ),
             (
                 self.streaming and isinstance(self.data, list) and len(self.data) > 1,

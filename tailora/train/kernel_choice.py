@@ -5,11 +5,10 @@ choose_layout     packed or padded batches; what computes attention (`choose_pac
 choose_kernels    compiled layers if the rest of the run pays for compiling and they are faster here, else the layers
                   of transformers. All processes choose the same.
 use_kernels       within the block the model computes with them
-share_kept        how much compiled layers keep for the backward, of what others keep
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -69,12 +68,6 @@ class Kernels:
     description: str  # for the run's header: decoder layers; attention; loss
     compiled: CompiledLayers | None = None
     recomputes: bool = False  # True: what is cheap to compute again is not kept for the backward
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint remembers."""
-        memory = None if self.compiled is None else self.compiled.activation_memory
-        return {"layers": self.layers, "activation_memory": memory}
 
 
 @dataclass(frozen=True)
@@ -173,30 +166,29 @@ def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[LossFor
 
 
 def choose_kernels(
-    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: Mapping[str, Any] | None = None
+    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: str | None = None
 ) -> Kernels:
     """Returns the kernels of a run, whose description says why others are not used.
 
-    recorded: the choice of the run that is resumed (`Kernels.record`). It is used again, because the adapter's
+    recorded: the choice of the run that is resumed (`Kernels.layers`). It is used again, because the adapter's
         tensors are not restored yet and nothing could be compared.
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
     """
     base = cast(PreTrainedModel, model.base_model)
     if layout.loss == HEAD:
-        if asks_for_compiled_layers(config):
-            raise ConfigError("--fast compile and --activation-memory only apply to language models; remove both")
+        if config.fast == "compile":
+            raise ConfigError("--fast compile only applies to language models; remove it")
         return plain_kernels(config, base, layout)
     reason = ""
     if config.fast != "off":
         kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
         if kernels is not None:
             return kernels
-        if asks_for_compiled_layers(config):
-            name = "--fast compile" if config.fast == "compile" else "--activation-memory"
+        if config.fast == "compile":
             raise ConfigError(
-                f"{name} needs compiled layers, which are not possible in this run: {obstacle}; remove {name}"
+                f"--fast compile needs compiled layers, which are not possible in this run: {obstacle}; remove it"
             )
-        if recorded is not None and recorded["layers"] == COMPILED:
+        if recorded == COMPILED:
             raise ConfigError(
                 f"the run was started with compiled layers, which are not possible now: {obstacle}; resume on the same "
                 "machine with the same settings, or start over in a different --output-dir"
@@ -205,33 +197,20 @@ def choose_kernels(
     return plain_kernels(config, base, layout, reason)
 
 
-def recorded_kernels(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns `Kernels.record` of a checkpoint's run. Earlier versions recorded it in other words, or not at all."""
-    if "layer_kernels" not in run:
-        return run.get("kernels")
-    layers = run["layer_kernels"]  # True: hand-written layers of Llama, which are gone
-    memory = float(layers.rsplit(" ", 1)[1]) if isinstance(layers, str) else None  # "compiled, activation_memory 1"
-    return {"layers": PLAIN if memory is None else COMPILED, "activation_memory": memory}
-
-
-def asks_for_compiled_layers(config: TrainConfig) -> bool:
-    return config.fast == "compile" or config.activation_memory < 1
-
-
 def _try_compiled(
-    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: Mapping[str, Any] | None
+    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: str | None
 ) -> tuple[Kernels | None, str | None]:
     """Returns kernels with compiled layers, or why there are none."""
-    base, budget = cast(PreTrainedModel, model.base_model), config.activation_memory
+    base = cast(PreTrainedModel, model.base_model)
     if config.gradient_checkpointing:
         return None, "--gradient-checkpointing recomputes each layer"
     if obstacle := first_of_ranks(obstacle_to_compiling(base, base.device)):
         return None, obstacle
-    compiled = CompiledLayers(budget)
+    compiled = CompiledLayers()
     kernels = Kernels(COMPILED, "", compiled)
-    if recorded is not None and recorded != kernels.record:
-        return None, "the run was started without them, or with a different --activation-memory"
-    must_pay = recorded is None and not asks_for_compiled_layers(config)
+    if recorded == PLAIN:
+        return None, "the run was started without them"
+    must_pay = recorded is None and config.fast != "compile"
     if must_pay and (obstacle := first_of_ranks(_obstacle_to_gain(base, work.tokens))):
         return None, obstacle
     checked = "checked when the run was started"
@@ -243,8 +222,7 @@ def _try_compiled(
     obstacle, speed = _try_on_all_ranks(lambda: _compare_time(model, work, layout, compiled, must_pay))
     if obstacle is not None:
         return None, obstacle
-    kept = "" if budget == 1 else f", keeping {budget:.0%} of the activations"
-    text = f"decoder layers: compiled{kept}, {speed}, {checked}; attention: {_attention(base, layout)}"
+    text = f"decoder layers: compiled, {speed}, {checked}; attention: {_attention(base, layout)}"
     return replace(kernels, description=f"{text}; loss: {layout.loss}{_products(base, layout)}"), None
 
 
@@ -321,20 +299,6 @@ def _products(base: PreTrainedModel, layout: BatchLayout) -> str:
     if layout.float32_from is None:
         return f"; matrix products: {dtype}"
     return f"; matrix products: float32 for {layout.float32_from} tokens or more (faster here than {dtype})"
-
-
-# Of what plain layers keep for the backward, measured on SmolLM2's shape in bfloat16. Compiled ones keep this share
-# times --activation-memory (141 of 182 MB; down to .4 the bytes were about proportional), and plain ones the other
-# share if cheap activations are recomputed (25.4 of 48.2 MB for 4 layers and 512 tokens).
-COMPILED_SHARE, RECOMPUTED_SHARE = 0.77, 0.53
-
-
-def share_kept(kernels: Kernels, activation_memory: float) -> float:
-    """Returns what compiled layers keep for the backward, as a share of what the layers of these kernels keep."""
-    kept = RECOMPUTED_SHARE if kernels.recomputes else 1.0
-    if kernels.compiled is not None:
-        kept = COMPILED_SHARE * kernels.compiled.activation_memory
-    return COMPILED_SHARE * activation_memory / kept
 
 
 def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:

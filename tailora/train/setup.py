@@ -44,7 +44,6 @@ from tailora.train.kernel_choice import (
     Work,
     choose_kernels,
     choose_layout,
-    recorded_kernels,
     use_kernels,
 )
 from tailora.train.kernel_comparison import has_dropout
@@ -115,7 +114,7 @@ class Run:
             "dtype": str(self.base.dtype),
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
-            "kernels": self.kernels.record,
+            "kernels": {"layers": self.kernels.layers},
             "float32_from": self.layout.float32_from,
             "base": {name: layer.model_dump(exclude_defaults=True) for name, layer in self.weights.items()},
         }
@@ -245,7 +244,7 @@ def kernels_for(
     config: TrainConfig, model: Trainable, layout: BatchLayout, data: TrainingData, saved: Checkpoint | None
 ) -> Kernels:
     """Compares kernels on the longest example. saved: a checkpoint, whose kernels are used again."""
-    recorded = None if saved is None else recorded_kernels(saved.state["run"])
+    recorded = None if saved is None else saved.state["run"]["kernels"]["layers"]
     step = 0 if saved is None else saved.state["progress"]["step"]
     return choose_kernels(config, model, layout, Work(data.tokens(step), data.longest), recorded)
 

@@ -298,25 +298,6 @@ class Block(nn.Module):
         return torch.tanh(cpu_attention.attention(q, k, v, self.ends, 0.3, None).flatten(1)).exp().sin()
 
 
-@pytest.mark.slow
-def test_a_part_of_the_activations_is_kept() -> None:
-    kept = []
-    for activation_memory in (1.0, 0.3):
-        block, sizes = Block(), list[int]()
-
-        def note(x: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(x.untyped_storage().nbytes())
-            return x
-
-        with CompiledLayers(activation_memory, "aot_eager").used_by([block]):
-            x = torch.ones(70, 16, requires_grad=True)
-            block(x)
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-                block(x).sum().backward()
-        kept.append(sum(sizes))
-    assert kept[1] < 0.6 * kept[0]
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses what it calls deprecated
 def test_products_of_compiled_layers_are_computed_in_float32_where_those_of_plain_layers_are() -> None:
     """The compiled code has float32 products itself, so that it does not depend on the block."""

@@ -25,19 +25,9 @@ from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, payi
 from tailora.kernels.loss import FROZEN
 from tailora.train import kernel_choice, kernel_comparison
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_choice import COMPILED, PLAIN, Kernels, Work, choose_kernels, recorded_kernels
+from tailora.train.kernel_choice import COMPILED, PLAIN, Kernels, Work, choose_kernels
 from tailora.train.loss import BatchLayout
 from tailora.train.trainer import run
-
-
-def test_activation_memory_is_refused_where_layers_cannot_be_compiled(
-    settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tailora.train.kernel_choice.obstacle_to_compiling", lambda *_: "there is no compiler")
-    with pytest.raises(ConfigError, match=r"--activation-memory needs compiled layers.*there is no compiler"):
-        run(settings(max_steps=1, activation_memory=0.5))
-    with pytest.raises(ConfigError, match="does not work with compiled layers"):
-        settings(activation_memory=0.5, gradient_checkpointing=True)
 
 
 class TimedLayers(CompiledLayers):
@@ -104,10 +94,9 @@ def test_compiled_layers_are_taken_if_the_run_pays_for_compiling_and_they_are_fa
 
 def test_compiled_layers_that_are_asked_for_are_taken_at_any_speed(compile_at_speed: Callable[[float], None]) -> None:
     compile_at_speed(0.5)
-    for config in (TrainConfig(fast="compile"), TrainConfig(activation_memory=0.4)):
-        kernels = chosen(config, 1)
-        assert kernels.layers == COMPILED
-        assert "a layer takes 2.00 times as long as without compiling" in kernels.description
+    kernels = chosen(TrainConfig(fast="compile"), 1)
+    assert kernels.layers == COMPILED
+    assert "a layer takes 2.00 times as long as without compiling" in kernels.description
 
 
 def test_each_kind_of_layer_has_to_pay() -> None:
@@ -124,15 +113,6 @@ def test_compiled_layers_that_give_nan_are_not_taken(
     monkeypatch.setattr(kernel_comparison, "relative_difference", lambda *_: math.nan)
     with pytest.raises(ConfigError, match="their results differ from transformers' layers by nan"):
         chosen(TrainConfig(fast="compile"), 1)
-
-
-def test_checkpoints_of_earlier_versions_have_their_kernels() -> None:
-    plain = {"layers": PLAIN, "activation_memory": None}
-    assert recorded_kernels({}) is None
-    assert recorded_kernels({"kernels": plain}) == plain
-    assert recorded_kernels({"layer_kernels": True}) == plain  # hand-written ones, which are gone
-    compiled = {"layers": COMPILED, "activation_memory": 0.7}
-    assert recorded_kernels({"layer_kernels": "compiled, activation_memory 0.7"}) == compiled
 
 
 def test_layers_that_text_does_not_reach_are_not_timed(compile_at_speed: Callable[[float], None]) -> None:
@@ -192,10 +172,10 @@ def test_a_compiled_run_with_dropout_is_resumed_bit_for_bit(
     def kernels(config: TrainConfig) -> str:
         return str(json.loads((Path(config.output_dir) / "run.json").read_text())["kernels"])
 
-    common = {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "fast": "compile", "activation_memory": 0.7}
+    common = {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "fast": "compile"}
     whole, stopped = (settings(output_dir=str(tmp_path / name), **common) for name in ("whole", "stopped"))
     run(whole)
-    assert "compiled, keeping 70% of the activations, a layer takes" in kernels(whole)
+    assert "compiled, a layer takes" in kernels(whole)
     assert "checked against the layers of transformers" in kernels(whole)
     assert_resumed_alike(whole, stopped, 2)
     assert "as long as without compiling, checked when the run was started" in kernels(stopped)
