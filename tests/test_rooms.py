@@ -47,7 +47,6 @@ BANNED = frozenset(
     take_up claim held bury found each one places hosts
     """.split()  # noqa: SIM905
 )
-JSON_KEYS = {"study/advice.py": {"one"}}  # names in report.json, which stay what they were
 
 
 def count_lines(path: Path) -> int:
@@ -163,5 +162,4 @@ def banned(tree: ast.Module) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_names_are_those_of_the_vocabulary(path: Path) -> None:
     assert path.stem not in BANNED
-    keys = JSON_KEYS.get(str(path.relative_to(PACKAGE)), set())
-    assert not [place for place in banned(TREES[path]) if place.rpartition(" ")[2] not in keys]
+    assert not banned(TREES[path])

@@ -97,7 +97,6 @@ def compare(
 
 
 SEARCH_DEFAULTS = {"output_dir": "outputs/search"}
-LR_ONLY_DEFAULTS = {"output_dir": "outputs/learning-rates"}
 TrainFlags: Any = train_flags(without=EXCLUDED | {"save_total_limit"}, defaults=SEARCH_DEFAULTS)
 SearchFlags: Any = flags_of(SearchConfig, section="Search")
 
@@ -122,14 +121,8 @@ def search(
     if "space" in typed:
         typed["space"] = {**in_file.get("space", {}), **parse_pairs("--space", typed["space"])}
     search_config = read_study(SearchConfig, in_file, typed)
-    defaults = LR_ONLY_DEFAULTS if search_config.lr_only else SEARCH_DEFAULTS
-    train = merge_settings(flags, config, defaults=defaults, ignore=SearchConfig.model_fields)
+    train = merge_settings(flags, config, defaults=SEARCH_DEFAULTS, ignore=SearchConfig.model_fields)
     check_sources_of_run(train)
-    if search_config.lr_only:
-        log("loading the model and data")
-        from tailora.study.lr_range import find_range
-
-        return run_study(find_range, train, search_config, json, nproc_per_node)
     from tailora.study.search import search as run  # loads Optuna
 
     return run_study(run, train, search_config, json, nproc_per_node)
@@ -186,8 +179,8 @@ def curve(
     """Measure whether more data, or a higher rank, would help.
 
     Trains on an eighth, a quarter, a half and all of the data with several seeds, and repeats this at four times the
-    rank; with --minutes, only for all of the data. Reports what the last doubling of the data changed. After Ctrl-C,
-    the same command resumes.
+    rank. Reports what the last doublings of the data and the higher rank changed. After Ctrl-C, the same command
+    resumes.
     """
     require_packages("scipy", extra="study")
     curve_config = read_study(CurveConfig, study_settings(config, CurveConfig), study)

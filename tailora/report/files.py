@@ -16,7 +16,7 @@ from tailora.report.blocks import Page
 from tailora.study.results import KEYS_OF_LOSSES, converted
 from tailora.train.config import REWARD
 
-KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "data", "inspect", "rows", "curve")
+KINDS = ("plan", "train", "eval", "compare", "search", "data", "inspect", "rows", "curve")
 PACKAGES = ("matplotlib", "jinja2")
 
 
@@ -56,11 +56,11 @@ def page_of(content: Any, path: Path | str) -> Page:
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise FormatError(f"{path}: expected one of the kinds {', '.join(KINDS)}, got {kind!r}")
-    file, name = ("search", "lr_range") if content["kind"] == "learning-rates" else (content["kind"], content["kind"])
+    kind = content["kind"]
     if content.get("loss_unit") == REWARD:
         content = converted(content, KEYS_OF_LOSSES, 1)
     # Imported late, since most results come with torch: pages/FILE.py has NAME_page, from a result to its page
-    make_page = getattr(import_module(f"tailora.report.pages.{file}"), f"{name}_page")
+    make_page = getattr(import_module(f"tailora.report.pages.{kind}"), f"{kind}_page")
     result_type = next(iter(get_type_hints(make_page).values()))  # of the function's one parameter
     try:
         page: Page = make_page(TypeAdapter(result_type).validate_python(content))

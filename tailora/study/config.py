@@ -14,7 +14,6 @@ from tailora.train.config import TrainConfig
 LORA, FULL = "lora", "full"
 ADAPTER_SETTINGS = {*LoRAConfig.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 ADAPTER_SETTINGS |= {"fsdp_offload_params"}  # works only with a frozen base
-TRIALS = 20
 FIRST_RATES = {LORA: 5e-4, FULL: 5e-5}  # start of the learning rate search: full fine-tuning needs about a tenth
 
 
@@ -35,7 +34,9 @@ def trial_settings(
 
 
 # Shared by several studies
-Minutes = Annotated[float | None, Field(gt=0, allow_inf_nan=False, description="time limit for the whole study")]
+Minutes = Annotated[
+    float | None, Field(gt=0, allow_inf_nan=False, description="time limit: no further run starts after it")
+]
 MARGIN = "loss differences below this are ignored; in nats per token, or in the task's unit"
 Margin = Annotated[float, Field(gt=0, allow_inf_nan=False, description=MARGIN)]
 WORKERS = "number of parallel runs; each gets its own device, or a share of the cores on a CPU"
@@ -102,11 +103,9 @@ class CurveConfig(StrictModel):
 
 
 class SearchConfig(StrictModel):
-    """A search. Without `trials` and `minutes` it runs 20 trials."""
+    """A search."""
 
-    trials: int | None = Field(
-        None, ge=2, le=10**6, description="number of trials; default: 20, or as many as fit into --minutes"
-    )
+    trials: int = Field(20, ge=2, le=10**6, description="number of trials")
     minutes: Minutes = None
     space: dict[str, Any] = Field(
         {},
@@ -122,19 +121,11 @@ class SearchConfig(StrictModel):
         None, description="database URL for sharing the search between machines: postgresql://... or sqlite:///..."
     )
     workers: Workers = 1
-    lr_only: bool = Field(False, description="only find the useful range of learning rates, in a single run")
 
     @model_validator(mode="after")
     def _check_space(self) -> Self:
         read_space(self.space)
-        if self.lr_only and self.workers > 1:
-            raise ConfigError(f"lr_only is a single run and cannot use workers={self.workers}; remove workers")
         return self
-
-    @property
-    def trial_count(self) -> int | None:
-        """The number of trials; None if only the time limit decides."""
-        return self.trials if self.trials is not None or self.minutes is not None else TRIALS
 
 
 class RowsConfig(StrictModel):
@@ -147,4 +138,4 @@ class RowsConfig(StrictModel):
     )
     k: int | None = Field(None, ge=1, description="number of rows to remove; default: 5% of the training rows")
     seeds: int = Field(3, ge=1, le=100, description="runs with --prove for each set of rows")
-    minutes: Minutes = Field(None, description="time limit with --prove; the scoring counts but is not interrupted")
+    minutes: Minutes = Field(None, description="time limit with --prove: no further run starts after it")

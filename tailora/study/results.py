@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from tailora.evaluation.statistics import Difference, Interval
+from tailora.evaluation.statistics import Difference
 from tailora.train.config import NATS_PER_TOKEN, REWARD
 
 # ---- Losses or rewards
@@ -299,45 +299,19 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class Change:
-    """A change of the loss, with its 90% interval."""
-
-    change: float
-    interval: tuple[float, float]
-
-    @classmethod
-    def of(cls, value: Interval) -> "Change":
-        return cls(value.value, (value.low, value.high))
-
-    def __neg__(self) -> "Change":
-        return Change(-self.change, (-self.interval[1], -self.interval[0]))
-
-    def __str__(self) -> str:
-        return f"{self.change:+.3f} (90% interval {self.interval[0]:+.3f} to {self.interval[1]:+.3f})"
-
-    def helps(self, margin: float) -> bool | None:
-        """Returns whether it lowers the loss by the margin; None if that is not known."""
-        if self.interval[1] < 0 and self.change <= -margin:
-            return True
-        return False if self.interval[0] > -margin else None
-
-
-@dataclass(frozen=True)
 class LearningCurve:
-    """points: of the user's rank, then of a higher one.
-    doubling: change with twice the largest subset, a forecast; None without forecasts.
-    half, quarter, high_rank: change with a half of the largest subset, a quarter of it, and a higher rank.
-    band: (examples, loss, low, high) of the fitted curve.    candidates: shape of the curve -> its probability.
+    """points: of the user's rank, from the smallest subset to the largest, then of a higher rank.
+    doublings: differences of the loss from each subset to the next.    trend: the mean difference per doubling, over
+    all subsets.    quarter: loss with a quarter of the data - with all of it.
+    high_rank: loss at the higher rank - at the user's, with all data; None if there was no time for it.
     base_loss: before training.    steps: the most of a run.
     """
 
     points: list[CurvePoint]
-    doubling: Change | None
-    half: Change
-    quarter: Change
-    high_rank: Change
-    band: list[tuple[float, float, float, float]]
-    candidates: dict[str, float]
+    doublings: list[Difference]
+    trend: Difference
+    quarter: Difference
+    high_rank: Difference | None
     verdict: str
     base_loss: float
     steps: int

@@ -29,7 +29,6 @@ from tailora.data.near_duplicates import contradictions, duplicates, near_duplic
 from tailora.data.tokenize import preview
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import ADAPTER, ADAPTER_WEIGHTS, write_report
-from tailora.study.budget import FEWEST_SEEDS, MARGIN
 from tailora.study.config import RowsConfig, trial_settings
 from tailora.study.influence import FinishedRun, row_scores
 from tailora.study.results import TEXTS, ArmResult, RowGroup, RowsResult, ScoredRow
@@ -169,6 +168,8 @@ def _without_middle(text: str) -> str:
 
 def _with_proof(result: RowsResult, finished: FinishedRun, session: StudySession, seeds: Sequence[int]) -> RowsResult:
     trials = _train(result, finished, session, seeds)
+    if not trials[ALL]:
+        return result
     # Rows are harmful only if two differences both show it, so their intervals need no adjustment
     statistics = run_statistics(trials, WORST, comparisons=1)
     variants = []
@@ -193,36 +194,33 @@ def _train(
     result: RowsResult, finished: FinishedRun, session: StudySession, seeds: Sequence[int]
 ) -> dict[str, list[Trial]]:
     """Trains with and without the first k rows, with as many seeds as there is time for."""
-    seconds = finished.seconds * result.steps / finished.steps  # of one run, until the first one shows more
     if result.steps < finished.steps:
         kept = f"the finished run kept the adapter of step {result.steps:,} of {finished.steps:,}"
         session.note(f"{kept}, so the runs of the proof end there, with a shorter learning rate schedule")
     if runs := _missing(session, result.k, seeds):
-        minutes = math.ceil(seconds * runs / 60)
+        minutes = math.ceil(finished.seconds * result.steps / finished.steps * runs / 60)
         session.log(f"{runs} runs with and without {result.k} of {len(result.rows):,} rows, at least {minutes} min")
     trials: dict[str, list[Trial]] = {name: [] for name in FOLDERS}
-    for number, seed in enumerate(seeds):
-        if number >= FEWEST_SEEDS and session.seconds_left < seconds * _missing(session, result.k, [seed]):
-            session.note(f"only {number} of {len(seeds)} seeds fit into --minutes")
-            break
+    for seed in seeds:
         for name, folder in _folders(session, result.k, seed).items():
-            begun, needed = session.seconds, seconds * _missing(session, result.k, seeds[:FEWEST_SEEDS])
-            if number == 0 and session.seconds_left < needed:
-                minutes = math.ceil(MARGIN * (begun + needed) / 60)
-                text = f"--minutes {session.minutes:g} is too short for a proof; use {minutes} or more"
-                raise ConfigError(f"{text}. Without --prove, the same command shows the scores")
-            spec = spec_without(_left_out(result, name, seed), finished, seed, result.steps)
-            base = trials[ALL][0].base if trials[ALL] else None  # the same in all runs
-            trial = session.trial(replace(spec, before=base), folder)
-            if not trial.done:
-                (folder / RESULT).unlink()
-                text = f"nothing is proven: the run {name} with seed {seed} failed ({trial.outcome}: {trial.message})"
-                remedy = "The same command repeats it; if it fails again, train with other settings and use that run"
-                raise ConfigError(f"{text}. {remedy}")
-            session.log(f"{name}: seed {seed}, {trial.summary}")
-            trials[name].append(trial)
-            seconds = max(seconds, session.seconds - begun)
-    return trials
+            if session.may_run(folder):
+                spec = spec_without(_left_out(result, name, seed), finished, seed, result.steps)
+                base = trials[ALL][0].base if trials[ALL] else None  # the same in all runs
+                trial = session.trial(replace(spec, before=base), folder)
+                if not trial.done:
+                    (folder / RESULT).unlink()
+                    text = (
+                        f"nothing is proven: the run {name} with seed {seed} failed ({trial.outcome}: {trial.message})"
+                    )
+                    remedy = (
+                        "The same command repeats it; if it fails again, train with other settings and use that run"
+                    )
+                    raise ConfigError(f"{text}. {remedy}")
+                session.log(f"{name}: seed {seed}, {trial.summary}")
+                trials[name].append(trial)
+    complete = min(map(len, trials.values()))
+    session.note_missing(complete, len(seeds), "seeds")
+    return {name: of_name[:complete] for name, of_name in trials.items()}
 
 
 def _left_out(result: RowsResult, name: str, seed: int) -> list[int]:

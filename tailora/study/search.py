@@ -1,13 +1,13 @@
 """Searches for the best settings for a model and data, and for the cheapest ones that are as good.
 
-    time a few steps  -> Budget: steps of a trial
+    probe             a few steps -> steps of a trial, groups of layers, the base's losses
     trials            Optuna's TPE suggests settings, a process trains with them, successive halving ends the worse
                       half; all on the selection half of the held-out examples
     finalists         repeated with several seeds, on the evaluation half -> best, cheapest, verdict
 
 Several workers can share one search: threads of this process, each with its own device; or processes that share a
 folder, or a database between machines. Each runs trials until there are enough, then finalists, and all return the same
-result. The same call resumes an interrupted search.
+result. The same call resumes an interrupted search. After --minutes, no further trial or final run starts.
 """
 
 import copy
@@ -15,8 +15,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,27 +31,12 @@ from tailora.evaluation.statistics import FEW_EXAMPLES
 from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
-from tailora.study.budget import (
-    FEWEST_HELD_OUT,
-    SHARE,
-    START,
-    TIMING_RATE,
-    TIMING_STEPS,
-    Budget,
-    Costs,
-    Extent,
-    TimeLimit,
-    longest_run,
-    measure_costs,
-    no_costs,
-)
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.results import Candidate, Finalist, SearchResult, measure_of
 from tailora.study.search_space import Axis
 from tailora.study.study_store import (
     DAMAGED,
     PLAN,
-    TIMING,
     TRIALS,
     Log,
     StudySession,
@@ -82,8 +67,7 @@ from tailora.train.config_file import config_text
 STUDY, BEST, CHEAPEST = "search.json", "best.yaml", "cheapest.yaml"
 RUN_LOCK = "run.lock"
 POLL_SECONDS = 1.0
-MOST_TRIALS, FEWEST_TRIALS = 16, 6  # if only the time limit decides
-RESERVED = 2  # finalists that time is reserved for: the best one and a cheaper one
+RUNGS = 3  # evaluations of a complete trial, equally spaced; halving happens at the first and the second
 ONE_EVALUATION = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}  # settings of a final run
 
 
@@ -101,11 +85,7 @@ def search(
     processes: number of processes in each run.
     Raises ConfigError, and any error of a run except divergence and lack of memory.
     """
-    workers = make_workers(study.workers, train.device, study.minutes, processes)
-    if study.lr_only:
-        raise ConfigError(
-            "lr_only: this function cannot search the learning rate alone; call study.lr_range.find_range instead"
-        )
+    workers = make_workers(study.workers, train.device, processes)
     folder = Path(train.output_dir)
     space = search_space.search_axes(search_space.read_space(study.space), train)
     values = {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()}
@@ -122,11 +102,11 @@ def search(
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """plan.json.    parts: the model's groups of layers.    base: its losses, if evaluated on all examples in use."""
+    """plan.json.    steps: of a complete trial.    parts: the model's groups of layers.    base: losses of the base."""
 
-    plan: Budget
+    steps: int
     parts: dict[str, Any]
-    base: BaseLosses | None = None
+    base: BaseLosses | None
 
 
 class _Search:
@@ -134,15 +114,14 @@ class _Search:
 
     def __init__(self, train: TrainConfig, study: SearchConfig, space: dict[str, Axis], session: StudySession) -> None:
         self.train, self.study, self.space, self.session = train, study, space, session
-        self.folder, self.limit = session.folder, self._time_limit()
+        self.folder = session.folder
         self.groups: dict[str, Any] = {}  # groups of the model's layers, and the largest r
         self.base: dict[bool, BaseLosses | None] = {}  # choosing -> losses of the base on those held-out examples
-        self.held_out: int | None = None  # number of held-out examples used; None for all
 
     def run(self, settings: dict[str, Any], workers: Sequence[Worker]) -> SearchResult:
         """workers: empty if this process runs one trial at a time."""
         if workers:
-            self.session = replace(self.session, worker=workers[0])  # it measures, and runs what the others leave
+            self.session = replace(self.session, worker=workers[0])  # it runs the probe, and what the others leave
         self._prepare()
         if workers:
             self._run_workers(workers)
@@ -172,10 +151,13 @@ class _Search:
         return search
 
     def _prepare(self) -> None:
-        """Plans the search, or reads its plan, and enqueues the unchanged settings as the first trial."""
+        """Measures what trials depend on, once for all workers, and enqueues the settings as the first trial."""
         with locked(self.folder, STUDY):
             self._open_study()
-            self._plan()
+            plan = self.session.plan(self._probe, SearchPlan)
+            self.steps, self.rung, self.groups = plan.steps, math.ceil(plan.steps / RUNGS), plan.parts
+            self.base = {True: on_selection_half(plan.base), False: plan.base}
+            self.session.log(f"each trial has {self.steps:,} steps")
             given = search_space.read_space(self.study.space)
             self.axes, notes = search_space.fit_to_model(self.space, self.groups, given)
             for note in notes:
@@ -188,119 +170,39 @@ class _Search:
         self.optuna = optuna_study.open_study(self.folder, self.study.storage, same_steps(stored))
 
     def _work(self) -> None:
-        self.optuna.pruner = SuccessiveHalvingPruner(min_resource=self.budget.rung, reduction_factor=2)
+        self.optuna.pruner = SuccessiveHalvingPruner(min_resource=self.rung, reduction_factor=2)
         self._run_trials()
         self._run_finals(self._finalists())
 
     def _spec(self, values: Mapping[str, Any], *, choosing: bool, describe: bool = False, **fixed: Any) -> TrialSpec:
         changes = search_space.settings_of(values, self.groups, self.train)
         settings = trial_settings(self.train, changes, **{**ONE_EVALUATION, **fixed})
-        before, held_out = self.base.get(choosing), self.held_out
-        return TrialSpec(settings, keep=False, choosing=choosing, describe=describe, before=before, held_out=held_out)
+        return TrialSpec(settings, keep=False, choosing=choosing, describe=describe, before=self.base.get(choosing))
 
-    # ---- The length of a trial
-
-    def _plan(self) -> None:
-        """Sets the budget, groups of layers and the base's losses, measured once under the lock for all workers."""
-        plan = self.session.plan(self._measure, SearchPlan)
-        budget = plan.plan
-        self.session.check_processes(budget.processes)
-        self.budget, self.groups, self.held_out = budget, plan.parts, budget.held_out
-        self.base = {True: on_selection_half(plan.base), False: plan.base}
-        full = f" (the settings have {budget.longest:,})" if budget.steps < budget.longest else ""
-        self.session.log(f"each trial runs {budget.steps:,} steps{full} and takes up to {budget.trial_seconds:,.0f} s")
-
-    def _measure(self) -> SearchPlan:
-        """Measures the plan in a few steps with all layers (the slowest choice) and the lowest r (the first to fit)."""
-        self.session.log(f"timing {TIMING_STEPS} steps")
+    def _probe(self) -> SearchPlan:
+        """Runs a few steps with the lowest r, the first to fit into memory."""
         ranks = self.space.get("r")
         values = {"r": min(ranks)} if isinstance(ranks, tuple) else {}
-        fixed = {"learning_rate": TIMING_RATE, "max_steps": TIMING_STEPS}
-        spec = replace(self._spec(values, choosing=False, describe=True, **fixed), held_out=FEWEST_HELD_OUT)
-        self._check_time(START)
-        timing = partial(self.session.trial, spec, self.folder / TIMING)
-        costs, trial = measure_costs(self.session, timing, self._check_time, choosing=False)
-        if costs is None:
-            raise no_costs(trial)
+        trial, steps = self.session.probe(self.train, self._spec(values, choosing=False, describe=True))
         selection_half(len(trial.counts))  # raises for too few examples, before anything is stored
-        examples = trial.numbers["held_out"]
-        costs = costs.on_part(examples / len(trial.counts))
-        longest = longest_run(self.train, trial)
-        extent, steps = self.limit.choose(partial(self._needed, costs), longest, examples)
-        budget = Budget(
-            steps=steps,
-            longest=longest,
-            costs=costs.on_part(extent.part),
-            seeds=extent.seeds,
-            held_out=extent.held_out(examples),
-            minutes=self.session.minutes,
-            processes=self.session.processes,
-        )
         self.session.note_data(trial)
-        base = trial.base if len(trial.counts) == (budget.held_out or examples) else None
-        return SearchPlan(budget, trial.numbers["parts"], base)
-
-    @property
-    def _reserved(self) -> int:
-        """Number of finalists that time is reserved for."""
-        return min(RESERVED, self.study.finalists)
-
-    @property
-    def _reserved_seconds(self) -> float:
-        return self._rounds(self._reserved * self.budget.seeds) * self.budget.final_run_seconds
-
-    def _rounds(self, runs: int) -> int:
-        """Returns how many rounds the workers of this process need for this number of runs."""
-        return math.ceil(runs / self.study.workers)
-
-    def _time_limit(self) -> TimeLimit:
-        study = self.study
-        return TimeLimit(
-            self.session,
-            Extent(study.trial_count or MOST_TRIALS, study.seeds),
-            FEWEST_TRIALS,
-            {"seeds"} & study.model_fields_set | ({"tries"} if study.trials is not None else set()),
-            lambda extent, steps: (
-                f"{extent.tries} trials of {steps} steps and {self._reserved * extent.seeds} final runs"
-            ),
-        )
-
-    def _needed(self, costs: Costs, extent: Extent, steps: int) -> float:
-        """Returns the seconds of all trials and final runs.
-
-        The first trial cannot be pruned, and the last begins only if there is time for all of its steps.
-        """
-        costs, final_rounds = costs.on_part(extent.part), self._rounds(self._reserved * extent.seeds)
-        rounds = self._rounds(extent.tries)
-        full = min(rounds, 2)
-        trials = full * costs.trial(steps) + (rounds - full) * costs.trial(steps, SHARE)
-        return trials + final_rounds * costs.final_run(steps)
-
-    def _check_time(self, costs: Costs) -> None:
-        """Raises ConfigError if the time left is too short. costs: a lower bound, on the fewest held-out examples."""
-        self.limit.check(partial(self._needed, costs), self.train.max_steps)
+        return SearchPlan(steps, trial.numbers["parts"], trial.base)
 
     # ---- Trials
 
     def _run_trials(self) -> None:
         """Runs trials until all workers together have finished enough, or the time is up."""
-        wanted = self.study.trial_count
         while True:
             with locked(self.folder, STUDY) as lock:
                 running = len(optuna_study.running_trials(self.optuna))
                 finished = len(optuna_study.finished_trials(self.optuna))
-                missing = wanted is None or running + finished < wanted
-                late = self.session.seconds_left < self.budget.trial_seconds + self._reserved_seconds
-                if missing and not late:
+                if running + finished < self.study.trials and not self.session.is_over:
                     self._run_next(lock)
                     continue
-            if late or not running:
+            if self.session.is_over or not running:
                 break
             time.sleep(POLL_SECONDS)  # another worker's trial may fail and need a repetition
             self.session.check_stopped()
-        planned = FEWEST_TRIALS if wanted is None else wanted
-        if missing and running + finished < planned:
-            self.session.note(f"only {finished} of {planned} trials fit into --minutes")
 
     def _run_next(self, lock: Any) -> None:
         """Creates a trial, releases the lock so that other workers can create theirs, and runs it."""
@@ -340,15 +242,14 @@ class _Search:
     def _candidate(self, trial: optuna.Trial) -> Candidate:
         values = optuna_study.suggest(trial, self.axes)
         begun = self.session.seconds
-        until = begun + self.session.seconds_left - self._reserved_seconds
-        spec = self._spec(values, choosing=True, max_steps=self.budget.steps, eval_steps=self.budget.rung)
+        spec = self._spec(values, choosing=True, max_steps=self.steps, eval_steps=self.rung)
 
         def stop(event: TrialEvent) -> str | None:
             if event.held_out and 0 < event.step < event.steps:
                 trial.report(event.loss, event.step)
                 if trial.should_prune():
                     return f"in the worse half at step {event.step}"
-            return "out of time" if self.session.seconds > until else None
+            return None
 
         result = self.session.trial(spec, self.folder / TRIALS / f"{trial.number:04d}", stop)
         self.base[True] = self.base[True] or result.base
@@ -372,6 +273,10 @@ class _Search:
 
     def _evaluate(self, settings: dict[str, Any]) -> SearchResult:
         candidates, chosen = optuna_study.finished_trials(self.optuna), self._finalists()
+        if self.session.is_over:
+            self.session.note_missing(len(candidates), self.study.trials, "trials")
+        if not candidates and self.session.is_over:
+            raise self.session.no_verdict("the first steps")
         if not chosen:
             ends = "; ".join(f"trial {candidate.number} {candidate.state}" for candidate in candidates)
             raise ConfigError(f"no result, because no trial was completed: {ends or 'none was started'}")
@@ -385,7 +290,7 @@ class _Search:
             self.study.margin,
             trials=candidates,
             importances=optuna_study.importances(self.optuna.get_trials(deepcopy=False)),
-            steps=self.budget.steps,
+            steps=self.steps,
             notes=self.session.notes,
             settings={**settings, "search": self.study.model_dump(mode="json", exclude={"storage"})},
             seconds=math.fsum(seconds),
@@ -397,16 +302,11 @@ class _Search:
 
     def _limits(self, result: SearchResult) -> list[str]:
         """Returns notes on the limits of the verdict."""
-        budget, examples, minutes = self.budget, result.judged_examples, {self.budget.minutes, self.session.minutes}
+        examples = result.judged_examples
         best = result.best.settings.items()
         edges = [name for name, value in best if search_space.is_at_edge(self.axes[name], value)]
         notes = {
             f"the best trial is at the edge of the range of {', '.join(edges)}; a wider range may be better": edges,
-            f"trials had {budget.steps:,} of the {budget.longest:,} steps in the settings; longer runs may prefer a "
-            "lower learning rate and a higher rank": budget.steps < budget.longest,
-            f"only {self.held_out} of the held-out examples fit into --minutes": self.held_out is not None,
-            f"trials have the length planned for --minutes {budget.minutes or 0:g}; for longer trials, use a different "
-            "--output-dir": None not in minutes and len(minutes) == 2,
             f"{len(result.trials)} trials are too few to rank the settings by importance": not result.importances,
             f"only {examples} held-out examples for the final evaluation; more of them (--eval-data or "
             "--validation-split) would reveal smaller differences": examples < FEW_EXAMPLES,
@@ -416,55 +316,54 @@ class _Search:
     def _final_runs(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
         """Returns finalist -> its runs, the same number for all. Finalists that failed with a seed are dropped."""
         runs = self._run_finals(chosen)
+        most = max(map(len, runs.values()))
+        if not most:
+            best = f"trial {chosen[0].number} ({search_space.format_values(chosen[0].settings)}) has the best result"
+            raise self.session.no_verdict(f"the trials, before any final run; {best} so far")
+        self.session.note_missing(sum(map(len, runs.values())), len(chosen) * self.study.seeds, "final runs")
         failed = {number: [trial for trial in trials if not trial.done] for number, trials in runs.items()}
         for number, (first, *_) in ((number, trials) for number, trials in failed.items() if trials):
             self.session.note(f"trial {number} was dropped from the finalists: {first.outcome} with a different seed")
-        most = max(map(len, runs.values()))
         good = {number: trials for number, trials in runs.items() if len(trials) == most and not failed[number]}
         if not good:
             raise ConfigError("no result: all finalists failed when repeated with a different seed")
         return good
 
     def _run_finals(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
-        """Completes the final runs that no other worker is running, while time allows. Returns the runs of each."""
+        """Completes the final runs that no other worker is running, while there is time. Returns the runs of each."""
         seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # not the seed of the trials
-        # Only complete waves are useful: the first finalists with one seed, later a single finalist with all seeds.
-        waves = [[(candidate, seed) for candidate in chosen[:RESERVED]] for seed in seeds]
-        waves += [[(candidate, seed) for seed in seeds] for candidate in chosen[RESERVED:]]
-        runs: dict[int, list[Trial]] = {candidate.number: [] for candidate in chosen}
-        for wave in waves:
-            missing = sum(not self.session.has_trial(self._final_folder(*run)) for run in wave)
-            needed = self._rounds(missing) * self.budget.final_run_seconds
-            if missing and any(runs.values()) and self.session.seconds_left < needed:
-                self.session.note("not all seeds and finalists fit into --minutes")
-                break
-            for candidate, seed in wave:
+        wanted = [(candidate, seed) for seed in seeds for candidate in chosen]
+        for candidate, seed in wanted:
+            with suppress(Timeout):
                 self._final_run(candidate, seed)
-            for candidate, seed in wave:
-                while (trial := self._final_run(candidate, seed)) is None:
+        runs: dict[int, list[Trial]] = {candidate.number: [] for candidate in chosen}
+        for candidate, seed in wanted:
+            while True:
+                try:
+                    trial = self._final_run(candidate, seed)
+                    break
+                except Timeout:
                     time.sleep(POLL_SECONDS)
                     self.session.check_stopped()
-                runs[candidate.number].append(trial)
+            if trial is None:
+                break
+            runs[candidate.number].append(trial)
         return runs
 
-    def _final_folder(self, candidate: Candidate, seed: int) -> Path:
-        return self.folder / "finals" / f"{candidate.number:04d}" / f"seed-{seed}"
-
     def _final_run(self, candidate: Candidate, seed: int) -> Trial | None:
-        """Returns the run of a finalist with a seed; None while another worker is running it."""
-        folder = self._final_folder(candidate, seed)
+        """Returns the run of a finalist with a seed; None after --minutes. Raises Timeout if another worker runs it."""
+        folder = self.folder / "finals" / f"{candidate.number:04d}" / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(folder / RUN_LOCK, timeout=0):
-                spec = self._spec(candidate.settings, choosing=False, max_steps=self.budget.steps, seed=seed)
-                is_new = not self.session.has_trial(folder)
-                trial = self.session.trial(spec, folder)
-                self.base[False] = self.base[False] or trial.base
-                if is_new:
-                    self.session.log(f"trial {candidate.number} repeated with seed {seed}: {trial.summary}")
-                return trial
-        except Timeout:
-            return None
+        with FileLock(folder / RUN_LOCK, timeout=0):
+            if not self.session.may_run(folder):
+                return None
+            spec = self._spec(candidate.settings, choosing=False, max_steps=self.steps, seed=seed)
+            is_new = not self.session.has_trial(folder)
+            trial = self.session.trial(spec, folder)
+            self.base[False] = self.base[False] or trial.base
+            if is_new:
+                self.session.log(f"trial {candidate.number} repeated with seed {seed}: {trial.summary}")
+            return trial
 
     def _write_config(self, name: str, finalist: Finalist) -> None:
         """Writes a file for `tailora train --config`: the run's settings, updated with the finalist's."""

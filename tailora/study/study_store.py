@@ -8,7 +8,6 @@ Each of several workers is a thread of this process that runs its trials in sepa
 """
 
 import json
-import math
 import os
 import shutil
 import threading
@@ -28,7 +27,7 @@ from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, Trial
 from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step
 from tailora.train.launch import device_asked_for, threads_per_process
 
-PLAN, LOCK, TIMING, TRIALS = "plan.json", ".lock", "probe", "trials"
+PLAN, LOCK, PROBE, TRIALS = "plan.json", ".lock", "probe", "trials"
 TEXTS, CLOCK = "texts.json", "seconds.json"  # of a comparison: what measures forgetting, and the time of all runs
 LAUNCH, PROCESSES = "launch", "nproc_per_node"  # section and name of the number of processes in a study's settings
 STUDIES = {
@@ -37,8 +36,10 @@ STUDIES = {
     "rows.json": "study of rows",
     "curve.json": "learning curve",
 }  # file with the settings -> name in messages
-RESULT_FOLDERS = (TIMING, "runs", "rising")  # deleted when a study without results gets new settings
+RESULT_FOLDERS = (PROBE, "runs")  # deleted when a study without results gets new settings
 DAMAGED = "use a different --output-dir, or delete this folder and start again"
+PROBE_STEPS, PROBE_RATE = 4, 1e-6  # a rate so low that it cannot diverge
+FEWEST_SEEDS = 2  # one seed does not show how much results vary between seeds
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 Log = Callable[[str], None]
@@ -143,12 +144,10 @@ def differences(stored: Settings, current: Settings) -> list[str]:
 # ---- Workers
 
 
-def make_workers(count: int, device: str, minutes: float | None = None, processes: int = 1) -> list[Worker]:
+def make_workers(count: int, device: str, processes: int = 1) -> list[Worker]:
     """Returns workers for devices of the type of `device`; none for a count of 1, which needs no workers.
 
-    minutes: of the study. Its plan assumes that runs do not slow each other down, so each worker needs its own devices.
-    processes: per run, each with its own device.
-    Raises ConfigError for more workers than devices, and for minutes on a CPU.
+    processes: per run, each with its own device.    Raises ConfigError for more workers than devices.
     """
     if count == 1:
         return []
@@ -157,11 +156,6 @@ def make_workers(count: int, device: str, minutes: float | None = None, processe
     name = device_asked_for(device)
     kind = choose_device(name).type
     if kind == "cpu":
-        if minutes is not None:
-            raise ConfigError(
-                f"--minutes {minutes:g} cannot be combined with --workers {count} on a CPU, because runs that share "
-                "cores slow each other down; remove one of them. --max-steps and --seeds also limit a study"
-            )
         return [Worker(number, count, None, threads_per_process(count * processes)) for number in range(1, count + 1)]
     if ":" in name:
         raise ConfigError(f"--workers {count} needs one device per worker, got --device {name}; use --device {kind}")
@@ -227,9 +221,9 @@ class StudySession:
         return time.monotonic() - self.started
 
     @property
-    def seconds_left(self) -> float:
-        """Seconds until --minutes are over; infinite without a limit."""
-        return math.inf if self.minutes is None else self.minutes * 60 - self.seconds
+    def is_over(self) -> bool:
+        """True after --minutes, when no further trial starts."""
+        return self.minutes is not None and self.seconds >= 60 * self.minutes
 
     def note(self, text: str) -> None:
         """Logs a text and adds it to the report, once. Several workers may do so at the same time."""
@@ -237,6 +231,17 @@ class StudySession:
             if text not in self.notes:
                 self.notes.append(text)
                 self.log(text)
+
+    def note_missing(self, done: int, wanted: int, what: str) -> None:
+        """Adds a note if --minutes ended the study before everything was done."""
+        if done < wanted:
+            text = f"--minutes {self.minutes:g} left time for {done} of {wanted} {what}"
+            self.note(f"{text}; the same command with a higher --minutes adds the others")
+
+    def no_verdict(self, done: str) -> ConfigError:
+        """done: what was finished before the time was up, in words."""
+        text = f"no verdict yet: --minutes {self.minutes:g} were over after {done}"
+        return ConfigError(f"{text}. The same command with a higher --minutes, or without it, continues")
 
     def note_data(self, trial: Trial) -> None:
         for name, text in trial.numbers["data_warnings"].items():
@@ -261,21 +266,25 @@ class StudySession:
             write_file(file, json.dumps(asdict(cast(Any, find()))).encode())
         return read_own_json(file, kind, DAMAGED)
 
-    def check_processes(self, planned: int) -> None:
-        """Raises ConfigError if --minutes were planned with a different number of processes per run."""
-        if self.minutes is not None and planned != self.processes:
-            raise ConfigError(
-                f"--nproc-per-node {self.processes}: the study in {self.folder} planned its --minutes for {planned} "
-                f"processes per run; use --nproc-per-node {planned}, or a different --output-dir"
-            )
-
-    def note_minutes(self, planned: float | None, runs: str) -> None:
-        """Adds a note if the plan was for a different time limit. runs: their number of steps in words."""
-        if planned not in (None, self.minutes):
-            self.note(f"{runs}, as planned for --minutes {planned:g}; for longer runs, use a different --output-dir")
-
     def has_trial(self, path: Path) -> bool:
         return (path / RESULT).exists()
+
+    def may_run(self, path: Path) -> bool:
+        """Returns whether the trial of this folder is finished, or may start."""
+        return self.has_trial(path) or not self.is_over
+
+    def probe(self, train: TrainConfig, spec: TrialSpec) -> tuple[Trial, int]:
+        """Runs a few steps with the settings of `spec`, whose facts do not depend on its length.
+
+        Returns the trial, and the number of steps that the settings of the study have. Raises ConfigError if it failed.
+        """
+        self.log(f"running {PROBE_STEPS} steps to measure the data and the model")
+        steps = {"learning_rate": PROBE_RATE, "max_steps": PROBE_STEPS}
+        trial = self.trial(replace(spec, settings={**spec.settings, **steps}), self.folder / PROBE)
+        if not trial.done:
+            failed = f"the first {PROBE_STEPS} steps failed, at a learning rate of {PROBE_RATE:g}: {trial.message}"
+            raise ConfigError(failed)
+        return trial, train.max_steps or trial.numbers["all_steps"] or 1
 
     def trial(self, spec: TrialSpec, path: Path, stop: Listen | None = None) -> Trial:
         self.check_stopped()

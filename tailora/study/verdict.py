@@ -11,7 +11,7 @@ tell". Differences below `margin` do not matter; `unit` is the unit of the losse
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, Interval, difference_over_seeds, interval_over_seeds, seeds_needed
 from tailora.study.config import FULL, CompareConfig
-from tailora.study.lr_range import LearningRateSearch
+from tailora.study.learning_rate_search import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult, measure_of
 from tailora.study.trial import DONE, Trial, evaluation_half
 
@@ -136,8 +136,7 @@ def evaluate_arms(
                 **statistics.fields(arm, trials),
             )
         )
-    cut_short = [arm for arm, search in rates.items() if search.next_rate() is not None]
-    verdict, compared = compare_verdict(arms, reference, study.margin, statistics.unit, cut_short=cut_short)
+    verdict, compared = compare_verdict(arms, reference, study.margin, statistics.unit)
     p_values = {arm.name: arm.difference.p_value for arm in arms if arm.difference is not None}
     return Comparison(
         arms=arms,
@@ -245,13 +244,8 @@ def evaluate_finalists(
 # ---- The sentences of a comparison
 
 
-def compare_verdict(
-    arms: Sequence[ArmResult], reference: str, margin: float, unit: str, *, cut_short: Collection[str] = ()
-) -> tuple[str, str | None]:
-    """Returns the text, and the name of the arm it describes; None if there is nothing to compare.
-
-    cut_short: arms whose learning rate search was ended by --minutes.
-    """
+def compare_verdict(arms: Sequence[ArmResult], reference: str, margin: float, unit: str) -> tuple[str, str | None]:
+    """Returns the text, and the name of the arm it describes; None if there is nothing to compare."""
     done = {arm.name: arm for arm in arms if arm.outcome == DONE}
     sentences = [f"{arm.name} {arm.outcome}." for arm in arms if arm.name not in done]
     compared = [(arm, arm.difference) for arm in done.values() if arm.difference is not None]
@@ -263,16 +257,16 @@ def compare_verdict(
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
     sentences.append(_difference_verdict(arm, difference, done[reference], margin, unit))
-    sentences += [_edge_warning(arm, arm.name in cut_short) for arm in done.values() if not arm.bracketed]
+    sentences += [_edge_warning(arm) for arm in done.values() if not arm.bracketed]
     return " ".join(sentences), arm.name
 
 
-def _edge_warning(arm: ArmResult, is_cut_short: bool) -> str:
+def _edge_warning(arm: ArmResult) -> str:
     """Returns the sentence about an arm whose best learning rate is the lowest or the highest one tried."""
     tried = ", ".join(f"{rate:.2g}" for rate in sorted(arm.rates))
     return (
         f"The best learning rate of {arm.name}, {arm.learning_rate:.2g}, is at the edge of those tried ({tried}); "
-        f"use a higher {'--minutes' if is_cut_short else '--rate-tries'}."
+        "use a higher --rate-tries."
     )
 
 

@@ -125,8 +125,6 @@ class LossScale:
 # ---- Learning rate
 
 
-LRSchedule = Callable[[int, int], float]  # step (0..total-1), number of steps -> learning rate
-
 DECAYS: dict[str, Callable[[float], float]] = {  # share of the steps after warm-up, 0..1 -> share of the peak
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
@@ -140,8 +138,3 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, decay
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * DECAYS[decay]((step - warmup) / max(total - warmup, 1))
-
-
-def lr_range_test(step: int, total: int, low: float, high: float) -> float:
-    """Returns the rate of a step of a range test (arXiv:1506.01186): from `low` to `high` by a constant factor."""
-    return float(low * (high / low) ** (step / max(total - 1, 1)))

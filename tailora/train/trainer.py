@@ -50,7 +50,7 @@ from tailora.train.failures import Interrupted, StopSignals
 from tailora.train.kernel_choice import use_kernels
 from tailora.train.loss import Evaluation, Sums, Task, TaskScores, batches_within, evaluate, make_batch, repeat_forward
 from tailora.train.memory import explain_out_of_memory, peak_bytes
-from tailora.train.optimizer import LRSchedule, clip_gradients, learning_rate
+from tailora.train.optimizer import clip_gradients, learning_rate
 from tailora.train.parallel import sum_over_ranks
 from tailora.train.setup import Run, resumed_folder, set_up
 from tailora.train.state import Best, StepResults, SubmittedStep, TrainState, random_state
@@ -75,7 +75,6 @@ class Trainer:
 
     on_event: called with every event of `train.events`, in the main process.
     on_ready: called with the model, the tokenizer and the data before the first step.
-    rate_at: step, number of steps -> learning rate; by default the schedule that `config` names.
     held_out: number of held-out examples -> indices of those to evaluate; by default all.
     before: the losses of the base model on them, if known; then they are not computed again.
     read: reads the data.
@@ -87,7 +86,6 @@ class Trainer:
     on_event: events.Listener | None = None
     on_ready: OnReady | None = None
     _: KW_ONLY
-    rate_at: LRSchedule | None = None
     held_out: ChooseHeldOut | None = None
     before: Evaluation | None = None
     read: ReadData = read_data
@@ -202,8 +200,7 @@ class Trainer:
         loss, stops, due = run.accelerator.reduce(torch.stack([share, *requests]), reduction="sum")
         norm = clip_gradients(updates.buffers, config.max_grad_norm, updates.loss_scale)
         number, total = self.submitted_steps, run.data.max_steps
-        settings = config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
-        rate = self.rate_at(number, total) if self.rate_at else learning_rate(number, total, *settings)
+        rate = learning_rate(number, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
         updates.step(loss, norm, rate)
         sync_parameters(run.model)
         results = StepResults(

@@ -14,7 +14,6 @@ from tailora.evaluation.classification import _calibration
 from tailora.evaluation.rewards import pass_at_k
 from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank
 from tailora.study.optuna_study import importances
-from tailora.train.optimizer import lr_range_test
 
 
 @pytest.mark.parametrize("planted", [0, 1, 3])
@@ -37,13 +36,6 @@ def test_ranks_that_are_no_whole_numbers() -> None:
     S = torch.tensor([4.0, 2.0, 2.0, 0.0])
     assert stable_rank(S) == pytest.approx((16 + 4 + 4) / 16)
     assert effective_rank(S) == pytest.approx(math.exp(-0.5 * math.log(0.5) - 2 * 0.25 * math.log(0.25)))
-
-
-def test_a_range_test_passes_through_all_rates_once() -> None:
-    """The rate rises from step to step over the whole range (arXiv:1506.01186, sec. 3.3), here by one factor."""
-    rates = [lr_range_test(step, 21, 1e-6, 1.0) for step in range(21)]
-    assert (rates[0], rates[-1]) == pytest.approx((1e-6, 1.0))
-    assert np.diff(np.log(rates)) == pytest.approx(math.log(1e6) / 20)
 
 
 def test_a_setting_is_important_by_how_the_best_quarter_differs_in_it() -> None:

@@ -244,24 +244,6 @@ def evaluation() -> dict[str, Any]:
     }
 
 
-def learning_rates() -> dict[str, Any]:
-    rates = np.geomspace(1e-6, 1.0, 40)
-    losses = 4.47 - 0.8 / (1 + np.exp(-(np.log10(rates) + 3) * 4)) + 9 / (1 + np.exp(-(np.log10(rates) + 1.2) * 6))
-    return {
-        "kind": "learning-rates",
-        "verdict": "The loss falls from 2.0e-04, is lowest at 7.0e-03, and is up again at 3.0e-02.",
-        "suggestion": 7e-3,
-        "low": 2e-4,
-        "high": 3e-2,
-        "gain": 0.8,
-        "base_loss": 4.47,
-        "steps": 120,
-        "curve": list(zip(rates.tolist(), losses.tolist(), strict=True)),
-        "diverged": True,
-        "settings": {"train": {"model": EVIL, "r": 16}},
-    }
-
-
 def rows() -> dict[str, Any]:
     listed = [
         {"row": 7 + index, "file": "chats.jsonl", "score": 0.3 - index / 50, "loss": 2.0, "examples": [6 + index]}
@@ -303,18 +285,15 @@ def curve() -> dict[str, Any]:
         for rank in (16, 64)
         for size, loss in zip(sizes, means, strict=True)
     ]
-    change = {"change": -0.04, "interval": [-0.07, -0.01]}
+    change = {"value": -0.04, "low": -0.07, "high": -0.01, "p_value": 0.02, "examples": 50, "seeds": 2}
+    change |= {"from_examples": 0.5}
     return {
         "kind": "curve",
         "points": points,
-        "doubling": change,
-        "half": {"change": 0.06, "interval": [0.03, 0.09]},
-        "quarter": {"change": 0.14, "interval": [0.1, 0.2]},
+        "doublings": [change] * 3,
+        "trend": change,
+        "quarter": change | {"value": 0.14, "low": 0.1, "high": 0.2},
         "high_rank": change,
-        "band": [
-            [size, loss, loss - 0.02, loss + 0.02] for size, loss in zip((*sizes, 400), (*means, 1.1), strict=True)
-        ],
-        "candidates": {"power law": 0.9, "flat": 0.1},
         "verdict": f"More data would help. {EVIL}",
         "base_loss": 2.1,
         "steps": 80,
@@ -327,7 +306,6 @@ def curve() -> dict[str, Any]:
 CONTENTS = {
     "curve": curve,
     "data": data,
-    "learning-rates": learning_rates,
     "train": train,
     "compare": compare,
     "search": search,
@@ -338,11 +316,10 @@ CONTENTS = {
 }
 FIGURES = {
     "data": 0,
-    "learning-rates": 1,
     "train": 6,
     "compare": 4,
-    "search": 11,
-    "inspect": 7,
+    "search": 1,
+    "inspect": 5,
     "plan": 1,
     "eval": 0,
     "rows": 2,

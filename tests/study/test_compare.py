@@ -12,11 +12,10 @@ from command_line import check_refused
 from tailora.errors import ConfigError, TargetError
 from tailora.report.files import write_page
 from tailora.report.pages.train import write_train_report
-from tailora.study.budget import Costs, Extent
-from tailora.study.compare import _Comparison, _needed, compare
+from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.study.study_store import StudySession
-from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, Worker, evaluation_half, run_here
+from tailora.study.trial import Listen, Trial, TrialSpec, Worker, evaluation_half, run_here
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
@@ -76,8 +75,7 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
         ConfigError, match=r"r was 4 and is now 2; .*max_steps was 8 and is now 7.*To resume it, use its settings"
     ):
         compare(train.replaced(r=2, max_steps=7), SMALL)
-    with pytest.raises(ConfigError, match='minutes was "not given" and is now "given"'):
-        compare(train, SMALL.replaced(minutes=5.0))
+    assert compare(train, SMALL.replaced(minutes=5.0), run_trial=not_run).arms == found.arms
 
 
 @pytest.mark.slow
@@ -114,42 +112,38 @@ def test_runs_of_two_processes_compare_lora_with_sharded_full_fine_tuning(
         assert of_two.seed_losses == pytest.approx(of_one.seed_losses, abs=1e-5)
         assert np.array(of_two.train_losses) == pytest.approx(np.array(of_one.train_losses), abs=1e-5)
         assert of_two.forgetting == pytest.approx(of_one.forgetting, abs=1e-5)
-    timed = compare(train.replaced(output_dir=str(tmp_path / "timed")), SMALL.replaced(minutes=30.0), processes=2)
-    plan = json.loads((tmp_path / "timed" / "plan.json").read_text())
-    assert plan["max_steps"] == timed.steps == 3
-    assert min(costs["fixed"] for costs in plan["costs"].values()) > 4  # a launcher loads torch, and then each process
 
 
 @pytest.mark.slow
-def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
-    small_run: TrainConfig, tmp_path: Path
+def test_no_run_starts_after_the_minutes(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After the first learning rate, then after the first seed; a comparison may be given more."""
+    ran: list[Path] = []
+
+    def counted(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
+        ran.append(folder)
+        return run_here(spec, folder, listen)
+
+    most = 1
+    monkeypatch.setattr(StudySession, "is_over", property(lambda _: len(ran) >= most))
     train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=3)
-    asked, heard = SMALL.replaced(minutes=5.0, seeds=1), []
-    first = compare(train, asked, log=heard.append, run_trial=run_here)
-    assert "3 steps per run, to fit all runs into --minutes" in heard
-    plan = json.loads((tmp_path / "study" / "plan.json").read_text())
-    assert (plan["max_steps"], plan["seeds"], plan["held_out"], plan["minutes"]) == (3, 1, None, 5)
-    runs = tmp_path / "study" / "runs"
+    with pytest.raises(ConfigError, match=r"--minutes 5 were over after the search for learning rates \(best so far: "):
+        compare(train, SMALL.replaced(minutes=5), run_trial=counted)
+    most = 2
+    with pytest.raises(ConfigError, match=r"\(best so far: r4 0\.01, full 5e-05\)\. The same command with a higher"):
+        compare(train, SMALL.replaced(minutes=5), run_trial=counted)
+    most = 5  # three of the four final runs
+    short = compare(train, SMALL.replaced(minutes=5), run_trial=counted)
+    assert short.seeds == [1]
+    assert short.notes == [
+        "--minutes 5 left time for 1 of 2 seeds; the same command with a higher --minutes adds the others"
+    ]
     (texts,) = (tmp_path / "study").glob("texts.json")
     assert len(json.loads(texts.read_text())) == 16
-    probe, rate, final = (read(next(runs.glob(f"full/{name}*"))) for name in ("probe", "rate", "seed"))
-    assert [len(trial["evaluation_seconds"]) for trial in (probe, rate, final)] == [2, 1, 1]
-    assert final["before"] == probe["before"]
-    assert read(next(runs.glob("r4/seed*")))["numbers"]["writing_seconds"] < probe["numbers"]["seconds"]
-    short = compare(
-        train, asked.replaced(minutes=0.001, seeds=9), log=heard.append, run_trial=run_here
-    )  # no time for more: what is there
-    assert short.arms == first.arms
-    planned = "runs have 3 steps, as planned for --minutes 5; for longer runs, use a different --output-dir"
-    assert short.notes == [planned, "only 1 of 9 seeds fit into --minutes"]
-    more = compare(train, asked.replaced(seeds=2), run_trial=run_here)
-    assert more.seeds == [1, 2]
-
-
-def read(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "trial.json").read_text())
-    return content
+    most = 99
+    assert compare(train, SMALL, run_trial=counted).seeds == [1, 2]
+    assert len(ran) == len(set(ran)) == 6
 
 
 @pytest.mark.parametrize(
@@ -227,68 +221,6 @@ def test_too_few_held_out_examples_are_found_before_any_step(
     assert (progress.steps, progress.ended) == ([], [1])
 
 
-def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
-    train = small_run.replaced(output_dir=str(tmp_path / "study"))
-    with pytest.raises(
-        ConfigError, match=r"--minutes 0\.1 is too short: 2 variants with 1 learning rates and 2 seeds each"
-    ):
-        compare(train, SMALL.replaced(minutes=0.1), run_trial=not_run)  # not even the start of all runs
-
-    def slow(_: TrialSpec, __: Path, listen: Listen) -> Trial:
-        for step in range(4):
-            listen(TrialEvent(step, 4, 2.0, held_out=step == 0, parameters=1, seconds=60.0))
-        raise AssertionError("it is clear after the second step")
-
-    with pytest.raises(ConfigError, match=r"9 steps per run, take .*Use --minutes \d+ or more, fewer steps or runs"):
-        compare(train, SMALL.replaced(minutes=9.0), run_trial=slow)
-    assert not (tmp_path / "study" / "plan.json").exists()
-
-
-def test_fewer_examples_are_held_out_where_time_is_short(
-    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of the 18 examples: 4 choose and 5 judge."""
-    monkeypatch.setattr(
-        "tailora.study.budget.fit", lambda wanted, *_: (Extent(wanted.tries, wanted.seeds, part=0.5), 2)
-    )
-    train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=2)
-    found = compare(train, SMALL.replaced(minutes=60.0, seeds=1), run_trial=run_here)
-    assert found.judged_examples == 5
-    assert found.notes == ["only 9 of 18 held-out examples fit into --minutes"]
-    rate, final = (read(next((tmp_path / "study" / "runs").glob(f"full/{name}*"))) for name in ("rate", "seed"))
-    assert (len(rate["sums"]), len(final["sums"])) == (4, 9)
-
-
-def test_what_the_user_gave_is_not_reduced(small_run: TrainConfig, tmp_path: Path) -> None:
-    session = StudySession(tmp_path, 5.0, lambda _: None, None, run_here)
-    given = {"arms": {"a": {"r": 2}, "b": {}}, "minutes": 5.0}
-    assert _Comparison(small_run, CompareConfig(**given), session).limit.fewest(part=0.4) == Extent(3, 2, 0.4)
-    asked = CompareConfig(**given, seeds=5, rate_tries=7)
-    assert _Comparison(small_run, asked, session).limit.fewest(part=0.4) == Extent(7, 5, 0.4)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 9])
-@pytest.mark.parametrize("seconds", [(1.0, 3.0), (3.0, 1.0), (5.0, 1.0, 2.0)], ids=str)
-def test_waves_take_no_longer_than_planned(
-    seconds: tuple[float, ...], workers: int, small_run: TrainConfig, tmp_path: Path
-) -> None:
-    """Also with arms of unequal cost: a wave begins when the longest run of the one before has ended."""
-    costs = {f"r{number}": Costs(fixed=cost, step=0, evaluation=0) for number, cost in enumerate(seconds, start=1)}
-    study = CompareConfig(arms={arm: {"r": int(arm[1:])} for arm in costs}, seeds=5, minutes=5.0)
-    session = StudySession(tmp_path, 5.0, lambda _: None, None, not_run)
-    made = [Worker(number, workers, None) for number in range(1, workers + 1)] if workers > 1 else []
-    actual = 0.0
-    for wave in _Comparison(small_run, study, session, made)._waves(dict.fromkeys(costs, 1e-3)):
-        free_at = [0.0] * workers
-        for arm, _ in wave:
-            free_at[free_at.index(min(free_at))] += costs[arm].fixed
-        actual += max(free_at)
-    planned = _needed([*costs.values()], Extent(tries=0, seeds=study.seeds), 0, workers)
-    assert planned >= actual - 1e-9
-    if workers == 1:
-        assert planned == pytest.approx(actual)
-
-
 def test_the_command_passes_on_how_many_processes_a_run_has(
     small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +231,6 @@ def test_the_command_passes_on_how_many_processes_a_run_has(
     for command, found in (
         ("compare", "compare.compare"),
         ("search", "search.search"),
-        ("search --lr-only", "lr_range.find_range"),
     ):
         monkeypatch.setattr(f"tailora.study.{found}", refuse)
         check_refused("each run has 2", *command.split(), *words, "--nproc-per-node", "2")

@@ -1,7 +1,7 @@
 """A learning curve on a tiny model: its subsets, runs, resuming, minutes, page and verdict, and what is refused."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from html import unescape
 from pathlib import Path
@@ -16,11 +16,12 @@ from transformers import AutoTokenizer
 
 from tailora.cli.main import main
 from tailora.errors import ConfigError
+from tailora.evaluation.statistics import Difference
 from tailora.report.files import write_page
-from tailora.study import data_scaling
 from tailora.study.config import CurveConfig
 from tailora.study.curve import curve, curve_verdict
-from tailora.study.results import Change, LearningCurve
+from tailora.study.results import LearningCurve
+from tailora.study.study_store import StudySession
 from tailora.study.trial import DONE, OUT_OF_MEMORY, Listen, Trial, TrialEvent, TrialSpec, get_trial, run_here
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData, read_data, read_subset
@@ -78,11 +79,6 @@ def train(small_run: TrainConfig, tmp_path: Path) -> TrainConfig:
     return small_run.replaced(output_dir=str(tmp_path / "out"))
 
 
-@pytest.fixture
-def with_forecasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_scaling, "FORECASTS", True)
-
-
 def test_a_larger_subset_contains_the_smaller_ones(small_run: TrainConfig) -> None:
     tokenizer, accelerator = AutoTokenizer.from_pretrained(small_run.model), Accelerator(cpu=True)
 
@@ -103,7 +99,6 @@ def test_a_larger_subset_contains_the_smaller_ones(small_run: TrainConfig) -> No
     assert rows(5) != rows(5, seed=1)
 
 
-@pytest.mark.usefixtures("with_forecasts")
 def test_each_subset_has_its_best_number_of_steps(train: TrainConfig) -> None:
     runs = MadeUp()
     found = curve(train, CurveConfig(), run_trial=runs)
@@ -111,17 +106,19 @@ def test_each_subset_has_its_best_number_of_steps(train: TrainConfig) -> None:
         (size, rank) for rank in (4, 16) for size in (25, 50, 100, 200)
     ]
     assert [point.steps for point in found.points[:4]] == [5, 7, 9, 26]  # evaluated every 5, 7, 9 and 13 steps
-    finals = [spec for spec in runs.ran if not spec.choosing and spec.held_out is None]
+    finals = [spec for spec in runs.ran if not spec.choosing and "seed" in spec.settings]
     assert {spec.settings["max_steps"] for spec in finals} == {5, 7, 9, 26}
     assert {spec.settings["seed"] for spec in finals} == {1, 2, 3}
     assert all("eval_steps" not in spec.settings for spec in finals)
     assert {spec.subset for spec in finals} == {25, 50, 100, None}
     assert "more steps may help" not in found.verdict
-    assert found.doubling.change == pytest.approx(0.2 * (2**-0.5 - 1), abs=0.03)
-    assert found.doubling.interval[1] < 0
+    assert [change.value for change in found.doublings] == pytest.approx([-0.166, -0.117, -0.083], abs=0.03)
+    assert found.doublings[-1].high < 0
+    assert found.trend.value == pytest.approx(0.3 * -0.366 + 0.1 * -0.117, abs=0.03)  # least squares
+    assert found.trend.high < 0
     assert "The data is the bottleneck, not the rank" in found.verdict
-    assert found.quarter.change == pytest.approx(0.2, abs=0.03)
-    assert found.band[-1][0] == pytest.approx(400)
+    assert "Over all sizes, the loss falls with more data: -0." in found.verdict
+    assert found.quarter.value == pytest.approx(0.2, abs=0.03)
 
 
 def test_a_resumed_curve_reads_its_runs_and_adds_seeds(train: TrainConfig) -> None:
@@ -158,50 +155,47 @@ def test_an_interrupted_curve_resumes_and_its_folder_is_locked(train: TrainConfi
     with pytest.raises(KeyboardInterrupt):
         curve(train, SMALL, run_trial=interrupted)
     found = curve(train, SMALL, run_trial=runs)
-    assert len(runs.ran) == 1 + 8 + 16  # the timing run, the best steps, final runs: each once
-    assert len({spec.settings.get("seed") for spec in runs.ran if spec.held_out is None and not spec.choosing}) == 2
+    assert len(runs.ran) == 1 + 8 + 16  # the probe, the best steps, final runs: each once
+    assert len({spec.settings.get("seed") for spec in runs.ran if "seed" in spec.settings and not spec.choosing}) == 2
     assert found.points[0].seed_losses[0] != found.points[0].seed_losses[1]
 
 
-def test_minutes_limit_the_steps_and_the_largest_subset(train: TrainConfig) -> None:
-    logged: list[str] = []
-    found = curve(train, CurveConfig(minutes=1, margin=0.001), log=logged.append, run_trial=(runs := MadeUp(gain=0.0)))
-    assert found.steps == 28
-    largest = found.points[3].examples
-    assert largest == found.steps * 4 < EXAMPLES  # batches of 4, each example once
-    assert len(found.points) == 5
-    assert found.points[-1].r == 16
-    assert f"Only {largest} of 200 examples were used, so this does not show whether 200 are enough" in found.verdict
-    assert "Cannot tell the curve from a flat one" in found.verdict
-    assert [spec.subset for spec in runs.ran[1:6]] == [
-        largest,
-        *(point.examples for point in reversed(found.points[:4])),
+def test_after_the_minutes_the_verdict_covers_what_is_there(
+    train: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, study = MadeUp(), CurveConfig(minutes=5)
+    most = 12
+    monkeypatch.setattr(StudySession, "is_over", property(lambda _: len(runs.ran) >= most))
+    with pytest.raises(
+        ConfigError,
+        match=r"no verdict yet: --minutes 5 were over after 7 final runs, before any with 25 examples\.",
+    ):
+        curve(train, study, run_trial=runs)
+    most = 18
+    found = curve(train, study, run_trial=runs)
+    assert [(point.r, point.examples) for point in found.points] == [(4, 25), (4, 50), (4, 100), (4, 200), (16, 200)]
+    assert found.notes == [
+        "--minutes 5 left time for 5 of 8 combinations of subset and rank; the same command with a higher --minutes "
+        "adds the others",
+        "--minutes 5 left time for 2 of 3 seeds; the same command with a higher --minutes adds the others",
     ]
-    with pytest.raises(ConfigError, match=r"--minutes 0.01 is too short: 5 subsets with 2 seeds each, 9 steps per run"):
-        curve(train.replaced(output_dir=f"{train.output_dir}-2"), CurveConfig(minutes=0.01), run_trial=MadeUp())
+    assert found.high_rank is not None
+    most = 99
+    found = curve(train, CurveConfig(), run_trial=runs)
+    assert len(runs.ran) == 1 + 8 + 24
+    assert len(found.points) == 8
+    assert found.notes == []
 
 
-def test_runs_that_learn_to_the_end_fit_into_the_minutes(train: TrainConfig) -> None:
-    """Also with evaluations that would need all of the time: they get fewer examples."""
-
-    class Falling(MadeUp):
-        seconds = 0.0
-
-        def loss(self, spec: TrialSpec, step: int) -> float:
-            return super().loss(spec, step) - 0.001 * step
-
-        def __call__(self, spec: TrialSpec, folder: Path, listen: Listen, **_: Any) -> Trial:
-            run = super().__call__(spec, folder, listen)
-            numbers = {**run.numbers, "held_out": 400}
-            evaluation = 0.01 * (spec.held_out or 400) / (1 + spec.choosing)
-            self.seconds += 0.5 + sum(run.step_seconds) + evaluation * len(run.curve)
-            return replace(run, numbers=numbers, evaluation_seconds=[evaluation])
-
-    found = curve(train, CurveConfig(minutes=2, seeds=2), run_trial=(runs := Falling(gain=0.0)))
-    assert 40 < found.steps < 100
-    assert 60 < runs.seconds < 120
-    note = "of 400 held-out examples fit into --minutes"
-    assert any(note in text for text in found.notes)
+def test_without_runs_at_the_higher_rank_the_verdict_says_so(
+    train: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = MadeUp()
+    monkeypatch.setattr(StudySession, "is_over", property(lambda _: len(runs.ran) >= 13))
+    found = curve(train, CurveConfig(minutes=5), run_trial=runs)
+    assert found.high_rank is None
+    assert "Runs at a higher rank are missing." in found.verdict
+    write_page(Path(train.output_dir))
 
 
 def test_the_verdict_names_the_flag_that_limited_the_steps(train: TrainConfig) -> None:
@@ -209,30 +203,21 @@ def test_the_verdict_names_the_flag_that_limited_the_steps(train: TrainConfig) -
         def loss(self, spec: TrialSpec, step: int) -> float:
             return super().loss(spec, step) - step
 
-    for name, max_steps, minutes in (("epochs", None, None), ("max-steps", 60, 99), ("minutes", 60, 1)):
+    for name, max_steps in (("num-train-epochs", None), ("max-steps", 60)):
         limited = train.replaced(output_dir=f"{train.output_dir}-{name}", max_steps=max_steps)
-        study = CurveConfig(seeds=2, minutes=minutes)
-        found = curve(limited, study, run_trial=Falling())
-        flag = name.replace("epochs", "num-train-epochs")
+        found = curve(limited, SMALL, run_trial=Falling())
         assert f"after {found.steps} of at most {found.steps} steps" in found.verdict
-        assert found.verdict.endswith(f"Use a higher --{flag} and a different --output-dir.")
-    assert 9 < found.steps < 60
-    note = f"runs have at most {found.steps} steps, as planned for --minutes 1; for longer runs, use a different --outp"
-    again = [curve(limited, study.replaced(minutes=more), run_trial=Falling()).notes for more in (1, 2)]
-    with pytest.raises(ConfigError, match=r"--minutes 0.5 is too short: the curve in .* was planned with --minutes 1;"):
-        curve(limited, study.replaced(minutes=0.5), run_trial=Falling())
-    assert [any(text.startswith(note) for text in notes) for notes in again] == [False, True]
+        assert found.verdict.endswith(f"Use a higher --{name} and a different --output-dir.")
 
 
-@pytest.mark.usefixtures("with_forecasts")
 def test_the_report_and_its_page(train: TrainConfig) -> None:
     found = curve(train, SMALL, run_trial=MadeUp(of_rank=0.3))
     report = json.loads((Path(train.output_dir) / "report.json").read_text())
     assert report["kind"] == "curve"
-    assert report["doubling"] == {"change": found.doubling.change, "interval": [*found.doubling.interval]}
+    assert report["trend"] == asdict(found.trend)
     assert "Both the data and the rank limit the result" in found.verdict
     page = unescape(write_page(Path(train.output_dir)).read_text())
-    for text in (found.verdict, "400 examples (forecast)", "rank 16", f"{found.points[3].eval_loss:.4f}"):
+    for text in (found.verdict, "from 100 to 200 examples", "rank 16 instead of 4", f"{found.points[3].eval_loss:.4f}"):
         assert text in page
 
 
@@ -250,10 +235,14 @@ def test_what_cannot_be_measured_is_refused(train: TrainConfig) -> None:
 
     def full(*args: Any, **_: Any) -> Trial:
         run = MadeUp()(*args)
-        return run if args[0].held_out else replace(run, outcome=OUT_OF_MEMORY, message="no memory")
+        return run if args[0].settings["max_steps"] == 4 else replace(run, outcome=OUT_OF_MEMORY, message="no memory")
 
-    with pytest.raises(ConfigError, match=r"run with 200 examples at rank 16 failed \(out of memory: no memory\)"):
+    with pytest.raises(ConfigError, match=r"run with 200 examples at rank 4 failed \(out of memory: no memory\)"):
         curve(train.replaced(output_dir=f"{train.output_dir}-2"), SMALL, run_trial=full)
+
+
+def changed(value: float, low: float, high: float) -> Difference:
+    return Difference(value, low, high, p_value=0.05, examples=50, seeds=3, from_examples=0.4)
 
 
 @pytest.mark.parametrize(
@@ -263,54 +252,47 @@ def test_what_cannot_be_measured_is_refused(train: TrainConfig) -> None:
             (-0.1, -0.15, -0.05),
             (0.2, 0.1, 0.3),
             (0.0, -0.01, 0.01),
-            ["would help", "is worse", "data is the bottle"],
+            ["More data helped: ", "is worse", "data is the bottle"],
         ),
-        ((0.0, -0.01, 0.0), (0.0, -0.01, 0.01), (-0.1, -0.2, -0.05), ["hardly help", "as well", "rank is the bottle"]),
+        (
+            (0.0, -0.01, 0.0),
+            (0.0, -0.01, 0.01),
+            (-0.1, -0.2, -0.05),
+            ["More data hardly helped", "as well", "rank is the bottle"],
+        ),
         (
             (-0.03, -0.2, 0.0),
             (0.1, -0.1, 0.3),
             (0.0, -0.5, 0.5),
-            ["from a flat", "may be worse", "whether the data"],
+            ["Cannot tell whether more data helped", "comes from the seeds", "may be worse", "whether the data"],
         ),
-        ((0.0, -0.01, 0.0), (0.0, -0.01, 0.01), (0.0, -0.01, 0.01), ["hardly help", "as well", "Neither the data nor"]),
-        ((-0.015, -0.03, -0.005), (0.2, 0.1, 0.3), (0.0, -0.01, 0.01), ["data may help", "whether the data"]),
+        (
+            (0.0, -0.01, 0.0),
+            (0.0, -0.01, 0.01),
+            (0.0, -0.01, 0.01),
+            ["hardly helped", "as well", "Neither the data nor"],
+        ),
+        (
+            (-0.015, -0.03, -0.005),
+            (0.2, 0.1, 0.3),
+            (0.0, -0.01, 0.01),
+            ["helped, perhaps by less than the margin", "whether the data"],
+        ),
+        ((0.05, 0.03, 0.07), (0.2, 0.1, 0.3), (-0.1, -0.2, -0.05), ["More data did not help", "rank is the bottle"]),
     ],
 )
 def test_the_verdict(
     doubling: tuple[float, ...], quarter: tuple[float, ...], rank: tuple[float, ...], sentences: list[str]
 ) -> None:
-    more, few, high_rank = (Change(value, (low, high)) for value, low, high in (doubling, quarter, rank))
+    last, few, high_rank = (changed(*numbers) for numbers in (doubling, quarter, rank))
     read = TypeAdapter(LearningCurve).validate_python(CONTENTS["curve"]())
-    result = replace(read, doubling=more, half=Change(0.5, (0.4, 0.6)), quarter=few, high_rank=high_rank)
-    text = curve_verdict(result, 0.02, "--minutes", 200)
+    result = replace(read, doublings=[last], quarter=few, high_rank=high_rank)
+    text = curve_verdict(result, 0.02, "--max-steps", 200)
     assert all(sentence in text for sentence in sentences)
-    assert f"twice the 200 examples would change the held-out loss by {doubling[0]:+.3f} (90% interval" in text
-    measured = curve_verdict(replace(result, doubling=None, half=-more), 0.02, "--minutes", 200)
-    for forecast, measurement in (
-        ("would help", "helped"),
-        ("may help:", "helped, but perhaps by less than the margin:"),
-        ("would hardly help", "hardly helped"),
-        ("twice the 200 examples would change", "the last doubling, to 200 examples, changed"),
-    ):
-        text = text.replace(forecast, measurement)
-    assert measured == text
-
-
-def test_a_last_doubling_that_raised_the_loss_did_not_help() -> None:
-    read = TypeAdapter(LearningCurve).validate_python(CONTENTS["curve"]())
-    result = replace(read, doubling=None, half=Change(-0.05, (-0.07, -0.03)))
-    assert curve_verdict(result, 0.02, "--minutes", 200).startswith("More data did not help: the last doubling, to 200")
-
-
-def test_without_forecasts_the_page_shows_the_measured_points(train: TrainConfig) -> None:
-    assert not data_scaling.FORECASTS
-    found = curve(train, SMALL, run_trial=MadeUp())
-    assert found.doubling is None
-    assert found.half.change == pytest.approx(0.2 * (2**0.5 - 1), abs=0.03)
-    assert found.band[-1][0] == pytest.approx(200)
-    assert "More data helped: the last doubling, to 200 examples, changed the held-out loss by -0.0" in found.verdict
-    page = unescape(write_page(Path(train.output_dir)).read_text())
-    assert "forecast" not in page
+    assert f"the last doubling, to 200 examples, changed the held-out loss by {doubling[0]:+.3f} (95% interval" in text
+    for low, high, sign in ((-0.02, -0.01, "falls"), (0.01, 0.02, "rises"), (-0.01, 0.01, "may fall or rise")):
+        text = curve_verdict(replace(result, trend=changed(0.0, low, high)), 0.02, "--max-steps", 200)
+        assert f"Over all sizes, the loss {sign} with more data" in text
 
 
 def test_the_command(
@@ -323,9 +305,7 @@ def test_the_command(
     words = ["--model", small_run.model, "--data", str(small_run.data), "--r", "4", "--seeds", "2"]
     assert main(["curve", *words, "--output-dir", str(tmp_path / "out"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["doubling"] is None
-    low, high = result["half"]["interval"]
-    assert 0 < low <= result["half"]["change"] <= high
+    assert [change["value"] < 0 for change in result["doublings"]] == [True] * 3
     assert result["settings"]["train"]["num_train_epochs"] == 2
     assert main(["report", str(tmp_path / "out")]) == 0
 

@@ -54,7 +54,7 @@ def test_a_damaged_file_of_a_study_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["spec.json", "trial.json"])
 @pytest.mark.parametrize("content", ["{", "[]", '{"outcome": "done", "settings": 1}', None])
 def test_a_damaged_trial_is_named(tmp_path: Path, name: str, content: str | None) -> None:
-    spec, trial = TrialSpec({}, rising=(1e-4, 1e-2)), Trial("diverged", "", curve=[(1, math.nan)])
+    spec, trial = TrialSpec({}, left_out=[3]), Trial("diverged", "", curve=[(1, math.nan)])
     get_trial(spec, tmp_path, run_trial=lambda *_: trial)
     assert repr(get_trial(spec, tmp_path, run_trial=run_here)) == repr(trial)
     (tmp_path / name).unlink()

@@ -103,13 +103,6 @@ def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run
     assert half.before == base[0]
     assert half.counts == base[1]
     assert half.sums == pytest.approx([plain.sums[index] for index in selection_half(len(plain.sums))])
-    few = replace(shared, held_out=6, before=None)
-    judged, chosen = (
-        get_trial(replace(few, choosing=choosing), tmp_path / f"few-{choosing}", run_trial=run_here)
-        for choosing in (False, True)
-    )
-    assert len(judged.sums) == 6
-    assert chosen.sums == pytest.approx([judged.sums[index] for index in selection_half(6)])  # not the evaluation half
 
 
 def test_a_trial_that_is_stopped_keeps_what_it_reported(small_run: TrainConfig, tmp_path: Path) -> None:

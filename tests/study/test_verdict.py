@@ -12,7 +12,7 @@ from tailora.evaluation.statistics import Difference, difference_over_seeds
 from tailora.report.files import page_of
 from tailora.report.html import html
 from tailora.study.config import CompareConfig
-from tailora.study.lr_range import LearningRateSearch
+from tailora.study.learning_rate_search import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Finalist
 from tailora.study.trial import Trial, evaluation_half, selection_half
 from tailora.study.verdict import (
@@ -88,19 +88,6 @@ def test_differences_are_from_the_reference_and_adjusted_for_all_arms() -> None:
     good, bad = (arm.accuracy_difference for arm in found.arms[:2])
     assert bad.value < 0 < good.value
     assert found.arms[2].accuracy_difference is None
-
-
-@pytest.mark.parametrize(("tries", "remedy"), [(1, "--rate-tries"), (2, "--minutes")])
-def test_tries_that_ended_early_were_cut_short_by_the_minutes(tries: int, remedy: str) -> None:
-    search = LearningRateSearch(1e-3, tries)
-    search.record(1e-3, 2.0)
-    counts = np.full(10, 5)
-    runs = {arm: [trial(np.linspace(1, 2, 10), counts, seed, 10) for seed in (1, 2)] for arm in ("a", "b")}
-    study = CompareConfig(arms={"a": {}, "b": {"r": 2}}, rate_tries=tries)
-    found = evaluate_arms(study, {"a": rates(1e-3), "b": search}, runs, notes=[], settings={}, seconds=1.0)
-    assert f"The best learning rate of b, 0.001, is at the edge of those tried (0.001); use a higher {remedy}." in (
-        found.verdict
-    )
 
 
 def test_an_arm_that_failed_keeps_its_reason() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from tailora.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.loss import FORMS
-from tailora.train import divergence
+from tailora.train import divergence, trainer
 from tailora.train.config import TrainConfig
 from tailora.train.divergence import broken_gradients, broken_loss
 from tailora.train.events import Event, Note, Stepped
@@ -51,12 +51,10 @@ def test_the_last_good_checkpoint_is_kept_named_and_resumed_with_a_lower_rate(se
     changes = {"max_steps": 3, "save_steps": 1, "save_total_limit": limit, "warmup_ratio": 0}
     config = settings(lr_scheduler_type="constant", validation_split=0, **changes)
 
-    class RateTooHigh:
-        def __call__(self, step: int, _steps: int) -> float:
-            return 1e-2 if step == 0 else 1e38
-
-    with pytest.raises(DivergedError, match=r"the last good checkpoint is .*checkpoint-1;") as caught:
-        run(config, rate_at=RateTooHigh())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "learning_rate", lambda step, *_: 1e-2 if step == 0 else 1e38)
+        with pytest.raises(DivergedError, match=r"the last good checkpoint is .*checkpoint-1;") as caught:
+            run(config)
     assert [path.name for path in checkpoints_in(Path(config.output_dir))] == ["checkpoint-1"]
     words = shlex.split(str(caught.value).splitlines()[-1])
     assert words[:2] == ["tailora", "train"]
