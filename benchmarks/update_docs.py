@@ -248,15 +248,12 @@ def one_word(text: str) -> str:
 
 
 WORDS = (  # what a result has in it -> what the table says
-    ("does not work here", "not on a CPU"),
     ("yes, padded", "padded"),
     ("padded: ", "no"),
     ("not tried: ", "not tried"),
     ("merged: ", "merged"),
     ("yes, ", "yes"),
     ("padded batches instead", "no"),
-    ("continuous: ", "no"),
-    ("another answer", "no"),
     ("Error: ", "refused"),
 )
 
