@@ -82,10 +82,7 @@ def collect_facts() -> Facts:
 
 
 def device_facts(device: "torch.device") -> dict[str, Any]:
-    """Returns facts about a device, and for each method "works" or the reason why it does not. Runs short probes only.
-
-    dtype: result of --dtype auto; "stored": as in the model's files.    capability: of an NVIDIA or AMD card.
-    """
+    """Returns facts about a device, and for each method "works" or the reason why it does not. Runs short probes."""
     from tailora.core.device import capability, device_name, fast_dtype, has_bfloat16
     from tailora.kernels.compiled_layers import compiler_obstacle
     from tailora.kernels.device_attention import PROVIDERS
@@ -99,6 +96,7 @@ def device_facts(device: "torch.device") -> dict[str, Any]:
         "memory": total_bytes(device),
         "available": available_bytes(device),
         "bfloat16": has_bfloat16(device),
+        # what --dtype auto chooses; stored: the precision of the model's files
         "dtype": "stored" if device.type == "cpu" else str(precision).removeprefix("torch."),
         "capability": capability(device),
         "attention": {"tailora's operator": WORKS} if device.type == "cpu" else attention,

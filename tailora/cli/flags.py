@@ -139,7 +139,8 @@ def merge_settings(
 ) -> TrainConfig:
     """Returns the settings of a run; prints a note for each that has another tool's name.
 
-    defaults: defaults of the command. arguments: settings from positional arguments. In both, None means not set.
+    defaults: defaults of the command; None means not set.
+    arguments: settings from positional arguments; None means not set.
     ignore: keys of the file that the caller reads itself.
     Raises ConfigError with all problems.
     """

@@ -309,7 +309,6 @@ def load_model(
 
     labels: `labels_of`, if the command supports models that predict labels; other commands need a language model.
     quantize: a method, "none", or None for the method used in training.
-    dtype: as in `train.model_loading.load_base`.    device: as in `core.device.choose_device`.
     Raises ConfigError, FormatError, BaseMismatchError.
     """
     from tailora.core.float32_products import use_fastest_products

@@ -6,7 +6,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,21 +34,26 @@ if TYPE_CHECKING:
     from tailora.train.events import TrainResult
 
 Flags: Any = train_flags()
-Verbose = Annotated[bool, Parameter(negative=(), show_default=False, help="also show precision, kernels and batches")]
 
 
-def train(
-    *,
-    config: ConfigFile = None,
-    json: Json = False,
-    overwrite: Overwrite = False,
-    nproc_per_node: NprocPerNode = None,
-    verbose: Verbose = False,
-    flags: Flags = None,
-) -> int:
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    config: ConfigFile = None
+    json: Json = False
+    overwrite: Overwrite = False
+    nproc_per_node: NprocPerNode = None
+    verbose: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="also show precision, kernels and batches")
+    ] = False
+
+
+NO_FLAGS = RunFlags()
+
+
+def train(*, given: RunFlags = NO_FLAGS, flags: Flags = None) -> int:
     """Fine-tune a model on your data. Run `tailora data FILE` first to see what it would be trained on."""
-    chosen = merge_settings(flags, config)
-    return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node, verbose=verbose)
+    return fit(merge_settings(flags, given.config), given)
 
 
 # ---- `tailora demo`: `tailora train` with a small model and real conversations, both downloaded once
@@ -59,24 +64,16 @@ FOLDER = Path("outputs/demo")
 DemoFlags: Any = train_flags(defaults={**DEFAULTS, "output_dir": str(FOLDER)})
 
 
-def demo(
-    *,
-    config: ConfigFile = None,
-    json: Json = False,
-    overwrite: Overwrite = False,
-    nproc_per_node: NprocPerNode = None,
-    verbose: Verbose = False,
-    flags: DemoFlags = None,
-) -> int:
+def demo(*, given: RunFlags = NO_FLAGS, flags: DemoFlags = None) -> int:
     """Fine-tune a small model on real chats and see what changed. Accepts the flags of `train`."""
-    chosen = merge_settings(flags, config, defaults=DEFAULTS)
+    chosen = merge_settings(flags, given.config, defaults=DEFAULTS)
     folder = None
     if "output_dir" not in chosen.model_fields_set:
         folder = demo_folder(chosen.resume_from_checkpoint)
         chosen = chosen.model_copy(update={"output_dir": str(folder)})
         ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for processes of --nproc-per-node
     try:
-        return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node, verbose=verbose)
+        return fit(chosen, given)
     except BaseException:
         if folder is not None and folder.is_dir() and not any(folder.iterdir()):  # the run did not start
             folder.rmdir()
@@ -202,27 +199,24 @@ def first_prompt(folder: Path) -> tuple[str, list[str]]:
 # ---- What `train` and `demo` share: train, compare answers, print
 
 
-def fit(
-    config: TrainConfig, *, as_json: bool, overwrite: bool, nproc_per_node: str | None = None, verbose: bool = False
-) -> int:
+def fit(config: TrainConfig, given: RunFlags) -> int:
     """Trains, answers held-out prompts with the base and the fine-tuned model, and prints the result.
 
-    nproc_per_node: number of processes of this command to start.
     Raises the same as `run`. The message of KeyboardInterrupt contains the command to resume the run.
     """
     started = time.monotonic()
     if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # otherwise, the trainer checks
-        run_log.check_run_folder(config, overwrite=overwrite)
+        run_log.check_run_folder(config, overwrite=given.overwrite)
     check_sources_of_run(config)
     fetch_sources(config.model)
-    if nproc_per_node is not None and not is_launched_by_tailora():
-        processes = count_processes(nproc_per_node, config.device)
+    if given.nproc_per_node is not None and not is_launched_by_tailora():
+        processes = count_processes(given.nproc_per_node, config.device)
         if processes > 1:
             log(f"starting {processes} processes")
             return launch(ARGUMENTS.get(), processes, Path(config.output_dir), [WORSE])
     with ExitStack() as stack:
         console = stderr() if is_rank_0() else Console(quiet=True)
-        with run_progress(console, verbose=verbose) as listener:  # before torch is loaded
+        with run_progress(console, verbose=given.verbose) as listener:  # before torch is loaded
             from accelerate import PartialState
 
             from tailora.evaluation.classification import check_packages
@@ -235,7 +229,7 @@ def fit(
                 check_packages()  # for the report
             stack.enter_context(own_process_group())
             try:
-                result = run(config, on_event=listener, overwrite=overwrite)
+                result = run(config, on_event=listener, overwrite=given.overwrite)
             except Interrupted as interrupted:
                 if not PartialState().is_main_process:
                     return INTERRUPTED
@@ -252,7 +246,7 @@ def fit(
         return code
     folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
     report, page = write_results(folder, answers, measured, started, peak)
-    if as_json:
+    if given.json:
         print_json({**report["result"], "verdict": report["verdict"]} if report else result.to_dict())
     else:
         show(stdout(), config, folder, report)

@@ -45,16 +45,12 @@ TAG = re.compile(r"[BIESLU]-.+")  # of a word in an entity; O is outside
 
 @dataclass(frozen=True, eq=False)
 class LabelOutputs:
-    """A model's outputs for rows, and the targets.
-
-    outputs: of the head, (rows or tagged words, outputs).    targets: index of the class or tag, (rows, 1); with
-    several labels 0 or 1 for each, (rows, labels); or a number, (rows, 1).    counts: words of each row, or 1; (rows,).
-    """
+    """A model's outputs for rows, and the targets: the index of a class or tag, a number, or 0 or 1 for each label."""
 
     labels: Labels
-    outputs: Floats
-    targets: Floats
-    counts: Ints
+    outputs: Floats  # of the head: (rows or tagged words, outputs)
+    targets: Floats  # (rows or tagged words, 1), or (rows, labels)
+    counts: Ints  # tagged words of each row, or 1: (rows,)
 
     @classmethod
     def of(cls, labels: Labels, examples: Examples, evaluation: Evaluation) -> "LabelOutputs":
@@ -386,7 +382,9 @@ def evaluate_labels(
 ) -> Scores:
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same rows.
 
-    Duplicate rows are evaluated once. data: as for training, or 'demo'.    limit: only the first rows.
+    Duplicate rows are evaluated once.
+    data: as for training, or 'demo'.
+    limit: number of rows to evaluate, from the first.
     trained_rows: as in `read_eval_data`.
     Raises DataError for labels that the model does not have, ConfigError if a package is missing.
     """

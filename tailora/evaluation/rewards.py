@@ -50,17 +50,14 @@ FINDINGS = {  # the sentence for the judges with each finding
 
 @dataclass(frozen=True)
 class RewardChange:
-    """A number of each held-out prompt, before and after training, and its change; with 95% intervals.
-
-    std: over the prompts, before and after.    lowest, highest: of the completions; of what is 0 or 1, these.
-    """
+    """A score of each held-out prompt, before and after training, and its change, with 95% intervals."""
 
     before: Interval
     after: Interval
     change: Interval
     prompts: int
-    std: float
-    lowest: float
+    std: float  # over the prompts, before and after
+    lowest: float  # score of a completion; 0 if all scores are 0 or 1
     highest: float
 
 
@@ -77,7 +74,10 @@ def reward_changes(before: RewardsByName, after: RewardsByName) -> dict[str, Rew
 
 
 def _change(before: Floats, after: Floats) -> RewardChange | None:
-    """Compares the means of the same prompts; None if no prompt has both.    before, after: (prompts, completions)."""
+    """Compares the means of the same prompts; None if no prompt has both.
+
+    before, after: (prompts, completions).
+    """
     first, second = group_means(before), group_means(after)
     known = ~(np.isnan(first) | np.isnan(second))
     first, second = first[known], second[known]
@@ -130,7 +130,11 @@ def find(judge: RewardChange, reward: RewardChange) -> str:
 def describe_rewards(
     changes: Mapping[str, RewardChange], trained: Sequence[str], judges: Sequence[str], prompts: str
 ) -> str:
-    """Returns the verdict. trained, judges: names of rewards.    prompts: "20 held-out prompts"."""
+    """Returns the verdict.
+
+    trained, judges: names of rewards.
+    prompts: number and name, such as "20 held-out prompts".
+    """
     reward = changes["reward"].change
     if np.isnan(reward.low):
         return f"The held-out reward changed by {reward.value:+.3f} over {prompts}: too little data to tell."

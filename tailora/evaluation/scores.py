@@ -166,7 +166,8 @@ def score(
 
     Duplicate rows are evaluated once: they would count as independent examples in the intervals.
     data: as for training, or 'demo'.
-    field: columns of the data, key -> column.    system: system message for conversations without one.
+    field: key -> column of the data.
+    system: system message for conversations without one.
     log: called with messages on how the scores are computed.
     ranks: of the processes that call this together, each with the same model; None for one process.
     trained_rows: hashes of the rows that the adapter was trained on, to count them; see `read_eval_data`.

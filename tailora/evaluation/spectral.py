@@ -168,7 +168,8 @@ class ModuleReport:
     rank: how many singular values the update can have: r, or 2r with a frozen start; of experts, each.
     rank_99: how many of them hold 99% of the energy.
     energy: share of the adapter's squared norm.
-    norm: of s (B A - B0 A0) alone. relative_norm: ||dW|| / ||W||, with DoRA's magnitudes.
+    norm: of s (B A - B0 A0) alone.
+    relative_norm: ||dW|| / ||W||, with DoRA's magnitudes.
     intruders, intruders_random: of the 10 leading vectors; None with a reason in `note`.
     singular_values: largest first; for groups, the root of their mean square.
     """

@@ -160,7 +160,8 @@ def _standard_errors(differences: Floats, tokens: Floats, value: float) -> list[
     """Returns the standard errors that come from the examples and, with several seeds, from the seeds; each with its
     degrees of freedom.
 
-    differences: nats (seeds, examples).    value: the difference per token.
+    differences: in nats, (seeds, examples).
+    value: difference per token.
     """
     seeds, examples = differences.shape
     residual = (differences - value * tokens) / tokens.mean()  # (seeds, examples): the ratio, linearized; mean 0
@@ -253,7 +254,7 @@ def before_and_after(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> 
 def describe_change(change: Interval, examples: str, unit: str) -> str:
     """Describes the change in a sentence; if the interval contains 0, no change was shown.
 
-    examples: "10 held-out examples".    unit: of the loss.
+    examples: number and name, such as "10 held-out examples".
     """
     value, low, high = change
     where = f"over {examples}"

@@ -41,11 +41,9 @@ OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "kl")  # nam
 
 @dataclass(frozen=True)
 class Reward:
-    """source: how --reward names it.    weight: of its rewards in the sum.    name: in metrics and reports."""
-
-    source: str
+    source: str  # the text after --reward, without the weight
     weight: float = 1.0
-    name: str = ""
+    name: str = ""  # in metrics and reports
 
 
 @dataclass(frozen=True)
@@ -214,10 +212,10 @@ class RewardError(DataError):
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a function has no rewards.    row: of the completion with the problem; None if it may be any."""
+    """Why a function has no rewards."""
 
     text: str
-    row: int | None = 0
+    row: int | None = 0  # number of the completion with the problem; None if unknown
 
 
 class RewardProcess:

@@ -27,7 +27,7 @@ def parsed(
     app = App()
     app.default(command)
     _, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
-    path = bound.arguments.get("config")
+    path = bound.arguments["given"].config if "given" in bound.arguments else None
     if yaml is not None:
         assert folder is not None
         path = folder / "run.yaml"
