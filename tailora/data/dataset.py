@@ -313,7 +313,7 @@ def distinct_of(examples: int, distinct: int, name: str) -> str:
 
 def sources_of(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns "sources" -> the counts of each, if there are several or one is weighted. report: as in warnings_of."""
-    sources = report.get("sources", [])  # earlier versions had one
+    sources = report.get("sources", [])
     if len(sources) < 2 and all(source["weight"] == 1 for source in sources):
         return {}
     counts = [
@@ -403,7 +403,7 @@ MOST_NAMED = 5  # rows per warning
 def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns name -> count, meaning and rows of truncated, skipped, duplicate and suspicious rows.
 
-    report: DataReport.to_dict(), possibly from an earlier version.
+    report: DataReport.to_dict(), or parts of it.
     """
     rows_of = report.get("rows_of", {})
     return {

@@ -364,11 +364,6 @@ def test_the_vocabulary_of_a_file_without_metadata_is_that_of_its_embedding(fold
         LoRAModel.from_pretrained(chat_model(), folder)
 
 
-def test_an_adapter_of_before_the_vocabulary_was_stored_loads(folder: Path) -> None:
-    change_metadata(folder, lambda metadata: metadata.pop("vocabulary"))
-    assert len(LoRAModel.from_pretrained(chat_model(), folder).lora_layers) == 4
-
-
 class Norms(nn.Module):
     """`norm` is the whole name of one module, and the end of another's."""
 
