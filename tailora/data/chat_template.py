@@ -76,12 +76,6 @@ class DataSettings:
     image_folder: str | None = None
     for_evaluation: bool = False
 
-    @property
-    def trains_replies_alone(self) -> bool:
-        if self.assistant_only_loss is not None:
-            return self.assistant_only_loss
-        return self.completion_only_loss is not False
-
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
@@ -193,20 +187,24 @@ class ChatTokenizer:
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # a server sees many
         return ids if self.processor is None or ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
 
-    def render(self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> str:
-        """Renders the messages with the chat template, with as many placeholders as their images have tokens.
+    def render(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        add_generation_prompt: bool = False,
+        expand: bool = True,
+    ) -> str:
+        """Renders the messages with the chat template. Raises DataError with the template's message if it fails.
 
-        Raises DataError with the template's message if it fails.
+        expand: write as many placeholders as the images have tokens; False writes one for each image.
         """
-        text = self.render_unexpanded(messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        return "".join(self._expanded(text, images_of(messages)))
-
-    def render_unexpanded(self, messages: Messages, **options: Any) -> str:
-        """Renders the messages with one placeholder for each image. Raises DataError if the template fails."""
+        options: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt, "tokenize": False}
+        options |= {} if self.processor is None else {"chat_template": self.template}
         with _template_errors():
-            options |= {} if self.processor is None else {"chat_template": self.template}
             renderer = self.tokenizer if self.processor is None else self.processor
-            return _checked(str(renderer.apply_chat_template(self._for_template(messages), tokenize=False, **options)))
+            text = str(renderer.apply_chat_template(self._for_template(messages), **options))
+        return "".join(self._expanded(text, images_of(messages))) if expand else text
 
     def render_generation_spans(self, chat: Conversation) -> tuple[str, list[Span]]:
         """Renders a conversation. Returns the text and the spans between {% generation %} and {% endgeneration %}."""
@@ -218,7 +216,6 @@ class ChatTokenizer:
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-            text = _checked(str(text))
         pieces = self._expanded(text, images_of(chat.messages))
         token: str = getattr(self.processor, "image_token", "")
 
@@ -245,6 +242,8 @@ class ChatTokenizer:
 
     def _expanded(self, text: str, images: Sequence[Image]) -> list[str]:
         """Returns the text in pieces: every second one is the placeholders of an image."""
+        if not text.isascii() and SURROGATE.search(text):
+            raise DataError("the chat template writes half of a surrogate pair, which no tokenizer accepts")
         if self.processor is None:
             return [text]
         token = self.processor.image_token
@@ -273,12 +272,6 @@ def _template_errors() -> Iterator[None]:
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         cause = str(error) or type(error).__name__
         raise DataError(f"the chat template rejects this conversation: {cause}") from None
-
-
-def _checked(text: str) -> str:
-    if not text.isascii() and SURROGATE.search(text):
-        raise ValueError("its output contains half of a surrogate pair, which no tokenizer accepts")
-    return text
 
 
 def to_conversation(sample: Conversation | Pair) -> Conversation:

@@ -82,9 +82,10 @@ def _check_eos(tokenizer: ChatTokenizer) -> None:
 def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[RenderedSample]:
     """Returns the full conversation with the replies that it renders as in generation, and the others separately."""
     chat = fit_to_template(to_conversation(sample), tokenizer)
-    if tokenizer.settings.completion_only_loss is False:
+    only_replies, everything = tokenizer.settings.assistant_only_loss, tokenizer.settings.completion_only_loss is False
+    if everything:
         chat = replace(chat, first=0)
-    if not tokenizer.settings.trains_replies_alone:
+    if only_replies is False or (only_replies is None and everything):
         return [_render_all(sample, chat, tokenizer)]
     remaining = [index for index in chat.trained_replies if index > 0]  # models do not generate the first message
     if not remaining:

@@ -118,7 +118,7 @@ def _check_template(tokenizer: ChatTokenizer, name: str) -> None:
     cause, image = "it writes no placeholder", getattr(tokenizer.processor, "image_token", "")
     try:
         content = [{"type": "image"}, {"type": "text", "text": "a"}]
-        if image in tokenizer.render_unexpanded([{"role": "user", "content": content}], add_generation_prompt=True):
+        if image in tokenizer.render([{"role": "user", "content": content}], add_generation_prompt=True, expand=False):
             return
     except DataError as error:
         cause = str(error)
