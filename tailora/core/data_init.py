@@ -30,7 +30,7 @@ Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: float) -> Adapter:
     """Returns the adapter with new layers: A contains principal directions of the inputs (arXiv:2410.07170, sec. 3).
 
-    run: calls the base on the data.    rho: maximum factor by which a layer's rank grows.
+    rho: maximum factor by which a layer's rank grows.
     Raises DataError if the input of a layer is constant, ConfigError for rho below 1.
     """
     if rho < 1:

@@ -44,7 +44,8 @@ def float32_linear(
 ) -> Tensor:
     """Returns x W^T + b, computed in float32, in the precision of W: (..., in), (out, in) -> (..., out).
 
-    bias: (out,), or (tokens, out) for x (tokens, in).    update: (tokens, r) and (out, r), whose product is added.
+    bias: (out,), or (tokens, out) for x (tokens, in).
+    update: (tokens, r) and (out, r), whose product is added.
     out: where the result is written.
     """
     wide, wide_bias = x.reshape(-1, x.shape[-1]).float(), None if bias is None else bias.float()

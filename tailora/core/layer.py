@@ -61,7 +61,8 @@ def is_certain(condition: bool) -> bool:
 class LoRALayer(nn.Module, AdapterPart):
     """A low-rank update of a layer: `LoRALayer(in, out)(x)` is s B A x. You can train it alone or in a `LoRAModel`.
 
-    lora_A: Parameter (r, in).    lora_B: Parameter (out, r).
+    lora_A: Parameter (r, in).
+    lora_B: Parameter (out, r).
     scaling: s, a 0-dimensional buffer, or a Parameter of one element if it is learned. Assigning a number fixes it;
         assigning a Parameter makes it learned.
     strength: factor for everything that the adapter adds, 1 unless set; not saved.
@@ -194,7 +195,8 @@ class LoRALayer(nn.Module, AdapterPart):
     ) -> Tensor:
         """Returns the update s (B A - B0 A0) x, (..., out), at strength 1, in `dtype` (default: the dtype of x).
 
-        layer: the adapted layer, needed for a convolution's stride.    factors: the result of `scaled_factors`.
+        layer: the adapted layer, needed for a convolution's stride.
+        factors: the result of `scaled_factors`.
         """
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
         if self._is_small_batch(x, dtype):
@@ -370,7 +372,8 @@ class LoRALayer(nn.Module, AdapterPart):
         """Returns g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA.
 
         No gradient flows through the norm (arXiv:2402.09353, sec. 4.3).
-        exact: compute it in float64, for a merge.    factors: the result of `scaled_factors`.
+        exact: compute it in float64, for a merge.
+        factors: the result of `scaled_factors`.
         """
         if self.lora_magnitude_vector is None or self.row_norms is None:
             return None

@@ -54,7 +54,7 @@ def use_of(parent: nn.Module, name: str) -> Use:
 class LayerCalls:
     """Records which adapted layers and which of their parent modules run.
 
-    layers: path -> adapted layer of `base_model`.    ran: the layers and modules that ran.
+    layers: path -> adapted layer of `base_model`.
     """
 
     def __init__(self, base_model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

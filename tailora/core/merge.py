@@ -239,7 +239,8 @@ def merged_weight(
     """Returns W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t, and its rounding error.
 
     Computed in at least float32 and rounded once. The error is NaN if the weight is not finite.
-    dtype: of the model's plain weights.    in_place: overwrite the weight, which must fit; then the error is 0.
+    dtype: of the model's plain weights.
+    in_place: overwrite the weight, which must fit; then the error is 0.
     """
     weight = dense_weight(layer, adapters[0].layer_type.weight_name, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)

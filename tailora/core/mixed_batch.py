@@ -49,7 +49,8 @@ Names = tuple[str | None, ...]
 class Blocks:
     """Blocks of `size` rows that have the same adapter.
 
-    which: (m,) position of each block's adapter.    rows: (n,) position of each row's adapter.
+    which: (m,) position of each block's adapter.
+    rows: (n,) position of each row's adapter.
     order: (m size,) rows, block by block; a block that is not full repeats its first row.
     back: (n,) position of each row in `order`. Both are None if the rows are already in this order.
     """
@@ -64,7 +65,7 @@ class Blocks:
 class Rows:
     """The adapter of each row, by name; None for no adapter.
 
-    n: number of rows.    ids: (n,) index of each row's adapter in `loaded`, len(loaded) for None.
+    ids: (n,) index of each row's adapter in `loaded`, len(loaded) for None.
     """
 
     def __init__(self, names: Names, loaded: Sequence[str], device: torch.device) -> None:

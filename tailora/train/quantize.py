@@ -46,7 +46,8 @@ LARGEST_ERROR = 0.3  # relative, of the weight and the output; 4-bit methods sta
 class Stored:
     """What a method's layers need, for an estimate.
 
-    bits: of a quantized number; FSDP2 can shard these.    scales: plain weight -> bytes of its scales, kept whole.
+    bits: of a quantized number; FSDP2 can shard these.
+    scales: plain weight -> bytes of its scales, kept whole.
     per_output: temporary bytes for each number of a layer's output.
     keeps_dense: True if the dense weight of every layer is kept for the backward, False if one exists at a time.
     """
@@ -180,7 +181,7 @@ def _try_layer(method: Method, device: torch.device) -> str | None:
 class QuantizedFormat:
     """How transformers loads a format of quantized models, so that gradients pass its layers.
 
-    settings: for quantization_config.    packages: modules that it needs.
+    settings: for quantization_config.
     stored: quantization_config -> what its layers need, for an estimate; None if dense or unknown.
     """
 

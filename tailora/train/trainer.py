@@ -181,7 +181,7 @@ class Trainer:
     def step(self, step: Step, started: float, stop: bool = False) -> None:
         """Takes one optimizer step and reports it. On a device, submits it and reports the one before.
 
-        started: by time.perf_counter.    stop: whether this rank was asked to stop.
+        stop: whether this rank was asked to stop.
         Raises DivergedError if the loss or a gradient is not finite, of the step that is reported.
         """
         submitted: SubmittedStep | None = self.submit_step(step, started, stop)
@@ -331,7 +331,7 @@ class Trainer:
     def held_out_loss(self, *, may_be_kept: bool, known: Evaluation | None = None) -> Evaluation | None:
         """Evaluates the held-out examples, logs and reports their loss; None if there are none.
 
-        may_be_kept: the adapter is kept if this is its best loss, which the event says.    known: the evaluation.
+        may_be_kept: the adapter is kept if this is its best loss, which the event says.
         """
         run, held_out = self.run, self.run.data.held_out
         if not held_out:
