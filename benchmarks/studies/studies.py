@@ -28,9 +28,9 @@ FOLDERS = {"reviews": labelled_folder, "pairs": preferences_folder, "names": tag
 LONGER = ["--num-train-epochs", "3"]
 RATING = ["--field", "label=rating"]
 LINES = {
-    "compare": ["compare", *DEMO, "--minutes", "15"],
-    "search": ["search", *DEMO, "--minutes", "10"],
-    "labels": ["compare", "--task", "sequence-classification", *REVIEWS, "--minutes", "30"],
+    "compare": ["compare", *DEMO, "--max-steps", "16"],
+    "search": ["search", *DEMO, "--max-steps", "16", "--trials", "14"],
+    "labels": ["compare", "--task", "sequence-classification", *REVIEWS, "--max-steps", "60"],
     "classification": ["train", "--task", "sequence-classification", *REVIEWS, "--learning-rate", "1e-3"],
     "regression": ["train", "--task", "regression", *REVIEWS, *RATING, "--learning-rate", "1e-3"],
     "dpo": ["train", *PAIRS, "--loss", "dpo", "--learning-rate", "2e-4"],

@@ -87,16 +87,8 @@ def inspect(
     method = None if model is None else quantize_method([folder], quantize)
     chosen = None if model is None else device_of_flag(device)
     with counter(stderr(), "modules") as progress:
-        inspection = run(
-            folder,
-            model,
-            data,
-            options=options,
-            quantize=method,
-            device=chosen,
-            log=log,
-            progress=progress,
-        )
+        shared: Any = {"options": options, "log": log, "progress": progress}
+        inspection = run(folder, model, data, quantize=method, device=chosen, **shared)
     if output_dir is not None:
         write_report(output_dir, "inspect", inspection.to_dict(), allow_nan=False)
         log(write_page_if_possible(output_dir))

@@ -94,42 +94,52 @@ def inspect(
 
     Writes nothing. Raises ConfigError, FormatError, BaseMismatchError, DataError.
     """
-    started = time.perf_counter()
     options = replace(options or InspectOptions(), data=data)
     folder = adapter_folder(Path(adapter))
-    if model is None:  # only the files
-        content = read_offline(folder)
-        named_base = None if content.base is None else name_of_model(content.base)
-        if data is not None:
-            base = f" {named_base} (the base named in the adapter)" if named_base else ""
-            raise ConfigError(f"data {data!r} can only be used with the base model; add --model{base}")
-        inspection = Inspection(
-            adapter=str(folder),
-            named_base=named_base,
-            config=content.config.model_dump(),
-            layers=layer_count(content.updates),
-            modules=_module_reports(content.updates, options, lambda *_: None),
-            left_out=content.left_out,
-            seconds=time.perf_counter() - started,
-        )
+    if model is None:
+        inspection = _inspect_files(folder, options)
     else:
-        labels = labels_of_adapter(folder)
-        if labels is not None and options.uses_data:
-            raise ConfigError(
-                f"{folder} was trained for {labels.task}, but inspect measures loss and forgetting of language models "
-                "only; remove --data and --forgetting-data, and use `tailora eval` to evaluate its labels"
-            )
-        device = choose_device() if device is None else torch.device(device)
-        precision = "auto" if options.uses_data else "stored"
-        task = task_of_adapter(folder)
-        loaded, tokenizer = load_base(model, precision, device, quantize, task=task, labels=labels)
-        tuned = LoRAModel.from_pretrained(loaded, folder, NAME)
-        tuned.eval()
+        tuned, tokenizer = _loaded(folder, model, options, quantize, device)
         inspection = inspect_model(tuned, NAME, options, tokenizer=tokenizer, log=log, progress=progress)
     settings = recorded_settings(folder)
     training = {name: settings[name] for name in RECORDED if settings.get(name) is not None}
     inspection = replace(inspection, adapter=str(folder), model=model, training=training)
     return replace(inspection, advice=advise(inspection))
+
+
+def _inspect_files(folder: Path, options: InspectOptions) -> Inspection:
+    started, content = time.perf_counter(), read_offline(folder)
+    named_base = None if content.base is None else name_of_model(content.base)
+    if options.data is not None:
+        base = f" {named_base} (the base named in the adapter)" if named_base else ""
+        raise ConfigError(f"data {options.data!r} can only be used with the base model; add --model{base}")
+    return Inspection(
+        adapter=str(folder),
+        named_base=named_base,
+        config=content.config.model_dump(),
+        layers=layer_count(content.updates),
+        modules=_module_reports(content.updates, options, lambda *_: None),
+        left_out=content.left_out,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _loaded(
+    folder: Path, base: str, options: InspectOptions, quantize: str | None, device: torch.device | str | None
+) -> tuple[LoRAModel, Any]:
+    """Returns the model with its adapter, and the tokenizer."""
+    labels = labels_of_adapter(folder)
+    if labels is not None and options.uses_data:
+        raise ConfigError(
+            f"{folder} was trained for {labels.task}, but inspect measures loss and forgetting of language models "
+            "only; remove --data and --forgetting-data, and use `tailora eval` to evaluate its labels"
+        )
+    device = choose_device() if device is None else torch.device(device)
+    precision = "auto" if options.uses_data else "stored"
+    model, tokenizer = load_base(base, precision, device, quantize, task=task_of_adapter(folder), labels=labels)
+    tuned = LoRAModel.from_pretrained(model, folder, NAME)
+    tuned.eval()
+    return tuned, tokenizer
 
 
 def _module_reports(updates: Mapping[str, Update], options: InspectOptions, progress: Progress) -> list[ModuleReport]:

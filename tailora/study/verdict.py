@@ -110,32 +110,12 @@ def evaluate_arms(
         raise ConfigError(f"nothing to compare, because no variant could be trained: {reasons}")
     reference = next((arm for arm in done if study.method(arm) == FULL), next(iter(done)))
     statistics = run_statistics(done, reference)
-    arms = []
-    for arm, changes in study.arms.items():
-        search, trials = rates[arm], done.get(arm)
-        if trials is None:
-            arms.append(ArmResult(arm, changes, failures[arm], rates=search.losses))
-            continue
-        accuracy, accuracy_difference = statistics.accuracies.get(arm, (None, None))
-        arms.append(
-            ArmResult(
-                name=arm,
-                changes=changes,
-                outcome=DONE,
-                learning_rate=search.best,
-                rates=search.losses,
-                bracketed=search.bracketed,
-                trainable_parameters=trials[0].numbers["trainable_parameters"],
-                bytes=trials[0].bytes,
-                forgetting=_mean([trial.forgetting for trial in trials if trial.forgetting is not None]),
-                seed_losses=[trial.loss(evaluation_half(len(trial.counts))) for trial in trials],
-                train_losses=[trial.losses for trial in trials],
-                accuracy=None if accuracy is None else accuracy.value,
-                accuracy_interval=None if accuracy is None else (accuracy.low, accuracy.high),
-                accuracy_difference=accuracy_difference,
-                **statistics.fields(arm, trials),
-            )
-        )
+    arms = [
+        _arm_result(arm, changes, rates[arm], done[arm], statistics)
+        if arm in done
+        else ArmResult(arm, changes, failures[arm], rates=rates[arm].losses)
+        for arm, changes in study.arms.items()
+    ]
     verdict, compared = compare_verdict(arms, reference, study.margin, statistics.unit)
     p_values = {arm.name: arm.difference.p_value for arm in arms if arm.difference is not None}
     return Comparison(
@@ -152,6 +132,33 @@ def evaluate_arms(
         settings=settings,
         seconds=seconds,
         loss_unit=statistics.unit,
+    )
+
+
+def _arm_result(
+    arm: str,
+    changes: dict[str, Any],
+    search: LearningRateSearch,
+    trials: Sequence[Trial],
+    statistics: RunStatistics,
+) -> ArmResult:
+    accuracy, accuracy_difference = statistics.accuracies.get(arm, (None, None))
+    return ArmResult(
+        name=arm,
+        changes=changes,
+        outcome=DONE,
+        learning_rate=search.best,
+        rates=search.losses,
+        bracketed=search.bracketed,
+        trainable_parameters=trials[0].numbers["trainable_parameters"],
+        bytes=trials[0].bytes,
+        forgetting=_mean([trial.forgetting for trial in trials if trial.forgetting is not None]),
+        seed_losses=[trial.loss(evaluation_half(len(trial.counts))) for trial in trials],
+        train_losses=[trial.losses for trial in trials],
+        accuracy=None if accuracy is None else accuracy.value,
+        accuracy_interval=None if accuracy is None else (accuracy.low, accuracy.high),
+        accuracy_difference=accuracy_difference,
+        **statistics.fields(arm, trials),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -166,65 +166,15 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     except KeyError as missing:
         raise FormatError(f"{folder / RUN} has no {missing}; use the output folder of tailora train") from None
     lines = _read(folder / METRICS)
-    completions = _read(folder / COMPLETIONS) if (folder / COMPLETIONS).exists() else []
+    examples, completions, samples = (
+        _read(folder / name) if (folder / name).exists() else [] for name in (EXAMPLES, COMPLETIONS, SAMPLES)
+    )
     steps = [line for line in lines if "loss" in line]
-    examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
-    held_out, losses, change_of_metrics, labels = None, dict[str, Interval](), "", dict[str, Any]()
-    metrics: dict[str, dict[str, Interval]] = {}  # of the task: "before", "after" and perhaps "change" -> by name
-    remedy: list[str] = []
-    unit = header.get("loss_unit", NATS_PER_TOKEN)
-    if examples:
-        held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
-        losses = before_and_after(held_out["before"], held_out["after"], held_out["tokens"])
-        if header.get("labels"):
-            outputs = [LabelOutputs.of_rows(Labels.from_dict(header["labels"]), examples, when) for when in WHEN]
-            metrics = {when: as_intervals(label_scores(data)) for when, data in zip(WHEN, outputs, strict=True)}
-            labels = label_details(outputs[1])
-            is_new = header["labels"]["new_head"]
-            change_of_metrics = describe_labels(metrics["before"], metrics["after"], labels, new_head=is_new)
-        elif rewards := header.get("rewards"):
-            changes = reward_changes(*(scores_of(examples, when) for when in WHEN))
-            parts = (*WHEN, "change")
-            metrics = {part: {name: getattr(change, part) for name, change in changes.items()} for part in parts}
-            prompts = plural(len(examples), "held-out prompt")
-            change_of_metrics = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
-            change_of_metrics += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
-        elif all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
-            metrics = {when: preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN}
-            change_of_metrics = describe_preferences(**metrics)
-    before, after = (metrics.get(when, {}) for when in WHEN)
+    effect = _effect(header, examples)
+    verdict, remedy = _verdict(header, settings, result, steps, effect)
+    after, before = effect.metrics.get("after", {}), effect.metrics.get("before", {})
     shared = [name for name in after if name in before]
-    task_metrics = [_metric(name, {part: of_part[name] for part, of_part in metrics.items()}) for name in shared]
-    if result is None:
-        verdict = "The run has not finished: it was interrupted, failed, or is still running."
-    elif header.get("rewards"):
-        all_equal = not settings.get("beta") and all(step["equal_groups"] == 1 for step in steps)
-        verdict = NOTHING_TRAINED if all_equal else change_of_metrics or UNKNOWN
-        cut = after["truncated"].value if after else 0.0
-        verdict += f" {share(cut, 1)} of the completions reached --max-completion-length; raise it." * (cut > MOST_CUT)
-    elif losses:
-        verdict = describe_change(losses["change"], plural(len(examples), "held-out example"), unit)
-        verdict += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
-        is_better = not labels or beats_majority(after["accuracy"].value, labels)
-        verdict = " ".join(filter(None, [verdict, change_of_metrics] if is_better else [change_of_metrics, verdict]))
-        if losses["change"].low > 0:
-            cause, remedy = _remedy(settings, [step["loss"] for step in steps])
-            verdict = f"Worse than before training. {verdict} {cause}"
-    elif result["eval_loss_after"] is None:
-        verdict = UNKNOWN
-    else:
-        change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
-        verdict = f"Held-out loss went from {change} {unit}; its interval was not recorded."
-    if result is not None:
-        for name, joined in (("drift_mean", np.mean), ("drift_max", np.max), ("equal_groups", np.mean)):
-            values = [step[name] for step in steps if name in step]
-            result |= {name: float(joined(values))} if values else {}
-        if header.get("rewards"):  # their loss is minus the reward
-            result = {name: value for name, value in result.items() if not name.startswith("eval_loss")}
-        elif losses:
-            result |= {"eval_loss_change": losses["change"].value}
-            result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
-        result |= {f"eval_{m['name']}_{key}": value for m in task_metrics for key, value in m.items() if key != "name"}
+    metrics = [_metric(name, {part: of_part[name] for part, of_part in effect.metrics.items()}) for name in shared]
     content = {
         "verdict": verdict,
         "remedy": remedy,
@@ -236,15 +186,104 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             for line in lines
             if "eval_loss" in line
         ],
-        "samples": _read(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
-        "result": result,
-        "held_out": held_out,
-        "metrics": task_metrics,
-        "labels": labels,
+        "samples": samples,
+        "result": None if result is None else _with_intervals(result, header, steps, effect, metrics),
+        "held_out": {name: [row[name] for row in examples] for name in ("tokens", *WHEN)} if examples else None,
+        "metrics": metrics,
+        "labels": effect.labels,
         "completions": completions,
     }
     write_report(folder, "train", content)
     return content
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """What training changed on the held-out examples; empty without any.
+
+    losses: "before", "after" and "change".    metrics: of the task, the same parts -> by name.
+    labels: `label_details` after training.    text: the effect on the metrics in words.
+    """
+
+    examples: int = 0
+    losses: dict[str, Interval] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    labels: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+def _effect(header: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> _Effect:
+    if not examples:
+        return _Effect()
+    effect = _Effect(len(examples), before_and_after(*([row[name] for row in examples] for name in (*WHEN, "tokens"))))
+    if header.get("labels"):
+        outputs = [LabelOutputs.of_rows(Labels.from_dict(header["labels"]), examples, when) for when in WHEN]
+        metrics = {when: as_intervals(label_scores(data)) for when, data in zip(WHEN, outputs, strict=True)}
+        labels = label_details(outputs[1])
+        text = describe_labels(metrics["before"], metrics["after"], labels, new_head=header["labels"]["new_head"])
+        return replace(effect, metrics=metrics, labels=labels, text=text)
+    if rewards := header.get("rewards"):
+        changes = reward_changes(*(scores_of(examples, when) for when in WHEN))
+        parts = (*WHEN, "change")
+        metrics = {part: {name: getattr(change, part) for name, change in changes.items()} for part in parts}
+        prompts = plural(len(examples), "held-out prompt")
+        text = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
+        return replace(effect, metrics=metrics, text=text + f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES))
+    if all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
+        metrics = {when: preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN}
+        return replace(effect, metrics=metrics, text=describe_preferences(**metrics))
+    return effect
+
+
+def _verdict(
+    header: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    result: Mapping[str, Any] | None,
+    steps: Sequence[Mapping[str, Any]],
+    effect: _Effect,
+) -> tuple[str, list[str]]:
+    """Returns whether training worked, in sentences, and flags to try after a run that made the model worse."""
+    losses, after, unit = effect.losses, effect.metrics.get("after", {}), header.get("loss_unit", NATS_PER_TOKEN)
+    if result is None:
+        return "The run has not finished: it was interrupted, failed, or is still running.", []
+    if header.get("rewards"):
+        all_equal = not settings.get("beta") and all(step["equal_groups"] == 1 for step in steps)
+        verdict = NOTHING_TRAINED if all_equal else effect.text or UNKNOWN
+        cut = after["truncated"].value if after else 0.0
+        too_long = f" {share(cut, 1)} of the completions reached --max-completion-length; raise it."
+        return verdict + too_long * (cut > MOST_CUT), []
+    if not losses and result["eval_loss_after"] is None:
+        return UNKNOWN, []
+    if not losses:
+        change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
+        return f"Held-out loss went from {change} {unit}; its interval was not recorded.", []
+    verdict = describe_change(losses["change"], plural(effect.examples, "held-out example"), unit)
+    verdict += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
+    is_better = not effect.labels or beats_majority(after["accuracy"].value, effect.labels)
+    verdict = " ".join(filter(None, [verdict, effect.text] if is_better else [effect.text, verdict]))
+    if losses["change"].low > 0:
+        cause, remedy = _remedy(settings, [step["loss"] for step in steps])
+        return f"Worse than before training. {verdict} {cause}", remedy
+    return verdict, []
+
+
+def _with_intervals(
+    result: dict[str, Any],
+    header: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    effect: _Effect,
+    metrics: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Returns the numbers of the run with what its files say about them."""
+    for name, joined in (("drift_mean", np.mean), ("drift_max", np.max), ("equal_groups", np.mean)):
+        values = [step[name] for step in steps if name in step]
+        result |= {name: float(joined(values))} if values else {}
+    if header.get("rewards"):  # their loss is minus the reward
+        result = {name: value for name, value in result.items() if not name.startswith("eval_loss")}
+    elif effect.losses:
+        result |= {"eval_loss_change": effect.losses["change"].value}
+        result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in effect.losses.items()}
+    return result | {f"eval_{m['name']}_{key}": value for m in metrics for key, value in m.items() if key != "name"}
 
 
 def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, list[str]]:
