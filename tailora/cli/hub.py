@@ -8,7 +8,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -37,6 +37,7 @@ from tailora.report.terminal import print_section
 
 if TYPE_CHECKING:
     from tailora.core.low_rank import Update
+    from tailora.formats.upload import Upload
 
 PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
@@ -77,31 +78,15 @@ def push(
     and local paths are not uploaded. Samples are not uploaded unless --samples is given.
     """
     check_push(folder, repository, message, model)
-    from tailora.formats.upload import upload
-
     log("checking the adapter")
     path = adapter_folder(folder)
     files = files_to_push(path, repository, model, license, samples=samples, replace_card=replace_card)
     if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
         note(f"not uploaded: {', '.join(left_behind)}")
     log(f"uploading {len(files)} files to {repository}")
-    try:
-        with TemporaryDirectory() as temporary:
-            for name, content in files.items():
-                Path(temporary, name).write_bytes(content)
-            uploaded = upload(
-                Path(temporary),
-                repository,
-                private=not public,
-                revision=revision,
-                replace_card=replace_card,
-                commit_message=message,
-                delete_patterns=None if PASSPORT in files else PASSPORT,  # of earlier weights
-            )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{repository} has received either all of the files or none; run the same command again"
-        ) from None
+    uploaded = upload_files(
+        files, repository, private=not public, revision=revision, replace_card=replace_card, commit_message=message
+    )
     if uploaded.is_private and public:
         note(f"{repository} is still private; make it public in its settings on the Hub")
     if uploaded.keeps_card:
@@ -179,6 +164,22 @@ def files_to_push(
             note(f"{adapter / CARD} {KEPT_CARD}")
     check_nothing_private(adapter, files, base)
     return files
+
+
+def upload_files(files: Mapping[str, bytes], repository: str, **options: Any) -> "Upload":
+    """options: of `upload`."""
+    from tailora.formats.upload import upload
+
+    delete = None if PASSPORT in files else PASSPORT  # of earlier weights
+    try:
+        with TemporaryDirectory() as temporary:
+            for name, content in files.items():
+                Path(temporary, name).write_bytes(content)
+            return upload(Path(temporary), repository, delete_patterns=delete, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{repository} has received either all of the files or none; run the same command again"
+        ) from None
 
 
 # ---- `tailora pull`

@@ -200,6 +200,7 @@ def prepare(
     settings = chat_tokenizer.settings
     loaded = _load_sources([Source(source)] if isinstance(source, str) else source, split, chat_tokenizer)
     check_settings([part.mapping for part in loaded], settings)
+    # hold out a part, or read the held-out data
     first, whole = loaded[0].mapping.schema, loaded
     if eval_source is None:
         trained, held_out = _split(loaded, settings)
@@ -212,18 +213,20 @@ def prepare(
     # blocks of a single text have no samples, but the text has
     parts = [part if part.samples else text for part, text in zip(trained, whole, strict=True)]
     trained_rows = {sample_hash(sample) for part in parts for sample in part.samples}
+    # cut texts into blocks, and join the sources of each side
     trained, held_out = ([part.in_blocks(settings) for part in side] for side in (trained, held_out))
     train, evaluated = (Examples.of(e for part in side for e in part.examples) for side in (trained, held_out))
     if any(part.source.weight != 1 for part in trained):
         sizes, weights = zip(*((len(part.examples), part.source.weight) for part in trained), strict=True)
         train = replace(train, mixture=Mixture(sizes, weights))
     per_epoch = train.mixture.counts if train.mixture else [len(part.examples) for part in trained]
-    sources = []
-    for part, other, count in zip(trained, trained if eval_source else held_out, per_epoch, strict=True):
-        shape, rows = part.mapping.schema.name, part.counts.rows
-        counts = len(part.examples), 0 if eval_source else len(other.examples), count  # train, eval, epoch
-        sources.append(SourceReport(*part.source, shape, rows, *counts))
+    held_out_counts = [0] * len(trained) if eval_source else [len(part.examples) for part in held_out]
+    sources = [
+        SourceReport(*part.source, part.mapping.schema.name, part.counts.rows, len(part.examples), held, epoch)
+        for part, held, epoch in zip(trained, held_out_counts, per_epoch, strict=True)
+    ]
     report = _report(everything, sources, eval_source, (trained, held_out), (train, evaluated), chat_tokenizer)
+    # evaluate copies once
     samples: list[AnySample] = []
     for part in held_out:  # blocks of texts have no samples
         samples += part.samples or [Text(tokenizer.decode(example.input_ids.tolist())) for example in part.examples]
