@@ -58,7 +58,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     texts = [*pages.items(), *((file.src_uri, file.content_string) for file in files.documentation_pages())]
     paths = {repository_path(page, match[2]) for page, text in texts for match in LINK.finditer(text)}
     sources = {ROOT / path for path in paths if is_source(path)}
-    sources |= {file for folder in sources if folder.is_dir() for file in folder.iterdir() if file.is_file()}
+    files_of_folders = {file for folder in sources if folder.is_dir() for file in folder.iterdir() if file.is_file()}
+    sources |= {file for file in files_of_folders if is_source(name_of(file))}
     pages |= {site_path(name_of(path)): source_page(path) for path in sources}
     for name, text in sorted(pages.items()):
         files.append(File.generated(config, name, content=text))
@@ -212,10 +213,10 @@ def source_page(path: Path) -> str:
     """Returns a page that shows a file, or links to the files of a folder; the search excludes it."""
     head = f"---\nsearch: {{exclude: true}}\n---\n# {name_of(path)}\n\n"
     if path.is_dir():
-        here = path.name  # the pages of the files are in a folder of this name, next to this page
-        files = sorted(file for file in path.iterdir() if file.is_file())
+        here = posixpath.dirname(site_path(name_of(path)))
+        links = {file: posixpath.relpath(site_path(name_of(file)), here) for file in path.iterdir() if file.is_file()}
         return f"{head}Files in this folder of the repository:\n\n" + "\n".join(
-            f"- [{file.name}]({here}/{file.name}.md){purpose(file)}" for file in files
+            f"- [{file.name}]({link}){purpose(file)}" for file, link in sorted(links.items())
         )
     language = "python" if path.suffix == ".py" else "text"
     return f"{head}~~~~~{language}\n{path.read_text()}\n~~~~~\n"
