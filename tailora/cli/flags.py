@@ -151,8 +151,8 @@ def merge_settings(
             note(f"{name} is read as {ALIASES[name]}")
     in_file = _resolve_aliases(in_file, f"--config {config_file}: ")
     typed = {name: _yaml_value(name, value) for name, value in _resolve_aliases(flags or {}).items()}
-    typed |= _drop_none(arguments)
-    values = {**_drop_none(defaults), **in_file, **typed}
+    typed |= {name: value for name, value in (arguments or {}).items() if value is not None}
+    values = {name: value for name, value in (defaults or {}).items() if value is not None} | in_file | typed
     if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
         values["eval_data"] = "demo"  # the demo has separate held-out data
     try:
@@ -188,10 +188,6 @@ def log_columns(flags: Mapping[str, Any] | None, config: TrainConfig) -> None:
         columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
         usual = ",".join(f"{ours}={ours}" for ours in config.field)
         log(f"using the column names from training: --field {columns}; for the standard names, use --field {usual}")
-
-
-def _drop_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (values or {}).items() if value is not None}
 
 
 def parse_settings(text: str) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def first_prompt(folder: Path) -> tuple[str, list[str]]:
 def fit(config: TrainConfig, given: RunFlags) -> int:
     """Trains, answers held-out prompts with the base and the fine-tuned model, and prints the result.
 
-    Raises the same as `run`. The message of KeyboardInterrupt contains the command to resume the run.
+    Raises the same as `Trainer.train`. The message of KeyboardInterrupt contains the command to resume the run.
     """
     started = time.monotonic()
     if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # otherwise, the trainer checks
@@ -223,13 +223,13 @@ def fit(config: TrainConfig, given: RunFlags) -> int:
             from tailora.train.failures import Interrupted, fail_together
             from tailora.train.memory import peak_bytes
             from tailora.train.parallel import own_process_group
-            from tailora.train.trainer import run
+            from tailora.train.trainer import Trainer
 
             if config.task in TASK_TYPES:
                 check_packages()  # for the report
             stack.enter_context(own_process_group())
             try:
-                result = run(config, on_event=listener, overwrite=given.overwrite)
+                result = Trainer(config, listener, overwrite=given.overwrite).train()
             except Interrupted as interrupted:
                 if not PartialState().is_main_process:
                     return INTERRUPTED

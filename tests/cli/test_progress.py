@@ -41,6 +41,9 @@ HEADER: dict[str, Any] = {
 }
 
 
+COPIES = {"data": {**HEADER["data"], "eval_copies": 4}}
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -67,13 +70,10 @@ def test_without_a_terminal_quick_steps_share_a_line() -> None:
     assert "\x1b" not in text
 
 
-def test_forced_colour_draws_no_bar_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_bar_and_a_pipe_with_forced_colour_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b[2K" not in shown_by(io.StringIO(), [step(1), step(50)])
-
-
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
     text = shown_by(Terminal(), [step(1), step(49)])
     assert "\x1b[2K" in text
     assert "ETA 0:01:15" in text
@@ -98,6 +98,10 @@ def test_evaluations_and_notes_are_always_shown() -> None:
         ({}, "12 steps of 8 examples"),
         ({"processes": 2, "max_steps": 1}, "1 step of 16 examples"),
         ({"data": None}, "a.jsonl: streamed, none held out"),
+        ({"adapted_layers": 1, "max_steps": 1}, "adapter 1 layer, "),
+        ({"data": {**HEADER["data"], "train": 1}}, "a.jsonl: 1 example, "),
+        (COPIES, "90 examples, 10 held out; format"),
+        (COPIES, "copies 4 held-out rows are duplicates and are evaluated only once"),
     ],
 )
 def test_the_header_shows_what_is_trained_on_what(changes: dict[str, object], part: str) -> None:
@@ -140,18 +144,6 @@ def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: st
     (added,) = [each for each in after if each not in before]
     assert added.startswith(line)
     assert len(after) == len(before) + 1
-
-
-def test_the_header_has_one_of_what_there_is_one() -> None:
-    header = {**HEADER, "adapted_layers": 1, "max_steps": 1, "data": {**HEADER["data"], "train": 1}}
-    text = " ".join(format_header(header).split())
-    assert all(part in text for part in ("adapter 1 layer, ", "a.jsonl: 1 example, ", "steps 1 step of "))
-
-
-def test_the_header_counts_copies_among_the_held_out_rows_once() -> None:
-    text = " ".join(format_header({**HEADER, "data": {**HEADER["data"], "eval_copies": 4}}).split())
-    assert "90 examples, 10 held out; format" in text
-    assert "copies 4 held-out rows are duplicates and are evaluated only once" in text
 
 
 def test_the_header_says_what_an_epoch_has_of_each_source() -> None:
@@ -197,31 +189,20 @@ def test_an_evaluation_has_a_bar_of_its_own_on_a_terminal(file: io.StringIO, is_
     assert ("90 of 90" in shown) == is_drawn
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_download_shows_bytes_and_a_percentage(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("file", "size"), [(Terminal(), "10.0/40.0 MB"), (io.StringIO(), "10.0 of 40.0 MB")], ids=["terminal", "pipe"]
+)
+def test_a_download_shows_bytes_and_a_percentage_only_if_they_are_known(
+    file: io.StringIO, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    file = Terminal() if is_terminal else io.StringIO()
+    with download_progress(Console(file=file, width=120)):
+        pass  # nothing to download
+    assert file.getvalue() == ""
     with download_progress(Console(file=file, width=120)) as progress:
         progress("fetching m", 10_000_000, 40_000_000)
-    shown = file.getvalue()
-    assert "fetching m" in shown
-    assert "25%" in shown
-    assert ("10.0/40.0 MB" if is_terminal else "10.0 of 40.0 MB") in shown
-
-
-@pytest.mark.parametrize("file", [Terminal(), io.StringIO()])
-def test_nothing_is_shown_of_a_download_that_is_not_needed(file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    with download_progress(Console(file=file)):
-        pass
-    assert file.getvalue() == ""
-
-
-@pytest.mark.parametrize("file", [Terminal(), io.StringIO()])
-def test_work_without_a_measure_is_no_full_bar(file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
+    assert all(part in file.getvalue() for part in ("fetching m", "25%", size))
     with download_progress(Console(file=file, width=120)) as progress:
-        progress("fetching m", 40_000_000, 40_000_000)
         progress("unpacking m", 0, 0)
         after = file.getvalue().partition("unpacking m")
         progress("fetching n", 10, 40)
