@@ -56,7 +56,7 @@ def train(*, given: RunFlags = NO_FLAGS, flags: Flags = None) -> int:
     return fit(merge_settings(flags, given.config), given)
 
 
-# ---- `tailora demo`: `tailora train` with a small model and real conversations, both downloaded once
+# ---- `tailora demo`: `tailora train` with real conversations and a small model, which is downloaded once
 
 
 DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}

@@ -355,10 +355,8 @@ def _low_rank_layers(
 def _fill_layer(path: str, layer: LoRALayer, slots: Mapping[str, Tensor], *, with_start: bool) -> list[str]:
     """Returns the problems of tensors that do not fit."""
     suffixes = EMBEDDING_SUFFIXES if layer.layer_type is EMBEDDING else SUFFIXES
-    problems = _shape_problems(
-        {path + suffixes[slot]: tensor.shape for slot, tensor in slots.items()},
-        {path + suffixes[slot]: shape for slot, shape in peft.slot_shapes(layer, with_start).items()},
-    )
+    needed = {path + suffixes[slot]: shape for slot, shape in peft.slot_shapes(layer, with_start).items()}
+    problems = _shape_problems({path + suffixes[slot]: tensor for slot, tensor in slots.items()}, needed)
     if not problems:
         try:
             peft.load_layer(layer, slots, with_start)
@@ -373,10 +371,8 @@ def _saved_modules(modules: Modules, tensors: SortedTensors, problems: list[str]
     problems += [quantized_saved_module(path) for path in quantized]
     copies = {path: trained_copy(modules[path]) for path in tensors.saved if path not in quantized}
     for path, module in copies.items():
-        wrong = _shape_problems(
-            {f"{path}.{name}": tensor.shape for name, tensor in tensors.saved[path].items()},
-            {f"{path}.{name}": tensor.shape for name, tensor in module.state_dict().items()},
-        )
+        needed = {f"{path}.{name}": tensor.shape for name, tensor in module.state_dict().items()}
+        wrong = _shape_problems({f"{path}.{name}": tensor for name, tensor in tensors.saved[path].items()}, needed)
         problems += wrong
         if not wrong:
             module.load_state_dict(tensors.saved[path])
@@ -388,24 +384,22 @@ def _extras(modules: Modules, selected: Selected, tensors: SortedTensors, proble
     extras = extra_parts(selected.extras, modules)
     keys = peft_keys.extra_keys(selected.extras)
     parameters = {key: next(extras[path].parameters()) for key, path in keys.items()}
-    wrong = _shape_problems(
-        {key: tensor.shape for key, tensor in tensors.extras.items()},
-        {key: parameter.shape for key, parameter in parameters.items()},
-    )
+    wrong = _shape_problems(tensors.extras, {key: parameter.shape for key, parameter in parameters.items()})
     problems += wrong
     for key, parameter in parameters.items() if not wrong else ():
         parameter.data.copy_(tensors.extras[key])
     return extras
 
 
-def _shape_problems(in_file: Mapping[str, Shape], needed: Mapping[str, Shape]) -> list[str]:
+def _shape_problems(in_file: Mapping[str, Tensor], needed: Mapping[str, Shape]) -> list[str]:
     """Returns messages for all tensors that are missing, unexpected or misshapen."""
     result = [f"missing {name} {tuple(shape)}" for name, shape in needed.items() if name not in in_file]
-    for name, shape in in_file.items():
+    for name, tensor in in_file.items():
+        shape = tuple(tensor.shape)
         if name not in needed:
-            result.append(f"unexpected {name} {tuple(shape)}: the settings exclude it, or the layer has none")
+            result.append(f"unexpected {name} {shape}: the settings exclude it, or the layer has none")
         elif shape != needed[name]:
-            result.append(f"wrong shape of {name}: expected {tuple(needed[name])}, got {tuple(shape)}")
+            result.append(f"wrong shape of {name}: expected {tuple(needed[name])}, got {shape}")
     return result
 
 

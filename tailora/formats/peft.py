@@ -216,11 +216,6 @@ def head_labels(base_model: nn.Module) -> dict[str, Any]:
 
 def unreadable_by_peft(layers: Collection[PeftLayer], base_model: nn.Module) -> str:
     """Returns why PEFT cannot load an adapter of these layers; "" if it can."""
-    return unknown_to_peft(layers) or renamed_by_peft(layers, base_model)
-
-
-def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
-    """Returns which magnitudes and biases of attention and parameters PEFT does not support; "" if none."""
     unknown = [
         path
         for peft_layer in layers
@@ -229,7 +224,7 @@ def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
         and not (layer.lora_magnitude_vector is None and layer.lora_bias is None)
     ]
     if not unknown:
-        return ""
+        return renamed_by_peft(layers, base_model)
     return (
         "it does not support use_dora and lora_bias on attention, experts, and layers named like projections "
         f"of experts: {', '.join(unknown[:3])} ({len(unknown)} in total)"
