@@ -64,25 +64,6 @@ def test_the_right_reply_counts_where_its_value_is_highest(tokenizer: PreTrained
     assert right_is_likeliest(found, -values).tolist() == [False, False, False]
 
 
-@pytest.mark.slow
-def test_a_model_that_was_taught_the_right_replies_picks_them(tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = LoRAModel(tiny(), LoRAConfig(r=8)).eval()
-    questions = [asked(place, prompt) for place, prompt in enumerate(("hello", "today", "user"))]
-    found = tokenize_choices(questions, tokenizer, 100)
-    right = [found.examples[int(start + answer)] for start, answer in zip(found.starts, found.answers, strict=False)]
-    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=5e-3)
-    for _ in range(60):
-        for example in right:
-            ids, labels = (torch.tensor(part[None].astype(np.int64)) for part in (example.input_ids, example.labels))
-            model(ids, labels=labels).loss.backward()
-        optimizer.step(), optimizer.zero_grad()
-    taught = log_likelihoods(model, found, PADDED, token_budget=64)
-    assert right_is_likeliest(found, taught).all()
-    with model.disable_adapter():
-        base = log_likelihoods(model, found, PADDED, token_budget=64)
-    assert not right_is_likeliest(found, base).all()
-
-
 def test_questions_with_a_reply_that_would_be_cut_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
     found = tokenize_choices([asked(), asked(1, "hello " * 60), asked(2)], tokenizer, 60)
     assert (found.left_out, found.answers.tolist(), len(found.examples)) == (1, [0, 2], 6)

@@ -29,7 +29,7 @@ def test_the_value_is_nats_over_tokens_not_the_mean_of_means() -> None:
 @pytest.mark.slow
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
-    found = [mean_interval(*conversations(generator, 100), draws=400) for _ in range(300)]
+    found = [mean_interval(*conversations(generator, 100), draws=300) for _ in range(200)]
     assert np.mean([low <= 4 <= high for _, low, high in found]) == pytest.approx(0.95, abs=0.04)
 
 

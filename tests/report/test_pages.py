@@ -135,14 +135,13 @@ def test_the_command_that_trains_has_the_processes_of_the_study(tmp_path: Path) 
     assert "tailora train --config" not in text
 
 
-def test_a_part_of_the_memory_that_no_method_needs_has_no_row(tmp_path: Path) -> None:
-    page = made(CONTENTS["plan"](), tmp_path)
+def test_the_page_of_a_plan_has_the_memory_that_is_needed_and_the_time_of_the_steps_alone(
+    written_page: Callable[[str], Path],
+) -> None:
+    page = written_page("plan").read_text(encoding="utf-8")
     assert ">activations<" in page
     assert ">gathered<" not in page
-
-
-def test_the_time_of_a_plan_is_that_of_its_steps_alone(tmp_path: Path) -> None:
-    text = Outline(made(CONTENTS["plan"](), tmp_path)).text
+    text = Outline(page).text
     assert "53 GFLOP/s). Evaluations, answers and saving are not included." in text
     assert "training time" in text
 
@@ -176,8 +175,10 @@ def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
     assert EVIL not in text
 
 
-def test_the_answer_within_a_longer_conversation_says_how_much_precedes_its_prompt(tmp_path: Path) -> None:
-    text = Outline(made(CONTENTS["train"](), tmp_path)).text
+def test_the_answer_within_a_longer_conversation_says_how_much_precedes_its_prompt(
+    written_page: Callable[[str], Path],
+) -> None:
+    text = Outline(written_page("train").read_text(encoding="utf-8")).text
     assert "[after 2 earlier messages] Hi!" in text
     assert text.count("earlier message") == 1  # the other prompt has none before it
 
