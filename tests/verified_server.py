@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,6 @@ def verdict_of(url: str, passport: Passport, model: str, base: str | None = None
     with ServerClient(url) as server:
         of_base = None if base is None else server.ask(passport.probes, base)
         return verify(passport, server.ask(passport.probes, model), of_base)
-
-
-def with_controls(passport: Passport, count: int) -> Passport:
-    """Makes the first probes controls; of tiny models there are only two."""
-    probes = [replace(probe, is_control=number < count) for number, probe in enumerate(passport.probes)]
-    return replace(passport, probes=probes)
 
 
 class StandIn(BaseHTTPRequestHandler):

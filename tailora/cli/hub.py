@@ -152,10 +152,9 @@ def files_to_push(
     if (adapter / PASSPORT).exists():
         shared_content(adapter / PASSPORT)  # refuses a link
         passport = read_passport(adapter)
-        if passport.texts == "base" or samples:  # otherwise, its probes are held-out data
-            hashes = {ADAPTER_WEIGHTS: sha256(files[ADAPTER_WEIGHTS]).hexdigest()}
-            passport = replace(passport, base_model=base_name or passport.base_model, weights=hashes)
-            files[PASSPORT] = passport_bytes(passport)
+        hashes = {ADAPTER_WEIGHTS: sha256(files[ADAPTER_WEIGHTS]).hexdigest()}
+        passport = replace(passport, base_model=base_name or passport.base_model, weights=hashes)
+        files[PASSPORT] = passport_bytes(passport)
     files[CARD] = run_card(repository, adapter, settings, license_name, samples=samples).encode()
     if not replace_card and (adapter / CARD).exists():
         own_card = shared_content(adapter / CARD)

@@ -44,7 +44,8 @@ HEADLINES = {
 }
 ADVICE = {  # what to do next
     "base": "Load the adapter into the server, or pass the server's name for it with --model.",
-    "scaled": "Compare the server's scale with lora_alpha, r and use_rslora in adapter_config.json.",
+    "scaled": "Compare the server's scale with lora_alpha, r and use_rslora in adapter_config.json. If it is right, "
+    "check that the server's log reports no skipped layers, and that its adapter file is not an older one.",
     "other": "If only the chats differ, the server probably uses a different chat template; run `tailora export --to "
     "SERVER` to write the one used in training. Otherwise, check that the server loads the right base model "
     "({base_model}), that its log reports no skipped layers, and that its adapter file is the right one (SHA-256 in "
@@ -77,8 +78,7 @@ def verify(
     cannot be reached. Set TAILORA_API_KEY if the server requires a key.
     """
     if prepare:
-        prepared = prepare_passport(adapter_folder_of(adapter))
-        stdout().print(f"The verification file contains {len(prepared.probes)} prompts.")
+        prepare_passport(find_folder(adapter))
         return 0
     if url is None:
         raise ConfigError("expected the address of a server, such as http://127.0.0.1:8000, or --prepare")
@@ -87,7 +87,7 @@ def verify(
     from tailora.verify.server_client import ServerClient, check_model, choose_model
 
     with ServerClient(url, os.environ.get(API_KEY), timeout=timeout) as server:
-        folder = adapter_folder_of(adapter)
+        folder = find_folder(adapter)
         passport = read_passport(folder) if (folder / PASSPORT).exists() else None
         resolved = folder.resolve()
         name = resolved.parent.name if resolved.name == ADAPTER else resolved.name
@@ -118,7 +118,7 @@ def verify(
     return 0 if result.verdict == "adapter" else GATE_NOT_MET
 
 
-def adapter_folder_of(adapter: str) -> Path:
+def find_folder(adapter: str) -> Path:
     path = find_adapter(adapter)
     return path if path.is_dir() else path.parent
 

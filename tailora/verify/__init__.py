@@ -1,1 +1,1 @@
-"""Proving what a server uses: the verification file (passport), the client that asks a server, and the verdict."""
+"""Proving what a server uses: the verification file, the client that asks a server, and the verdict."""

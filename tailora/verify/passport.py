@@ -1,8 +1,8 @@
 """passport.json, the verification file of an adapter: prompts and the log-probabilities of their next tokens.
 
 It is stored next to the weights, and `tailora verify` compares a server's answers with it. Every probe has the
-log-probabilities of a few tokens under many variants: the adapter as trained, the base alone, other scales, the
-adapter without some of its layers, wrong prompts. Importing this needs no torch.
+log-probabilities of a few tokens with the adapter at several scales: at 1 as trained, at 0 the base alone. Importing
+this needs no torch.
 """
 
 import hashlib
@@ -19,70 +19,46 @@ from tailora.errors import FormatError
 from tailora.formats.io import read_own_json, wrap_os_error, write_file
 from tailora.formats.run_folder import PASSPORT
 
-VERSION = 2
-ADAPTER, BASE = "adapter", "base"  # names of variants
-ROUNDED_ADAPTER, ROUNDED_BASE = "adapter on a Q4_0 base", "Q4_0 base"
+ADAPTER, BASE = 1.0, 0.0  # scales
 NOISE_FLOOR = 0.05  # nats; the effect of 16-bit arithmetic
 WEIGHTS = re.compile(r".*\.(safetensors|gguf)")
+Scale = Annotated[float, Field(ge=0, le=1000)]
 LogProb = Annotated[FiniteFloat, Field(ge=-1000, le=1e-3)]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute the answers.
-
-    kind: "scale": the adapter at a different scale; "part": with some layers missing; "prompt": the adapter with a
-        different prompt; "rounding": the adapter or the base, with weights rounded as in llama.cpp's Q4_0.
-    scale: relative to training; 0 is the base.
-    """
-
-    kind: Literal["scale", "part", "prompt", "rounding"]
-    scale: Annotated[float, Field(ge=0, le=1000)] = 1.0
-
-
-REQUIRED = {
-    ADAPTER: Variant("scale"),
-    BASE: Variant("scale", 0.0),
-    ROUNDED_ADAPTER: Variant("rounding"),
-    ROUNDED_BASE: Variant("rounding", 0.0),
-}
 
 
 @dataclass(frozen=True)
 class Probe:
     """A prompt and its next token.
 
+    prompt_tokens: the number of tokens of the prompt.
+    tokens: texts of a few likely tokens.
+    logprobs: scale of the adapter -> log-probability of each of `tokens` after the prompt.
+    on_q4_0: the same for the adapter and the base, with weights rounded as in llama.cpp's Q4_0.
     text: of a plain completion; None for a chat.
     messages: of a chat; None for a plain completion.
     rendered: their text under the chat template.
-    prompt_tokens: the number of tokens of the prompt.
-    tokens: texts of a few likely tokens.
-    logprobs: variant -> log-probability of each of `tokens` after the prompt.
-    is_control: the adapter changes little here, so differences of a server are its rounding.
     """
 
     prompt_tokens: int
     tokens: Annotated[list[str], Field(min_length=1)]
-    logprobs: dict[str, list[LogProb]]
+    logprobs: dict[Scale, list[LogProb]]
+    on_q4_0: dict[Scale, list[LogProb]]
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     rendered: str | None = None
-    is_control: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Passport:
-    """base_model: its name.
+    """The content of a verification file.
+
     weights: name of each file of weights next to passport.json -> its SHA-256.
-    texts: source of the probes' texts, "base" or "held-out".
     """
 
+    version: Literal[3] = 3
     base_model: str
-    texts: Literal["base", "held-out"]
-    variants: dict[str, Variant]
     probes: Annotated[list[Probe], Field(min_length=1)]
     weights: dict[str, str] = field(default_factory=dict)
-    version: int = VERSION
 
 
 def write_passport(folder: Path, passport: Passport) -> Path:
@@ -101,9 +77,6 @@ def read_passport(folder: Path, remedy: str | None = None) -> Passport:
     if not (folder / PASSPORT).exists():
         raise FormatError(f"{folder} contains no {PASSPORT}; {remedy}")
     passport = read_own_json(folder / PASSPORT, Passport, remedy)
-    if passport.version != VERSION:
-        versions = f"has version {passport.version}, but version {VERSION} is required"
-        raise FormatError(f"{folder / PASSPORT} {versions}; {remedy}")
     if problems := list(_problems(passport)):
         raise FormatError(f"{folder / PASSPORT} is damaged ({problems[0]}); {remedy}")
     hashes = weight_hashes(folder)
@@ -113,16 +86,13 @@ def read_passport(folder: Path, remedy: str | None = None) -> Passport:
 
 
 def _problems(passport: Passport) -> Iterable[str]:
-    if wrong := [name for name, variant in REQUIRED.items() if passport.variants.get(name) != variant]:
-        yield f"it lacks the variants {', '.join(wrong)}"
+    scales = passport.probes[0].logprobs.keys()
     for number, probe in enumerate(passport.probes):
         if (probe.text is None) == (probe.messages is None):
             yield f"probe {number} needs either a text or messages"
-        if unknown := probe.logprobs.keys() - passport.variants.keys():
-            yield f"probe {number} has unknown variants: {', '.join(sorted(unknown))}"
-        if missing := REQUIRED.keys() - probe.logprobs.keys():
-            yield f"probe {number} lacks the variants {', '.join(sorted(missing))}"
-        if any(len(values) != len(probe.tokens) for values in probe.logprobs.values()):
+        if probe.logprobs.keys() != scales or not scales >= {ADAPTER, BASE} or probe.on_q4_0.keys() != {ADAPTER, BASE}:
+            yield f"probe {number} lacks scales"
+        if any(len(values) != len(probe.tokens) for values in (*probe.logprobs.values(), *probe.on_q4_0.values())):
             yield f"probe {number} lacks log-probabilities"
 
 

@@ -1,12 +1,12 @@
-"""Probes of an adapter: prompts whose next token differs between the adapter, its base and a misused adapter.
+"""Probes of an adapter: prompts whose next token differs between the adapter, its base and a wrong scale.
 
-`make_passport` uses chats with replies, or plain texts for a model without chat template. It chooses the positions at
-which the adapter changes the next token most, compared with the effect of rounding the base to 4 bits. There it
-computes the log-probabilities of the likely tokens under every variant that a server may compute by mistake.
+`make_passport` uses chats with replies, or plain texts for a model without chat template. Each gives a plain completion
+that ends where the adapter changes the next token most, compared with the effect of rounding the base to 4 bits, and a
+chat that ends before the reply. There it computes the log-probabilities of the likely tokens at every scale.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,36 +21,27 @@ from torch.nn import functional as F
 from tailora.core.adapter import Adapter, with_strength
 from tailora.core.attach import evaluating
 from tailora.core.layer_types import CONV1D, LINEAR, layer_type_of
-from tailora.core.patterns import layer_index
 from tailora.core.quantization import dense_weight
-from tailora.data.chat_template import ChatTokenizer, to_conversation
+from tailora.data.chat_template import ChatTokenizer
 from tailora.data.messages import Messages
-from tailora.data.samples import Choices, Conversation, Feedback, Preference, Sample, Text
-from tailora.data.tokenize import last_reply
 from tailora.errors import DataError
 from tailora.evaluation.forgetting import sample_texts
 from tailora.evaluation.generate import free_positions
 from tailora.formats.export import with_only_adapter
 from tailora.formats.peft_config import base_model_name
-from tailora.study.model_layout import block_of, layer_count
 from tailora.train.parallel import is_sharded
 from tailora.train.state import seeded
-from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe, Variant
+from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, Passport, Probe
 
-PROMPT_LENGTH, REPLY_LENGTH = 256, 40  # tokens of a chat that are used; longer prompts are skipped
-SHORTEST_CONTEXT, ROOM = 200, 100  # positions of a model; of them for the reply and a longer template
-TEXTS, TEXT_LENGTH = 8, 48  # for a model without chat template: texts written by the base, and their tokens
+REPLY_LENGTH = 40  # tokens
+SHORTEST_CONTEXT = 200  # positions of a model
+TEXTS, TEXT_LENGTH = 16, 48  # for a model without chat template: texts written by the base, and their tokens
 SHORTEST_PROMPT = 4  # tokens; the first words of a plain text are too uncertain
-TEXT_PROBES, CONTROLS, MOST_PER_TEXT = 36, 12, 6
-LIKELY = 8  # tokens of a probe that are kept for each of the variants in TOKENS_OF
+LIKELY = 8  # tokens of a probe that are kept for each scale
 SCALES = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
-TOKENS_OF = (ADAPTER, BASE, "scale 0.5", "scale 2", "scale 4")
 GROUP = 32  # weights that share a scale in llama.cpp's Q4_0
 CHUNK = 2**24  # logits computed at a time; needs a few times their memory
 MOST_SPECIAL = 0.1  # probability of special tokens at a probe: servers hide them, each in its own way
-
-SECOND_BOS, ADDED_BOS, NO_BOS = "a second BOS", "a BOS before the prompt", "no BOS"
-NO_START = "no start of the reply"
 
 QUESTIONS = (
     "What would you do on a rainy Sunday?",
@@ -72,17 +62,15 @@ def make_passport(
     tokenizer: Any,
     *,
     name: str = "default",
-    held_out: Sequence[Sample] | None = None,
     system: str | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Passport:
-    """Returns the passport of an adapter of a LoRAModel, without its hashes. The model does not change.
+    """Returns the verification file of an adapter of a LoRAModel, without its hashes. The model does not change.
 
+    The texts are QUESTIONS with replies written by the base, so the file reveals nothing about the data.
+    system: the system message of the chats; servers that know it add it.
     progress: called with the number of finished computations and their total.
-    held_out: samples whose text goes into the passport. None: QUESTIONS with replies written by the base, so that the
-        passport reveals nothing about the data.
-    system: the system message for chats without one; servers that know it add it.
     Raises DataError for another kind of model, if no text is usable as a probe, or if the adapter cannot be
     distinguished from its base.
     """
@@ -91,40 +79,26 @@ def make_passport(
         raise DataError("verification files are only supported for decoder-only language models")
     if is_sharded(model):
         raise DataError("the model is sharded; create the verification file with `tailora export`")
-    chat_tokenizer = ChatTokenizer.of(tokenizer)
-    adapter, base_model = model.adapter(name), model.base_model
+    chat_tokenizer, base_model = ChatTokenizer.of(tokenizer), model.base_model
     if (positions := free_positions(base_model, 0)) < SHORTEST_CONTEXT:
         raise DataError(f"a verification file needs a context of at least {SHORTEST_CONTEXT} tokens, got {positions}")
-    first = [] if system is None else [{"role": "system", "content": system}]
-    if held_out is not None:
-        texts = _of_samples(held_out, chat_tokenizer, positions, first)
-    elif chat_tokenizer.template is None:
+    if chat_tokenizer.template is None:
         written = sample_texts(model, tokenizer, count=TEXTS, length=TEXT_LENGTH, seed=seed)  # each after a first token
         texts = _plain_texts([ids[1:] for ids in written], chat_tokenizer)
     else:
-        texts = _answered_questions(model, chat_tokenizer, seed, first)
+        texts = _answered_questions(model, chat_tokenizer, seed, system)
     if not texts:
-        raise DataError(
-            f"no text is usable as a prompt: expected at least {SHORTEST_PROMPT + 1} tokens, at most {PROMPT_LENGTH} "
-            "of them before the reply, and messages of plain text"
-        )
-    computations = _computations(adapter, base_model)
+        raise DataError(f"no text is usable as a prompt: expected at least {SHORTEST_PROMPT + 1} tokens")
     with torch.no_grad(), evaluating(base_model):
-        probes = _probes(texts, computations, chat_tokenizer, progress)
-    probes = [probe for probe in probes if probe.tokens]
+        probes = _probes(texts, model.adapter(name), base_model, chat_tokenizer, progress)
     if not probes:
         raise DataError("no text is usable as a prompt: likely next tokens are special tokens or parts of characters")
     if not all(math.isfinite(value) for probe in probes for values in probe.logprobs.values() for value in values):
         raise DataError("the model's log-probabilities are not finite: the adapter has diverged")
     if all(probe.logprobs[ADAPTER] == probe.logprobs[BASE] for probe in probes):
         raise DataError("the adapter changes no log-probability, so it cannot be distinguished from its base")
-    names = dict.fromkeys(variant for probe in probes for variant in probe.logprobs)
-    return Passport(
-        base_model=Path(base_model_name(base_model) or "").name,  # without the local path
-        texts="base" if held_out is None else "held-out",
-        variants={name: computations[name].variant if name in computations else Variant("prompt") for name in names},
-        probes=probes,
-    )
+    base_name = Path(base_model_name(base_model) or "").name  # without the local path
+    return Passport(base_model=base_name, probes=probes)
 
 
 # ---- Texts
@@ -135,26 +109,23 @@ class ProbeText:
     """Token ids, with BOS if the tokenizer writes one. Probes end at token `first` or later.
 
     messages, rendered: of a chat, up to the reply, and their text under the template.
-    start: number of tokens that the template writes to start the reply; 0 if unknown.
     """
 
     ids: tuple[int, ...]
     first: int
     messages: Messages | None = None
     rendered: str = ""
-    start: int = 0
 
 
-def _chat(messages: Messages, reply: Sequence[int], tokenizer: ChatTokenizer) -> ProbeText:
-    rendered = tokenizer.render(messages, add_generation_prompt=True)
-    prompt, unstarted = (tokenizer.token_ids(text) for text in (rendered, tokenizer.render(messages)))
-    start = len(prompt) - len(unstarted) if prompt[: len(unstarted)] == unstarted else 0
-    return ProbeText((*prompt, *reply[:REPLY_LENGTH]), len(prompt) - 1, messages, rendered, start)
-
-
-def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int, first: Messages) -> list[ProbeText]:
-    """Returns QUESTIONS with replies written by the base. first: the messages before each question."""
-    chats = [_chat([*first, {"role": "user", "content": question}], [], tokenizer) for question in QUESTIONS]
+def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int, system: str | None) -> list[ProbeText]:
+    """Returns QUESTIONS with replies written by the base."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    chats: list[ProbeText] = []
+    for question in QUESTIONS:
+        messages = [*first, {"role": "user", "content": question}]
+        rendered = tokenizer.render(messages, add_generation_prompt=True)
+        prompt = tuple(tokenizer.token_ids(rendered))
+        chats.append(ProbeText(prompt, len(prompt) - 1, messages, rendered))
     length, pad = max(len(chat.ids) for chat in chats), tokenizer.eos_id or 0
     ids = torch.tensor([[pad] * (length - len(chat.ids)) + list(chat.ids) for chat in chats], device=model.device)
     mask = torch.tensor([[0] * (length - len(chat.ids)) + [1] * len(chat.ids) for chat in chats], device=model.device)
@@ -163,43 +134,6 @@ def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int, first: 
         output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **sampling)  # (questions, length + reply)
     replies = [_up_to_special(reply, tokenizer) for reply in output[:, length:].tolist()]
     return [replace(chat, ids=(*chat.ids, *reply)) for chat, reply in zip(chats, replies, strict=True)]
-
-
-def _of_samples(
-    samples: Sequence[Sample], tokenizer: ChatTokenizer, positions: int, first: Messages
-) -> list[ProbeText]:
-    """Returns the first usable samples. first: the messages before a chat without a system message."""
-    texts: list[ProbeText] = []
-    for sample in map(_desired, samples):
-        if len(texts) == len(QUESTIONS):
-            break
-        if isinstance(sample, Text) or tokenizer.template is None:
-            if not isinstance(sample, Conversation):  # which needs a template
-                words = sample.text if isinstance(sample, Text) else f"{sample.prompt}{sample.completion}"
-                texts += _plain_texts([tokenizer.token_ids(words)], tokenizer)
-            continue
-        chat = to_conversation(sample)
-        reply = last_reply(chat)
-        if reply is None or chat.tools or any(set(message) != {"role", "content"} for message in chat.messages):
-            continue
-        has_system = chat.messages[0]["role"] == "system"
-        prompt = [*([] if has_system else first), *chat.messages[:reply]]
-        text = _chat(prompt, tokenizer.token_ids(chat.messages[reply]["content"]), tokenizer)
-        if text.first < min(PROMPT_LENGTH, positions - ROOM):
-            texts.append(text)
-    return texts
-
-
-def _desired(sample: Any) -> Any:
-    """Returns the desired text of a sample of any task; for feedback, its reply, even an undesired one."""
-    match sample:
-        case Preference():
-            return sample.chosen
-        case Feedback():
-            return sample.reply
-        case Choices():
-            return sample.options[sample.answer]
-    return sample
 
 
 def _plain_texts(texts: Sequence[Sequence[int]], tokenizer: ChatTokenizer) -> list[ProbeText]:
@@ -213,61 +147,7 @@ def _up_to_special(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[int]:
     return list(ids[:end])
 
 
-# ---- Variants
-
-
-@dataclass(frozen=True)
-class Computation:
-    """The base model with an adapter, or without one. If the variant is of kind "rounding", its weights are in Q4_0."""
-
-    variant: Variant
-    base_model: nn.Module
-    adapter: Adapter | None
-
-    def logprobs(self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Tensor:
-        """Returns what `next_logprobs` does."""
-        with ExitStack() as stack:
-            stack.enter_context(with_only_adapter(self.base_model, self.adapter))
-            if self.variant.kind == "rounding":
-                stack.enter_context(rounded_to_4_bits(self.base_model))
-            return next_logprobs(self.base_model, rows, positions)
-
-
-def _computations(adapter: Adapter, base_model: nn.Module) -> dict[str, Computation]:
-    """Returns name -> a computation that a server may use, the right one first."""
-    root = math.sqrt(max((layer.r for layer in adapter.low_rank.values()), default=1))
-    scales = sorted({*SCALES, *(round(scale, 4) for scale in (root, 1 / root) if scale != 1)})
-    variants: dict[str, tuple[Variant, Adapter | None]] = {
-        ADAPTER: (Variant("scale"), adapter),
-        BASE: (Variant("scale", 0.0), None),
-        **{f"scale {scale:g}": (Variant("scale", scale), with_strength(adapter, scale)) for scale in scales},
-        **{name: (Variant("part"), part) for name, part in _parts(adapter).items()},
-        ROUNDED_ADAPTER: (Variant("rounding"), adapter),
-        ROUNDED_BASE: (Variant("rounding", 0.0), None),
-    }
-    return {name: Computation(variant, base_model, part) for name, (variant, part) in variants.items()}
-
-
-def _parts(adapter: Adapter) -> dict[str, Adapter]:
-    """Returns the missing part -> the adapter without it."""
-    half = layer_count(adapter.parts) / 2
-    in_layers = {path: index for path in adapter.parts if (index := layer_index(path)) is not None}
-    missing: dict[str, Collection[str]] = {
-        "the lower half of the layers": {path for path, index in in_layers.items() if index < half},
-        "the upper half of the layers": {path for path, index in in_layers.items() if index >= half},
-    }
-    for block in sorted({block_of(path) for path in adapter.low_rank}):
-        missing[f"the {block} layers"] = {path for path in adapter.parts if block_of(path) == block}
-    groups: tuple[Mapping[str, Any], ...] = (adapter.low_rank, adapter.saved, adapter.extras)
-    parts: dict[str, Adapter] = {}
-    for name, paths in missing.items():
-        low_rank, saved, extras = (
-            {path: part for path, part in group.items() if path not in paths} for group in groups
-        )
-        parts[name] = replace(adapter, low_rank=low_rank, saved=saved, extras=extras)
-    parts["modules trained in full"] = replace(adapter, saved={})
-    parts["biases and token rows"] = replace(adapter, extras={})
-    return {name: part for name, part in parts.items() if 0 < len(part.parts) < len(adapter.parts)}
+# ---- Weights in Q4_0
 
 
 @contextmanager
@@ -316,106 +196,97 @@ def next_logprobs(model: nn.Module, rows: Sequence[Sequence[int]], positions: Se
     return F.log_softmax(torch.cat(chosen).float(), dim=-1).cpu()
 
 
-Spot = tuple[ProbeText, int]  # a text, and the position of the token after which it is cut
+def _logprobs(
+    base_model: nn.Module,
+    adapter: Adapter,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    scale: float,
+    *,
+    on_q4_0: bool = False,
+) -> Tensor:
+    """Returns what `next_logprobs` does, with the adapter at this scale."""
+    with ExitStack() as stack:
+        stack.enter_context(with_only_adapter(base_model, with_strength(adapter, scale) if scale else None))
+        if on_q4_0:
+            stack.enter_context(rounded_to_4_bits(base_model))
+        return next_logprobs(base_model, rows, positions)
 
 
 def _probes(
     texts: Sequence[ProbeText],
-    computations: Mapping[str, Computation],
+    adapter: Adapter,
+    base_model: nn.Module,
     tokenizer: ChatTokenizer,
     progress: Callable[[int, int], None],
 ) -> list[Probe]:
-    """Returns probes of plain completions where the adapter changes most, then one for the reply in each chat."""
-    count = max(1, CHUNK // (len(tokenizer.tokenizer) * max(len(text.ids) for text in texts)))
-    chunks = [texts[start : start + count] for start in range(0, len(texts), count)]
-    chosen, controls = _spots(chunks, computations, tokenizer)
-    words = {**chosen, **controls}
-    plain: list[Probe] = []
-    chats: list[Probe] = []
+    """Returns a plain completion for each text, and a chat where it is one."""
+    root = math.sqrt(max((layer.r for layer in adapter.low_rank.values()), default=1))
+    scales = sorted({BASE, ADAPTER, *SCALES, round(root, 4), round(1 / root, 4)})
+    size = max(1, CHUNK // (len(tokenizer.tokenizer) * max(len(text.ids) for text in texts)))
+    chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
+    probes: list[Probe] = []
     for number, chunk in enumerate(chunks):
-        starts = {(text, text.first) for text in chunk if text.messages}
-        of_chunk = starts | {spot for spot in words if spot[0] in chunk}
-        spots = sorted(of_chunk, key=lambda spot: (chunk.index(spot[0]), spot[1]))
-        computed = _computed(computations, chunk, spots, tokenizer.tokenizer.bos_token_id)
+        compute = partial(_logprobs, base_model, adapter, [text.ids for text in chunk])
+        spots = _spots(chunk, compute, tokenizer)
+        positions = [[spot.position for spot in spots if spot.text is text] for text in chunk]
+        logprobs: dict[float, Tensor] = {}
+        for done, scale in enumerate(scales):
+            progress(number * len(scales) + done, len(chunks) * len(scales))
+            logprobs[scale] = compute(positions, scale)  # (spots, vocabulary)
+        rounded = {scale: compute(positions, scale, on_q4_0=True) for scale in (BASE, ADAPTER)}
+        for row, spot in enumerate(spots):
+            words, ids = _likely_tokens([values[row] for values in logprobs.values()], tokenizer)
+            exact, on_q4_0 = (
+                {
+                    scale: [round(value, 4) for value in values[row][ids].clamp_min(-100).tolist()]
+                    for scale, values in computed.items()
+                }
+                for computed in (logprobs, rounded)
+            )
+            probe = Probe(spot.position + 1, words, exact, on_q4_0, spot.words)
+            if spot.words is None:
+                probe = replace(probe, messages=spot.text.messages, rendered=spot.text.rendered)
+            if words:
+                probes.append(probe)
+    return probes
 
-        def show(done: int, *, before: int = number, total: int = len(computed)) -> None:
-            progress(before * total + done, len(chunks) * total)
 
-        for spot, (tokens, logprobs) in zip(spots, _likely_tokens(computed, tokenizer, show), strict=True):
-            text, position = spot
-            if spot in words:
-                of_text = {name: values for name, values in logprobs.items() if name != NO_START}
-                plain.append(Probe(position + 1, tokens, of_text, text=words[spot], is_control=spot in controls))
-            if spot in starts:
-                chats.append(Probe(position + 1, tokens, logprobs, messages=text.messages, rendered=text.rendered))
-    return plain + chats
+@dataclass(frozen=True, eq=False)
+class Spot:
+    """Where a prompt ends: after the token at `position`. words: the prompt; None for a chat."""
+
+    text: ProbeText
+    position: int
+    words: str | None
 
 
-def _spots(
-    chunks: Sequence[Sequence[ProbeText]], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
-) -> tuple[dict[Spot, str], dict[Spot, str]]:
-    """Returns the spots where the adapter changes most compared with 4-bit weights, and the controls, with their text.
+def _spots(chunk: Sequence[ProbeText], compute: Callable[..., Tensor], tokenizer: ChatTokenizer) -> list[Spot]:
+    """Returns where each text gives a plain completion and a chat.
 
-    Controls are spots where the adapter changes least. Tokenizing the text again gives the same tokens.
+    The plain completion ends where the adapter changes most compared with 4-bit weights, among the positions whose text
+    has the same tokens if it is tokenized again.
     """
-    ratios: list[float] = []
+    positions = [range(text.first, len(text.ids)) for text in chunk]
+    sizes = [len(of_text) for of_text in positions]
+    base, tuned = compute(positions, BASE), compute(positions, ADAPTER)  # (positions, vocabulary)
+    ratios = (_change(base, tuned) + NOISE_FLOOR) / (
+        _change(compute(positions, ADAPTER, on_q4_0=True), tuned) + NOISE_FLOOR
+    )
+    special = [token for token in tokenizer.special_ids if token < base.shape[1]]  # the model may lack some
+    ratios[torch.maximum(*(values[:, special].exp().sum(-1) for values in (base, tuned))) >= MOST_SPECIAL] = -1
     spots: list[Spot] = []
-    for chunk in chunks:
-        rows = [text.ids for text in chunk]
-        positions: list[Sequence[int]] = [range(text.first, len(text.ids)) for text in chunk]
-        base, adapter, rounded = (
-            computations[name].logprobs(rows, positions) for name in (BASE, ADAPTER, ROUNDED_ADAPTER)
-        )
-        special = [token for token in tokenizer.special_ids if token < base.shape[1]]  # the model may lack some
-        ends = torch.maximum(*(logprobs[:, special].exp().sum(-1) for logprobs in (base, adapter)))
-        of_chunk = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]
-        ratio = (_change(base, adapter) + NOISE_FLOOR) / (_change(rounded, adapter) + NOISE_FLOOR)
-        for number in (ends < MOST_SPECIAL).nonzero().flatten().tolist():
-            ratios.append(float(ratio[number]))
-            spots.append(of_chunk[number])
-
-    def words_of(text: ProbeText, position: int) -> str | None:
-        words: str = tokenizer.tokenizer.decode(text.ids[len(tokenizer.bos_ids) : position + 1])
-        is_same = list(tokenizer.tokenizer(words, verbose=False)["input_ids"]) == list(text.ids[: position + 1])
-        return words if is_same else None
-
-    def chosen(order: Iterable[int], count: int, taken: Collection[Spot] = ()) -> dict[Spot, str]:
-        result: dict[Spot, str] = {}
-        for text, position in (spots[number] for number in order):
-            is_free = (text, position) not in taken and sum(other is text for other, _ in result) < MOST_PER_TEXT
-            if len(result) < count and is_free and (words := words_of(text, position)) is not None:
-                result[text, position] = words
-        return result
-
-    order = np.argsort(-np.array(ratios)).tolist()
-    plain = chosen(order, TEXT_PROBES)
-    return plain, chosen(reversed(order), CONTROLS, plain)
-
-
-def _computed(
-    computations: Mapping[str, Computation], chunk: Sequence[ProbeText], spots: Sequence[Spot], bos: int | None
-) -> dict[str, Callable[[], Tensor]]:
-    """Returns variant -> a function that computes its log-probabilities at the spots, (spots, vocabulary)."""
-    rows = [text.ids for text in chunk]
-    positions = [[position for text, position in spots if text is row] for row in chunk]
-    computed: dict[str, Callable[[], Tensor]] = {
-        name: partial(computation.logprobs, rows, positions) for name, computation in computations.items()
-    }
-    logprobs = computations[ADAPTER].logprobs
-    if bos is not None:
-        has_bos = all(row[0] == bos for row in rows)
-        later = [[position + 1 for position in where] for where in positions]
-        computed[SECOND_BOS if has_bos else ADDED_BOS] = partial(logprobs, [(bos, *row) for row in rows], later)
-        if has_bos:
-            earlier = [[position - 1 for position in where] for where in positions]
-            computed[NO_BOS] = partial(logprobs, [row[1:] for row in rows], earlier)
-    if any(text.start for text in chunk):
-        unstarted = [
-            [position - text.start if position == text.first else position for position in where]
-            for text, where in zip(chunk, positions, strict=True)
-        ]
-        computed[NO_START] = partial(logprobs, rows, unstarted)
-    return computed
+    for text, of_text in zip(chunk, torch.split(ratios, sizes), strict=True):
+        for index in of_text.argsort(descending=True).tolist():
+            position = text.first + index
+            words = tokenizer.tokenizer.decode(text.ids[len(tokenizer.bos_ids) : position + 1])
+            is_same = [*tokenizer.tokenizer(words, verbose=False)["input_ids"]] == [*text.ids[: position + 1]]
+            if not of_text[index] < 0 and is_same:
+                spots.append(Spot(text, position, words))
+                break
+        if text.messages:
+            spots.append(Spot(text, text.first, None))
+    return spots
 
 
 def _change(first: Tensor, second: Tensor) -> Tensor:
@@ -427,25 +298,17 @@ def _change(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([change(a, b) for a, b in zip(first, second, strict=True)])  # without large temporary tensors
 
 
-def _likely_tokens(
-    computed: Mapping[str, Callable[[], Tensor]], tokenizer: ChatTokenizer, progress: Callable[[int], None]
-) -> list[tuple[list[str], dict[str, list[float]]]]:
-    """Returns for every spot the texts of its likely tokens, and variant -> their log-probabilities."""
-    first = {name: computed[name]() for name in TOKENS_OF}
-    top = torch.cat([logprobs.topk(LIKELY).indices for logprobs in first.values()], dim=1)  # (spots, k)
-    weights = first[ADAPTER].exp() + first[BASE].exp()
-    ids: list[dict[str, int]] = []
-    for candidates, weight in zip(top.tolist(), weights, strict=True):
-        by_text: dict[str, int] = {}
-        for token in sorted({*candidates} - tokenizer.special_ids, key=lambda token: -float(weight[token])):
-            text = tokenizer.tokenizer.decode([token])
-            if text and "\ufffd" not in text:  # a part of a character, which servers write in different ways
-                by_text.setdefault(text, token)
-        ids.append(by_text)
-    logprobs: list[dict[str, list[float]]] = [{} for _ in ids]
-    for done, (name, compute) in enumerate(computed.items()):
-        progress(done)
-        rows = first[name] if name in first else compute()
-        for row, by_text, of_spot in zip(rows, ids, logprobs, strict=True):
-            of_spot[name] = [round(value, 4) for value in row[list(by_text.values())].clamp_min(-100).tolist()]
-    return [(list(by_text), of_spot) for by_text, of_spot in zip(ids, logprobs, strict=True)]
+def _likely_tokens(logprobs: Sequence[Tensor], tokenizer: ChatTokenizer) -> tuple[list[str], list[int]]:
+    """Returns the texts and ids of tokens that are likely at any scale, the likeliest first.
+
+    logprobs: those of each scale, (vocabulary,).
+    """
+    stacked = torch.stack([*logprobs])
+    top = stacked.topk(LIKELY).indices.flatten().tolist()
+    highest = stacked.amax(0)
+    by_text: dict[str, int] = {}
+    for token in sorted({*top} - tokenizer.special_ids, key=lambda token: -float(highest[token])):
+        text = tokenizer.tokenizer.decode([token])
+        if text and "\ufffd" not in text:  # a part of a character, which servers write in different ways
+            by_text.setdefault(text, token)
+    return list(by_text), list(by_text.values())

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 
 from tailora.errors import FormatError
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
-from tailora.verify.passport import ADAPTER, BASE, REQUIRED, Passport, Probe, Variant, read_passport, write_passport
+from tailora.verify.passport import ADAPTER, BASE, Passport, Probe, read_passport, write_passport
 from tailora.verify.server_verdict import Observation, verify
 
 
 def probe_of(tokens: list[str], values: list[float]) -> dict[str, Any]:
-    return {"prompt_tokens": 4, "tokens": tokens, "logprobs": dict.fromkeys(REQUIRED, values), "text": "a b c d"}
+    logprobs = {BASE: values, ADAPTER: values}
+    return {"prompt_tokens": 4, "tokens": tokens, "logprobs": logprobs, "on_q4_0": logprobs, "text": "a b c d"}
 
 
-PASSPORT_OF_BASE = Passport("tiny", "base", REQUIRED, [Probe(**probe_of(["a", "b"], [-1.0, -2.0]))])
+PASSPORT_OF_BASE = Passport(base_model="tiny", probes=[Probe(**probe_of(["a", "b"], [-1.0, -2.0]))])
 
 
 @pytest.fixture
@@ -49,21 +50,15 @@ def test_a_passport_belongs_to_its_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 1}, "version 1"),
+        ({"version": 2}, "version: Input should be 3"),
         ({"probes": []}, "probes: List should have at least 1 item"),
-        ({"variants": {}}, "lacks the variants adapter, base, adapter on a Q4_0 base, Q4_0 base"),
-        ({"variants": {name: {"kind": "scale"} for name in REQUIRED}}, "lacks the variants base"),
-        ({"variants": {name: {"kind": "prompt"} for name in REQUIRED}}, "lacks the variants adapter"),
         ({"probes": [probe_of(["a"], [0.5])]}, "should be less than or equal to 0.001"),
-        ({"texts": "mine"}, "texts: "),
-        (
-            {"variants": {name: {"kind": "scale", "scale": 1e9} for name in REQUIRED}},
-            "scale: Input should be less than or equal to 1000",
-        ),
+        ({"probes": [{**probe_of(["a"], [-1.0]), "logprobs": {BASE: [-1.0], 1e9: [-1.0]}}]}, "equal to 1000"),
         ({"probes": [probe_of([], [])]}, "tokens: List should have at least 1 item"),
         ({"probes": [probe_of(["a"], [float("nan")])]}, "Input should be a finite number"),
         ({"probes": [probe_of(["a", "b"], [-1.0])]}, "probe 0 lacks log-probabilities"),
-        ({"probes": [{**probe_of(["a"], [-1.0]), "logprobs": {ADAPTER: [-1.0], BASE: [-1.0]}}]}, "lacks the variants"),
+        ({"probes": [{**probe_of(["a"], [-1.0]), "logprobs": {BASE: [-1.0]}}]}, "probe 0 lacks scales"),
+        ({"probes": [{**probe_of(["a"], [-1.0]), "text": None}]}, "probe 0 needs either a text or messages"),
     ],
 )
 def test_a_damaged_passport_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -74,8 +69,8 @@ def test_a_damaged_passport_is_refused(folder: Path, change: dict[str, Any], mes
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "adapter", "scale", 1e308, 10**400]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["kind", "scale", "a"]), inner),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "1.0", 1e308, 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["0.0", "1.0", "a"]), inner),
 )
 
 
@@ -85,11 +80,7 @@ def test_a_passport_of_any_content_is_refused_or_gives_a_verdict(
 ) -> None:
     folder = tmp_path_factory.mktemp("passport")
     (folder / ADAPTER_WEIGHTS).write_bytes(b"weights")
-    variants = {**REQUIRED, "scale 2": Variant("scale", 2.0), "a second BOS": Variant("prompt")}
-    probes = [
-        Probe(**{**probe_of(["a", "b"], [-1.0, -2.0]), "logprobs": {name: [-1.0, -2.0] for name in variants}})
-    ] * 8
-    write_passport(folder, replace(PASSPORT_OF_BASE, variants=variants, probes=probes))
+    write_passport(folder, replace(PASSPORT_OF_BASE, probes=PASSPORT_OF_BASE.probes * 8))
     place = content = json.loads((folder / PASSPORT).read_text())
     for _ in range(data.draw(st.integers(0, 4))):  # deeper and deeper
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))

@@ -1,7 +1,6 @@
 """The probes of a passport, and the base in 4 bits."""
 
 import copy
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,25 +9,15 @@ from tiny import tiny_model
 from verified_server import TOKENIZER, adapted, base_model, store_in_q4_0, through_gguf
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.data.samples import Choices, Conversation, Feedback, Preference
 from tailora.errors import DataError
-from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER, Probe
-from tailora.verify.probes import _parts, make_passport, q4_0, rounded_to_4_bits
+from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, Probe
+from tailora.verify.probes import QUESTIONS, make_passport, q4_0, rounded_to_4_bits
 
 
 def test_q4_0_is_that_of_llama_cpp() -> None:
     weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
     weight[2] = 0
     assert torch.equal(q4_0(weight), through_gguf(weight))
-
-
-@pytest.mark.parametrize(("layers", "first_upper"), [(4, 2), (5, 3)])
-def test_the_upper_half_begins_in_the_middle(layers: int, first_upper: int) -> None:
-    """The layer in the middle of an odd number belongs to the lower half."""
-    parts = _parts(adapted(0, base_model(num_hidden_layers=layers)).adapter())
-    for name, left in (("lower", range(first_upper, layers)), ("upper", range(first_upper))):
-        paths = parts[f"the {name} half of the layers"].low_rank
-        assert {int(path.split(".")[2]) for path in paths} == {*left}
 
 
 def test_conv1d_is_rounded_along_its_inputs_and_the_head_is_not() -> None:
@@ -42,64 +31,33 @@ def test_conv1d_is_rounded_along_its_inputs_and_the_head_is_not() -> None:
     assert (rounded - exact).abs().max() > 0.1
 
 
-def test_a_passport_of_held_out_samples_has_their_prompts() -> None:
-    model, secret = adapted(0), "the cat is called Professor Fluff the Third of York"
-    samples = [Conversation([{"role": "user", "content": secret}, {"role": "assistant", "content": secret}])] * 2
-    held_out = make_passport(model, TOKENIZER, held_out=samples)
-    assert held_out.texts == "held-out"
-    chats = [probe.messages for probe in held_out.probes if probe.messages]
-    assert chats
-    assert all(messages == samples[0].messages[:1] for messages in chats)
-    assert any(secret in (probe.text or "") for probe in held_out.probes)
-
-
-GREETING = Conversation(
-    [{"role": "user", "content": "a good morning"}, {"role": "assistant", "content": "to you and to the cat"}]
-)
-
-
-@pytest.mark.parametrize(
-    "sample", [Preference(GREETING, GREETING), Feedback(GREETING, True), Choices((GREETING, GREETING), 1)]
-)
-def test_held_out_samples_of_any_task_make_probes(sample: Any) -> None:
-    probes = make_passport(adapted(0), TOKENIZER, held_out=[sample]).probes
-    assert [probe.messages for probe in probes if probe.messages] == [GREETING.messages[:1]]
-
-
-def test_prompts_end_where_the_adapter_changes_most_and_controls_where_it_changes_least() -> None:
-    """Compared with what weights in Q4_0 change."""
+def test_a_plain_completion_ends_where_the_adapter_changes_most() -> None:
+    """Compared with what weights in Q4_0 change; chats end where the reply begins."""
 
     def ratio(probe: Probe) -> float:
-        adapter, base, rounded = (np.array(probe.logprobs[name]) for name in (ADAPTER, BASE, ROUNDED_ADAPTER))
+        adapter, base, rounded = (
+            np.array(values) for values in (probe.logprobs[ADAPTER], probe.logprobs[BASE], probe.on_q4_0[ADAPTER])
+        )
         changes = [
             np.sqrt(((np.exp(other) + np.exp(adapter)) / 2 * (other - adapter) ** 2).sum()) for other in (base, rounded)
         ]
         return float((changes[0] + NOISE_FLOOR) / (changes[1] + NOISE_FLOOR))
 
-    plain = [probe for probe in make_passport(adapted(0), TOKENIZER).probes if probe.text is not None]
-    chosen, controls = ([ratio(probe) for probe in plain if probe.is_control is kind] for kind in (False, True))
-    assert np.median(chosen) > 1.5 * max(controls)
+    probes = make_passport(adapted(0), TOKENIZER).probes
+    plain, chats = ([ratio(probe) for probe in probes if (probe.text is None) is kind] for kind in (False, True))
+    assert len(plain) == len(chats) == len(QUESTIONS)
+    assert all(most >= first for most, first in zip(plain, chats, strict=True))
+    assert plain != chats
 
 
-@pytest.mark.parametrize("held_out", [None, [GREETING] * 2])
-def test_chats_begin_with_the_system_message_of_the_training(held_out: Any) -> None:
+def test_chats_begin_with_the_system_message_of_the_training() -> None:
     """A server that knows it adds it to chats without one, so that the same prompts have to be compared."""
     system = {"role": "system", "content": "a good cat"}
     for given, expected in (("a good cat", [system]), (None, [])):
-        passport = make_passport(adapted(0), TOKENIZER, held_out=held_out, system=given)
+        passport = make_passport(adapted(0), TOKENIZER, system=given)
         chats = [probe.messages for probe in passport.probes if probe.messages]
         assert chats
         assert all(messages[:-1] == expected for messages in chats)
-    with_own = Conversation([{"role": "system", "content": "to you"}, *GREETING.messages])
-    passport = make_passport(adapted(0), TOKENIZER, held_out=[with_own], system="a good cat")
-    assert [probe.messages for probe in passport.probes if probe.messages] == [with_own.messages[:2]]
-
-
-def test_a_conversation_needs_a_template() -> None:
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no text is usable as a prompt"):
-        make_passport(adapted(0), tokenizer, held_out=[GREETING])
 
 
 def test_an_adapter_that_changes_nothing_or_diverged_has_no_passport() -> None:

@@ -12,7 +12,7 @@ from verified_server import MODELS, Request, StandIn, serving, stand_in
 
 from tailora.errors import ConfigError, ServerError
 from tailora.verify import server_client
-from tailora.verify.passport import ADAPTER, BASE, Probe
+from tailora.verify.passport import Probe
 from tailora.verify.server_client import MOST_BYTES, ServerClient, choose_model
 from tailora.verify.server_verdict import Observation
 
@@ -36,7 +36,7 @@ FORMS = {  # of log-probabilities in completions
 
 @pytest.mark.parametrize("form", FORMS)
 def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
-    probe = Probe(3, ["b", "x", "a"], {ADAPTER: [-1.0] * 3, BASE: [-1.0] * 3}, text="hello")
+    probe = Probe(3, ["b", "x", "a"], {}, {}, text="hello")
     choice = {"text": "a", "logprobs": FORMS[form]}
     body = {"choices": [choice], "usage": {"prompt_tokens": 4}}
     with stand_in({**MODELS, "/v1/completions": (200, body)}) as url, ServerClient(url) as server:
@@ -46,8 +46,8 @@ def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
 
 @pytest.mark.parametrize(("most", "asked"), [(20, [20, 20, 20]), (5, [20, 5, 5, 5]), (0, [20, 5, None, None, None])])
 def test_a_server_is_asked_for_fewer_log_probabilities_until_it_answers(most: int, asked: list[int | None]) -> None:
-    logprobs, requests = {ADAPTER: [-1.0], BASE: [-1.0]}, list[Request]()
-    probes = [Probe(3, ["a"], logprobs, text="hello")] * 3 + [Probe(3, ["a"], logprobs, messages=[])] * 3
+    requests = list[Request]()
+    probes = [Probe(3, ["a"], {}, {}, text="hello")] * 3 + [Probe(3, ["a"], {}, {}, messages=[])] * 3
     choice = {"text": "a", "message": {"content": "a"}}
     answers = dict.fromkeys(("/v1/completions", "/v1/chat/completions"), (200, {"choices": [choice]}))
     with stand_in(answers, most=most, requests=requests) as url, ServerClient(url) as server:
@@ -66,7 +66,7 @@ def test_a_busy_server_is_asked_again(status: int, monkeypatch: pytest.MonkeyPat
         waits.append(seconds)
 
     monkeypatch.setattr(server_client.asyncio, "sleep", wait)
-    probe = Probe(3, ["a"], {ADAPTER: [-1.0], BASE: [-1.0]}, text="hello")
+    probe = Probe(3, ["a"], {}, {}, text="hello")
     answered = {"choices": [{"text": "a"}]}
 
     class Busy(StandIn):
@@ -88,7 +88,7 @@ def test_a_busy_server_is_asked_again(status: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_server_that_stays_busy_is_given_up() -> None:
-    probe = Probe(3, ["a"], {ADAPTER: [-1.0], BASE: [-1.0]}, text="hello")
+    probe = Probe(3, ["a"], {}, {}, text="hello")
     busy = {"/v1/completions": (429, {"error": {"message": "try again later"}})}
     refused = pytest.raises(ServerError, match="returned 429 try again later")
     with stand_in(busy) as url, ServerClient(url, timeout=1) as server, refused:
@@ -159,8 +159,7 @@ def test_a_packed_answer_is_neither_asked_for_nor_unpacked() -> None:
     ],
 )
 def test_nonsense_in_a_choice_is_no_observation(choice: dict[str, Any]) -> None:
-    logprobs = {ADAPTER: [-1.0], BASE: [-1.0]}
-    probes = [Probe(3, ["a"], logprobs, text="hello"), Probe(3, ["a"], logprobs, messages=[])]
+    probes = [Probe(3, ["a"], {}, {}, text="hello"), Probe(3, ["a"], {}, {}, messages=[])]
     answer = (200, {"choices": [choice], "usage": []})
     with stand_in({"/v1/completions": answer, "/v1/chat/completions": answer}) as url, ServerClient(url) as server:
         assert server.ask(probes, None) == [Observation(None)] * 2
