@@ -103,6 +103,7 @@ REMOVED_SETTINGS: dict[str, tuple[Any, str]] = {  # name -> its default, and wha
     "activation_memory": (1.0, "compiled layers keep all activations; use gradient_checkpointing to save memory"),
     "lora_bias": (False, "the update has no bias of its own; use bias: lora_only to train those of the base model"),
     "allow_remote_images": (False, "images must be files; download them, and name the files in the rows"),
+    "lr_only": (False, "there is no range test; compare learning rates with --space learning_rate=1e-5..1e-2"),
     "fsdp_reshard_after_forward": (True, "gathered weights are always freed after the forward pass"),
     "passport": ("none", "`tailora export` and `tailora verify --prepare` write the verification file"),
 }

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from tailora.core.setting_names import without_removed
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import TEMPORARY, create_output_folder, read_own_json, write_file
 from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, Worker, get_trial
@@ -88,6 +89,7 @@ def open_folder(
     file, content = folder / name, json.loads(json.dumps(settings))  # tuples become lists, as in a file
     if file.exists() and begun:
         stored = read_own_json(file, dict[str, Any], DAMAGED)
+        stored = {part: without_removed(v, ()) if isinstance(v, dict) else v for part, v in stored.items()}
         sections = [name for name, value in content.items() if isinstance(value, dict) and name in {"train", *stored}]
         if wrong := [name for name in sections if not isinstance(stored.get(name), dict)]:
             raise FormatError(f"{file} is damaged (expected settings in {' and '.join(wrong)}): {DAMAGED}")

@@ -24,7 +24,7 @@ def opened(folder: Path, r: int, **removed: object) -> None:
 def test_a_study_with_other_settings_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:
     opened(tmp_path / "study", 0)
     (tmp_path / "study" / "probe").mkdir()
-    opened(tmp_path / "study", 1)  # there are no results of the first
+    opened(tmp_path / "study", 1, deltaT=1, lora_bias=False)  # there are no results of the first
     assert not (tmp_path / "study" / "probe").exists()
     (tmp_path / "study" / PLAN).write_text("{}")
     opened(tmp_path / "study", 1)
