@@ -222,8 +222,8 @@ def prepare(
     per_epoch = train.mixture.counts if train.mixture else [len(part.examples) for part in trained]
     held_out_counts = [0] * len(trained) if eval_source else [len(part.examples) for part in held_out]
     sources = [
-        SourceReport(*part.source, part.mapping.schema.name, part.counts.rows, len(part.examples), held, epoch)
-        for part, held, epoch in zip(trained, held_out_counts, per_epoch, strict=True)
+        SourceReport(*part.source, part.mapping.schema.name, part.counts.rows, len(part.examples), kept_out, epoch)
+        for part, kept_out, epoch in zip(trained, held_out_counts, per_epoch, strict=True)
     ]
     report = _report(everything, sources, eval_source, (trained, held_out), (train, evaluated), chat_tokenizer)
     # evaluate copies once
