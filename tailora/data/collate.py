@@ -24,7 +24,7 @@ def collate_packed(examples: Sequence[Example], *, share: bool = False) -> dict[
 
     share: compute the tokens with which a document begins like the one before it, such as a system message, only once,
         if that saves enough. The row is then shorter than its documents, and two tensors map one to the other:
-    document_tokens: (tokens of all documents,) int64, the position in the row of each token of each document.
+    document_tokens: (tokens of all documents,) int64, where each document's tokens are in the row.
     row_tokens: (total,) int64, the first position in the documents of each token of the row.
     """
     lengths = [len(example.input_ids) for example in examples]

@@ -340,7 +340,7 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """Counts of the data of a run. The names are the keys of report.json."""
+    """What a run counts in its data. The names are the keys of report.json."""
 
     source: str  # with weights; several sources separated by commas
     sources: list[SourceReport]

@@ -69,7 +69,7 @@ def near_duplicates(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def _shingles(ids: Int32) -> UInt64:
-    """Returns the distinct hashes of all `SHINGLE` consecutive tokens, or of all tokens of a shorter text."""
+    """Returns the distinct hashes of every `SHINGLE` consecutive tokens; a shorter text has one hash."""
     windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), min(SHINGLE, len(ids)))
     hashes = np.zeros(len(windows), np.uint64)
     for column in windows.T:

@@ -67,7 +67,7 @@ def pixel_inputs(processor: ProcessorMixin, images: Sequence[Sequence[Any]]) -> 
 
 
 def image_owners(processor: ProcessorMixin, input_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Returns the index of the image that each token belongs to, -1 for text. sizes: of the images of the tokens.
+    """Returns which image each token belongs to, -1 for text. sizes: width and height of each image.
 
     An image has all tokens from its first image token to its last one. What surrounds them counts as text, because
     tokenizers may merge it with its neighbours and truncation may remove it.

@@ -328,7 +328,7 @@ def _row_by_row(batch: Any) -> Iterator[dict[str, Any] | str]:
 def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
     """Returns a row without the nulls inside its values.
 
-    In Arrow, every object has the keys of all objects of its column: a tool call has the arguments of all tools.
+    In Arrow, all objects in a column have the same keys, so a tool call also has the arguments of other tools.
     """
 
     def without_nulls(value: Any) -> Any:

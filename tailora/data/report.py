@@ -27,7 +27,7 @@ RARE = 20  # this many times rarer than the most frequent class
 
 @dataclass(slots=True)
 class Flagged:
-    """The number of rows for each of WARNINGS, and the locations of the first ones."""
+    """How many rows each of WARNINGS applies to, and where the first ones are."""
 
     numbers: Counter[str] = field(default_factory=Counter)
     locations: dict[str, list[str]] = field(default_factory=dict)

@@ -71,7 +71,7 @@ def unfold_learned_scales(scales: Mapping[str, float], layers: Mapping[str, LoRA
 def fold_scale(source: ExportSource) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns path of a module -> A (r, in) and B (out, r), with the scale folded into B; float32, on the CPU.
 
-    For layer types whose A and B are matrices. The parts of a fused layer become one product of the sum of their ranks.
+    For layer types whose A and B are matrices. The parts of a fused layer become one product; its rank is the sum.
     """
     result: dict[str, tuple[Tensor, Tensor]] = {}
     for path, layer in source.adapter.low_rank.items():

@@ -87,7 +87,7 @@ def problems(source: ExportSource) -> list[str]:
 
 
 def write(folder: Path, source: ExportSource) -> list[str]:
-    """Writes one rank for all layers: earlier versions of diffusers use the rank of one of them as alpha of all."""
+    """Writes one rank for all layers, because earlier versions of diffusers read alpha from a single layer's rank."""
     component, factors = _component(source.base_model), fold_scale.fold_scale(source)
     factors, padding = fold_scale.pad_ranks(factors, max(len(A) for A, _ in factors.values()))
     tensors: dict[str, Tensor] = {}

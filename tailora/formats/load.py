@@ -234,7 +234,7 @@ def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file:
 def _with_tied_modules(
     config: LoRAConfig, base_model: nn.Module, modules: Modules, stored: peft.StoredAdapter
 ) -> LoRAConfig:
-    """Adds all of a group of tied layers to modules_to_save if one of them is there (`ensure_weight_tying`).
+    """Adds all tied layers to modules_to_save if one of them is there (`ensure_weight_tying`).
 
     Their copies share the weight. Factors of tied layers are separate here, so this warns that training separates them.
     """

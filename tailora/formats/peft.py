@@ -199,7 +199,7 @@ def write_files(
 
 
 def relative_base_folder(base_model: nn.Module) -> str | None:
-    """Returns the absolute path of a base model whose name is the relative path of a folder; None for other names."""
+    """Returns the base model's absolute path if its name is the relative path of a folder; None for others."""
     name = base_model_name(base_model)
     path = Path(name or "")
     return str(path.resolve()) if name and not path.is_absolute() and path.is_dir() else None

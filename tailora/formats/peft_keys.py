@@ -235,7 +235,7 @@ def base_weight_problem(key: str, tensor: Tensor, name: str, weight: Tensor) -> 
 
 
 def saved_path_of(key: str, saved_paths: Iterable[str], modules: Mapping[str, nn.Module]) -> str | None:
-    """Returns the path of the module of modules_to_save whose trained tensor has this key; None otherwise.
+    """Returns which module of modules_to_save the tensor with this key belongs to; None for others.
 
     If PEFT saves the embeddings, the file has three tensors for each trained one: PEFT reads `lm_head.weight`;
     `lm_head.modules_to_save.weight` is the same again; `lm_head.original_module.weight` is the base's.

@@ -26,7 +26,7 @@ TRAINING = (  # settings of a run that the card shows, in this order
 def run_card(
     repo_id: str, adapter: Path, settings: Mapping[str, Any], license_name: str | None, *, samples: bool
 ) -> str:
-    """Returns the card of the adapter in a folder, with the results of its run if it is in the folder of a run.
+    """Returns the card of an adapter, with the results of its run if the adapter is in the folder of a run.
 
     settings: of adapter_config.json, with the public name of the base.
     samples: show the answers before and after training to held-out prompts.
