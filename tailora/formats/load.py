@@ -116,7 +116,7 @@ class Selected:
 
     config: LoRAConfig
     targets: list[str]  # paths of the low-rank layers
-    empty: dict[str, LoRALayer]  # path -> layer; without those of an impossible rank
+    empty: dict[str, LoRALayer]  # path -> layer; an impossible rank has none
     wrappers: dict[str, PeftLayer]  # by key prefix
     saved: list[str]  # paths of modules_to_save
     extras: ExtraTargets  # trained biases, and embeddings with trained rows
@@ -423,7 +423,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _check_computed(adapter: Adapter, stored: peft.StoredAdapter) -> None:
-    """Raises FormatError for tensors that became infinite in the adapter's dtype. Those of the file were checked."""
+    """Raises FormatError for tensors that became infinite in the adapter's dtype. The file's tensors were checked."""
     addresses = {tensor.data_ptr() for tensor in stored.tensors.values()}
     computed = {
         f"{name} of {path}": tensor
