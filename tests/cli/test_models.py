@@ -52,7 +52,7 @@ def test_a_run_that_has_not_finished_is_named_as_the_reason(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_generate_and_export_take_the_quantization_of_the_run(
+def test_predict_and_export_take_the_quantization_of_the_run(
     tiny_model: Path, chats: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -121,7 +121,7 @@ SHORT = ["--max-new-tokens", "2", "--prompt", "hello"]
 
 
 @pytest.mark.usefixtures("project")
-def test_generate_loads_the_base_that_the_adapter_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_loads_the_base_that_the_adapter_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--adapter", "run", *SHORT, "--device", "cpu", "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["model"] == "models/base"
