@@ -1,7 +1,7 @@
 """Loads the base model and its tokenizer, in the precision that suits this machine, and quantized if asked."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,12 @@ def load_base(
     dtype: float32, bfloat16, float16, "stored" (as in the files), or "auto" (see `precision_of`).
     device: where every weight goes as soon as it is read, so that host memory never holds the whole model.
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
-    sharding: of the model, before it has weights; of what is sharded each rank reads its part alone. A
-        quantized model is sharded when it is loaded, because a weight is quantized as a whole.
-    task: decides on the class of the model.    labels: of tasks that have some.    seed: of a head that the files lack.
+    sharding: each rank reads only its own parts. A quantized model is sharded when it is loaded, because a weight is
+        quantized as a whole.
+    task: decides on the class of the model.
+    labels: those that the head predicts, for tasks with labels.
+    seed: of a head that the files lack.
+
     Raises ConfigError if they cannot be read, quantized or sharded. Pickled weights are not read.
     """
     device = torch.device(device)
@@ -165,18 +168,11 @@ def load_base(
         has_other_head = labels is not None and labels_of_config(config) not in (labels, None)
         if labels is not None:
             set_labels(config, labels, tokenizer)
-            more["ignore_mismatched_sizes"] = True  # of a head for other labels; see below
-        with ExitStack() as stack:
-            if sharding is not None and is_plain:  # so that each rank reads only its parts
-                stack.enter_context(before_loading(sharding.shard))
-            if labels is not None or stored is not None:  # about the head that the files lack, and scales of inputs
-                stack.enter_context(quiet_transformers(warnings=False))
-            if stored is not None:
-                stack.enter_context(redirect_stdout(io.StringIO()))  # where gptqmodel logs
-            if labels is not None:
-                stack.enter_context(torch.random.fork_rng())
-                torch.manual_seed(seed)
-            model, report = model_class(task if labels is None else labels.task, config).from_pretrained(
+            more["ignore_mismatched_sizes"] = True  # of a head for other labels; see `finish_heads`
+        cls = model_class(task if labels is None else labels.task, config)
+        before_weights = sharding.shard if sharding is not None and is_plain else None  # each rank reads only its parts
+        with _loading(before_weights, is_stored=stored is not None, seed=None if labels is None else seed):
+            model, report = cls.from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -185,11 +181,7 @@ def load_base(
                 output_loading_info=True,
                 **more,
             )
-    if labels is not None:
-        set_missing_pooler(model, report["missing_keys"])
-    heads = [] if labels is None else task_heads(model)
-    if has_other_head:
-        initialize_heads(model, heads, seed)
+    heads = [] if labels is None else finish_heads(model, report, seed, has_other_head=has_other_head)
     check_complete(model, name, report, heads)
     if not is_plain and (problems := quantization_problems(model, report["unexpected_keys"])):
         raise ConfigError(f"model {name!r} cannot be used with this quantization: {listing(problems)}")
@@ -198,6 +190,22 @@ def load_base(
     elif sharding is not None:
         sharding.shard(model)
     return model, tokenizer
+
+
+@contextmanager
+def _loading(before_weights: Callable[[Any], None] | None, *, is_stored: bool, seed: int | None) -> Iterator[None]:
+    """The context of `from_pretrained`. seed: of a head that the files lack; None for models without one."""
+    with ExitStack() as stack:
+        if before_weights is not None:
+            stack.enter_context(before_loading(before_weights))
+        if is_stored or seed is not None:  # about scales of inputs, and the head that the files lack
+            stack.enter_context(quiet_transformers(warnings=False))
+        if is_stored:
+            stack.enter_context(redirect_stdout(io.StringIO()))  # where gptqmodel logs
+        if seed is not None:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(seed)
+        yield
 
 
 def check_complete(model: PreTrainedModel, name: str, report: Mapping[str, Any], heads: Sequence[str]) -> None:
@@ -263,8 +271,15 @@ def set_labels(config: PretrainedConfig, labels: Labels, tokenizer: PreTrainedTo
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
 
 
-def initialize_heads(model: PreTrainedModel, heads: list[str], seed: int) -> None:
-    """Gives heads new weights: those in the files, which may have the same shape, are for other labels."""
+def finish_heads(model: PreTrainedModel, report: Mapping[str, Any], seed: int, *, has_other_head: bool) -> list[str]:
+    """Returns the heads of a loaded model for labels.
+
+    has_other_head: the files have a head for other labels, maybe of the same shape. It gets new weights.
+    """
+    set_missing_pooler(model, report["missing_keys"])
+    heads = task_heads(model)
+    if not has_other_head:
+        return heads
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for module in (module for head in heads for module in model.get_submodule(head).modules()):
@@ -272,6 +287,7 @@ def initialize_heads(model: PreTrainedModel, heads: list[str], seed: int) -> Non
                 # a new object, because transformers marks those that it has read, and leaves them as they are
                 setattr(module, name, nn.Parameter(parameter.detach(), parameter.requires_grad))
             model._init_weights(module)
+    return heads
 
 
 def pad_id(tokenizer: Tokenizer | None) -> int:

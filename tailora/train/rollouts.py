@@ -33,7 +33,7 @@ from tailora.train import grpo, run_log
 from tailora.train.config import TrainConfig
 from tailora.train.grpo import GRPO, Rewards, ScoredCompletion, group_means, mean_and_error
 from tailora.train.loss import BatchLayout, Evaluation, make_batch
-from tailora.train.rewards import Reward, RewardProcess
+from tailora.train.rewards import Completion, Reward, RewardProcess
 from tailora.train.sampler import Sample, Sampler
 from tailora.train.step import Step, StepShape, split_by_tokens
 from tailora.train.trainable import FullModel, Trainable
@@ -134,7 +134,12 @@ class Rollouts:
 
     def _scores(self, samples: Sequence[Sample]) -> Floats:
         """Returns (names, samples), by the names of `GRPO.score_names` without kl. NaN: None. Raises RewardError."""
-        scores = self._scorer.score([sample.for_rewards() for sample in samples]).T
+        completions = []
+        for sample in samples:
+            is_text = isinstance(sample.prompt.value, str)
+            text = sample.text if is_text else [{"role": "assistant", "content": sample.text}]
+            completions.append(Completion(sample.prompt.value, text, sample.ids, sample.prompt.columns))
+        scores = self._scorer.score(completions).T
         known = np.ma.masked_invalid(scores[: len(self.prompts.rewards)])
         total = (known * [[reward.weight] for reward in self.prompts.rewards]).sum(0).filled(np.nan)
         lengths, truncated = [len(sample.ids) for sample in samples], [sample.is_truncated for sample in samples]
@@ -165,7 +170,11 @@ class Rollouts:
         advantages = grpo.advantages_of(scores[0], config.loss or "grpo", config.scale_rewards)
         if config.mask_truncated_completions:
             advantages = np.where(scores[-1], np.nan, advantages)
-        metrics = self._metrics_of(scores)
+        metrics = mean_and_error("reward", scores[0])
+        for name, values in zip(chain(*self.prompts.names.values()), scores[1:-2], strict=True):
+            metrics |= mean_and_error(f"reward/{name}", values)
+        metrics["equal_groups"] = float(grpo.has_equal_rewards(scores[0]).mean())
+        metrics |= {"completion_tokens": float(scores[-2].mean()), "truncated": float(scores[-1].mean())}
         rewards, advantages = (np.split(values, shape.world)[shape.rank] for values in (scores[0], advantages))
         self._log_largest(number, samples, rewards, advantages)
         completions = [sample.completion() for sample in samples]
@@ -182,16 +191,6 @@ class Rollouts:
             for completion, advantage, before, of_base in zip(completions, known, old, reference, strict=True)
         ]
         return self._as_step(scored, metrics)
-
-    def _metrics_of(self, scores: Floats) -> dict[str, float]:
-        """Returns what to log with a step. scores: (names, groups, completions)."""
-        rewards, *others, lengths, truncated = scores
-        metrics = mean_and_error("reward", rewards)
-        for name, values in zip(chain(*self.prompts.names.values()), others, strict=True):
-            metrics |= mean_and_error(f"reward/{name}", values)
-        equal_groups = float(grpo.has_equal_rewards(rewards).mean())
-        sizes = {"completion_tokens": float(lengths.mean()), "truncated": float(truncated.mean())}
-        return {**metrics, "equal_groups": equal_groups, **sizes}
 
     def _log_largest(self, number: int, samples: Sequence[Sample], rewards: Rewards, advantages: Rewards) -> None:
         """Logs the group with the largest advantage."""

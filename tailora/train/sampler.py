@@ -21,7 +21,7 @@ from tailora.data.processor import text_tokenizer
 from tailora.data.samples import Prompt
 from tailora.data.tokenize import stop_ids
 from tailora.engine.continuous_batching import make_engine
-from tailora.engine.interface import Finish, Request, SamplingParams, Token
+from tailora.engine.interface import EventHandler, Finish, Request, SamplingParams, Token
 from tailora.engine.sampling import OVERFLOW
 from tailora.errors import DivergedError
 from tailora.kernels.attention import use_attention
@@ -30,7 +30,6 @@ from tailora.patches import attention_of
 from tailora.train.config import TrainConfig
 from tailora.train.grpo import ScoredCompletion
 from tailora.train.memory import explain_out_of_memory, return_freed_memory
-from tailora.train.rewards import Completion
 from tailora.train.trainable import Trainable
 
 Note = Callable[[str], None]
@@ -40,18 +39,13 @@ ADVICE = "what helps: a lower --max-completion-length, fewer --num-generations, 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion. ids: with its end token, unless it is truncated.    log_probabilities: of each token."""
+    """One completion."""
 
     prompt: Prompt
-    ids: list[int]
-    log_probabilities: list[float]
+    ids: list[int]  # with the end token, unless it is truncated
+    log_probabilities: list[float]  # of each token
     is_truncated: bool
     text: str
-
-    def for_rewards(self) -> Completion:
-        is_text = isinstance(self.prompt.value, str)
-        text = self.text if is_text else [{"role": "assistant", "content": self.text}]
-        return Completion(self.prompt.value, text, self.ids, self.prompt.columns)
 
     @property
     def shown(self) -> dict[str, str]:
@@ -70,7 +64,8 @@ class Sample:
 class Sampler:
     """Starts the engine, which waits except within `sample`, until `stop`.
 
-    longest: tokens of a prompt with its completion.    most: completions that are sampled at once.
+    longest: tokens of a prompt with its completion.
+    most: completions that are sampled at once.
     """
 
     def __init__(
@@ -102,31 +97,35 @@ class Sampler:
         """
         ended, generations = Semaphore(0), self.config.num_generations
         answers = list[tuple[Prompt, list[Token | Finish]]]()
+        adapter = "default" if isinstance(self.model, LoRAModel) else None
         return_freed_memory()
+
+        def add(events: list[Token | Finish], event: Token | Finish) -> None:
+            events.append(event)
+            if isinstance(event, Finish):
+                ended.release()
+
         with explain_out_of_memory("sampling completions", ADVICE):
             for prompt, seed in zip(prompts, seeds, strict=True):
-                events = [list[Token | Finish]() for _ in range(generations)]
-                requests = [self._request(prompt, [*seed, number]) for number in range(generations)]
-                handlers = [partial(_add, of_request, ended) for of_request in events]
-                # while it waits, so that its batches do not depend on the time
-                self._engine.submit_group([*zip(requests, handlers, strict=True)])
-                answers += [(prompt, of_request) for of_request in events]
+                group = list[tuple[Request, EventHandler]]()
+                for number in range(generations):
+                    params = SamplingParams(
+                        self.config.max_completion_length,
+                        temperature=self.config.temperature,
+                        seed=int(np.random.SeedSequence([*seed, number]).generate_state(1)[0]),
+                        logprobs=0,
+                        at_temperature=True,
+                    )
+                    events = list[Token | Finish]()
+                    request = Request(f"{next(self._request_numbers)}", tuple(prompt.ids), adapter, params)
+                    group.append((request, partial(add, events)))
+                    answers.append((prompt, events))
+                self._engine.submit_group(group)  # while it waits, so that its batches do not depend on the time
             with self._resumed():
                 for done in range(len(answers)):
                     ended.acquire()
                     progress((done + 1) // generations)
             return [self._sample_of(*answer) for answer in answers]
-
-    def _request(self, prompt: Prompt, seed: Sequence[int]) -> Request:
-        params = SamplingParams(
-            self.config.max_completion_length,
-            temperature=self.config.temperature,
-            seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
-            logprobs=0,
-            at_temperature=True,
-        )
-        adapter = "default" if isinstance(self.model, LoRAModel) else None
-        return Request(f"{next(self._request_numbers)}", tuple(prompt.ids), adapter, params)
 
     def _sample_of(self, prompt: Prompt, events: Sequence[Token | Finish]) -> Sample:
         tokens, finish = [event for event in events if isinstance(event, Token)], events[-1]
@@ -161,13 +160,6 @@ class Sampler:
     def _activate_adapter(self) -> None:
         if isinstance(self.model, LoRAModel):
             self.model.set_adapter("default")
-
-
-def _add(events: list[Token | Finish], ended: Semaphore, event: Token | Finish) -> None:
-    """Adds an event of a request. ended: released after the last one."""
-    events.append(event)
-    if isinstance(event, Finish):
-        ended.release()
 
 
 def _adapters_of(model: Trainable) -> AdapterSet:

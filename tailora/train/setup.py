@@ -297,9 +297,7 @@ def resume(run: Run, saved: Checkpoint) -> TrainState:
         masks = ", but dropout masks differ" if has_dropout(run.base) else ""
         run.note(f"resuming with {now} processes instead of {before}: the steps are the same{masks}")
         rank = None
-    state = checkpoint.restore(saved, run.model, run.updates, rank)
-    state.diverged = diverged
-    return state
+    return replace(checkpoint.restore(saved, run.model, run.updates, rank), diverged=diverged)
 
 
 def resumed_folder(config: TrainConfig) -> Path:

@@ -89,18 +89,18 @@ class TrainState:
     @classmethod
     def of(cls, counters: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> "TrainState":
         """Returns the state that a checkpoint was made from. tensors: of its files."""
-        state = cls(**{name: counters[name] for name in COUNTERS})
-        state.history = [(step, loss) for step, loss in counters["history"]]
         saved = {name: tensor.numpy() for name, tensor in tensors.get("evaluations", {}).items()}
         evaluations = {
             name: Evaluation(saved[f"{name}.sums"], saved[f"{name}.counts"], saved.get(f"{name}.scores"))
             for name in ("before", "best")
             if f"{name}.sums" in saved
         }
-        state.before = evaluations.get("before")
+        best: Best | None = None
         if "best" in evaluations and "best" in tensors:
-            state.best = Best(counters["best_step"], evaluations["best"], dict(tensors["best"]))
-        return state
+            best = Best(counters["best_step"], evaluations["best"], dict(tensors["best"]))
+        kept = {name: counters[name] for name in COUNTERS}
+        kept["history"] = [(step, loss) for step, loss in counters["history"]]
+        return cls(**kept, before=evaluations.get("before"), best=best)
 
 
 # ---- Random generators of Python, numpy and torch, as tensors for checkpoints, without pickle

@@ -179,19 +179,13 @@ class Trainer:
         return replace(step, batches=batches[:counted] + [replace(batch, weight=0.0) for batch in batches[counted:]])
 
     def step(self, step: Step, started: float, stop: bool = False) -> None:
-        """Takes one optimizer step and reports it. On a device, submits it and reports the one before.
+        """Takes one optimizer step and reports it. On a device, the host waits for neither: it reports the one before.
 
+        started: by time.perf_counter.
         stop: whether this rank was asked to stop.
-        Raises DivergedError if the loss or a gradient is not finite, of the step that is reported.
-        """
-        submitted: SubmittedStep | None = self.submit_step(step, started, stop)
-        if copies_by_itself(self.run.accelerator.device):
-            submitted, self.state.unread = self.state.unread, submitted
-        if submitted is not None:
-            self.read_step(submitted)
 
-    def submit_step(self, step: Step, started: float, stop: bool) -> SubmittedStep:
-        """Computes the gradients and the update. On a device the host waits for neither."""
+        Raises DivergedError if the loss or a gradient of the reported step is not finite.
+        """
         run, updates, config = self.run, self.run.updates, self.config
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
         share = self.compute_gradients(step, scale)
@@ -212,7 +206,12 @@ class Trainer:
             stop_requests=stops,
             checkpoint_is_due=due,
         )
-        return SubmittedStep(step, rate, started, AsyncCopy(torch.stack([result.to(norm) for result in results])))
+        numbers = AsyncCopy(torch.stack([result.to(norm) for result in results]))
+        submitted: SubmittedStep | None = SubmittedStep(step, rate, started, numbers)
+        if copies_by_itself(run.accelerator.device):
+            submitted, self.state.unread = self.state.unread, submitted
+        if submitted is not None:
+            self.read_step(submitted)
 
     def compute_gradients(self, step: Step, loss_scale: Tensor | None = None) -> Tensor:
         """Fills the buffers with the gradients of a step, of all ranks; returns this rank's share of its loss."""

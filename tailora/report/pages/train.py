@@ -64,7 +64,7 @@ COLUMNS = [  # column of metrics.jsonl, unit, caption
 
 
 @dataclass(frozen=True)
-class Step:
+class LoggedStep:
     step: int
     loss: float
     learning_rate: float
@@ -136,7 +136,7 @@ class TrainReport:
 
     settings: dict[str, Any]
     run: dict[str, Any]
-    steps: list[Step]
+    steps: list[LoggedStep]
     evaluations: list[StepEvaluation]
     samples: list[ComparedAnswer]
     result: Result | None  # None if the run was interrupted or diverged
@@ -519,8 +519,8 @@ def _examples(held_out: HeldOut, unit: str) -> Section:
     return Section("Each held-out example", text, [Figure("changes", draw, alt, caption, wide=True)])
 
 
-def _training(steps: Sequence[Step]) -> list[Figure]:
-    def known(name: str) -> list[Step]:
+def _training(steps: Sequence[LoggedStep]) -> list[Figure]:
+    def known(name: str) -> list[LoggedStep]:
         return [step for step in steps if getattr(step, name) is not None]
 
     def draw(name: str, unit: str, canvas: Canvas) -> None:
