@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from tailora.errors import ConfigError
 
-SCHEDULER = "tailora"  # name of our scheduler among those of transformers
+SCHEDULER = "tailora"  # name of our scheduler in transformers
 
 
 def _check(package: str, name: str, holds: bool) -> None:
@@ -114,7 +114,7 @@ def sort_batches(manager: Any, sort: Callable[[list[Any]], None] | None) -> None
 def report_failures(manager: Any, report: Callable[[str, str], None]) -> None:
     """Lets a manager report failed requests, with their names and errors, and nothing else, before its warm-up.
 
-    Its own router collects every output in a queue that nobody reads, or calls handlers in an event loop.
+    Its own router also collects every token in a queue, or calls handlers in an event loop.
     """
     from transformers.generation.continuous_batching import continuous_api
 

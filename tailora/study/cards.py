@@ -15,11 +15,9 @@ UNIFIED_SHARE = 2 / 3  # of a Mac's memory: Metal's recommended limit for its GP
 
 @dataclass(frozen=True)
 class Card:
-    """memory: in GB.    device: its device type in torch."""
-
     name: str
-    memory: int
-    device: str = "cuda"
+    memory: int  # in GB
+    device: str = "cuda"  # its device type in torch
     has_bfloat16: bool = True
 
     @property

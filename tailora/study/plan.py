@@ -61,7 +61,8 @@ def plan(
     """Plans the run of `config`. Without data, it assumes examples of max_length tokens, all of them trained.
 
     config: its device may also be the name of a graphics card, such as "H100 80GB".
-    measure: also run a few real steps, in a separate process.    memory: limit in bytes; default: the free memory.
+    measure: also run a few real steps, in a separate process.
+    memory: limit in bytes; default: the free memory.
     nproc: number of processes of the run.
     output_dir: folder for report.json; nothing is written without it.
 
@@ -334,7 +335,7 @@ def assumed_batches(config: TrainConfig, shape: PretrainedConfig, step: StepShap
 
 
 def batches_of(config: TrainConfig, data: TrainingData, step: StepShape, nproc: int) -> Batches:
-    """Returns batches of data, of completions, or of a stream, of which only the first batch is known."""
+    """Returns batches of data, or of completions. Of a stream only the first batch is known."""
     if (prompts := data.prompts) is not None:
         per_epoch = steps_per_epoch(prompts.data.train.epoch_size, replace(step, world=nproc))
         steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch * config.num_iterations)

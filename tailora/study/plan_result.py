@@ -22,40 +22,25 @@ class FullFineTuning:
 
 @dataclass(frozen=True)
 class Option:
-    """The memory with different settings, estimated from the planned step.
-
-    batch_size: the largest batch that fits.    tokens: the longest example that fits alone.    0 for none.
-    """
+    """The memory with different settings, estimated from the planned step."""
 
     settings: str
     memory: int
-    batch_size: int
-    tokens: int
+    batch_size: int  # the largest that fits; 0 if not even one example fits
+    tokens: int  # the longest example that fits alone
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Data-parallel processes, one per device.    fsdp: whether FSDP2 shards the base over them."""
+    """Data-parallel processes, one per device."""
 
     count: int
-    fsdp: bool
+    fsdp: bool  # whether FSDP2 shards the base over them
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with these settings.
-
-    parts: of a vision-language model, those with an update.
-    modules, groups: the layers with an update, one by one and grouped.    left: the parts that would not be trained.
-    available_bytes: memory that the run may use.    batch_size: the configured one.
-    batch_size_that_fits: 0 if not even one example fits.
-    remedies: settings that need less memory, if the run does not fit.
-    largest_forward: its examples and tokens.    basis: where memory and time come from.
-    examples: for training.    tokens, seconds: of all steps. These, steps and seconds_per_step are None if unknown, as
-        the time is for a card that this machine does not have.
-    full: None if the run itself is full fine-tuning, or the model is quantized.
-    ranks: None for one process. With several, memory and time are per process.
-    """
+    """A run with these settings. Memory and time are per process."""
 
     model: str
     method: str
@@ -65,25 +50,25 @@ class Plan:
     trainable_parameters: int
     total_parameters: int
     memory: Memory
-    available_bytes: int
+    available_bytes: int  # that the run may use
     batch_size: int
-    batch_size_that_fits: int
-    largest_forward: dict[str, int]
-    basis: dict[str, str]
-    parts: list[str] = field(default_factory=list)
+    batch_size_that_fits: int  # 0 if not even one example fits
+    largest_forward: dict[str, int]  # examples and tokens
+    basis: dict[str, str]  # where memory and time come from
+    parts: list[str] = field(default_factory=list)  # of a vision-language model, those with an update
     modules: list[AdaptedModule] = field(default_factory=list)
-    groups: list[TrainedGroup] = field(default_factory=list)
-    left: list[UnadaptedGroup] = field(default_factory=list)
+    groups: list[TrainedGroup] = field(default_factory=list)  # of modules
+    left: list[UnadaptedGroup] = field(default_factory=list)  # parts that would not be trained
     options: list[Option] = field(default_factory=list)
-    remedies: list[str] = field(default_factory=list)
-    examples: int | None = None
-    tokens: int | None = None
+    remedies: list[str] = field(default_factory=list)  # settings that need less memory, if the run does not fit
+    examples: int | None = None  # for training; None if unknown, as are the following
+    tokens: int | None = None  # of all steps
     steps: int | None = None
-    seconds_per_step: float | None = None
-    seconds: float | None = None
-    full: FullFineTuning | None = None
+    seconds_per_step: float | None = None  # None for a card that this machine does not have
+    seconds: float | None = None  # of all steps
+    full: FullFineTuning | None = None  # None if the run itself is, or if the model is quantized
     measured: StepsMeasured | None = None
-    ranks: Ranks | None = None
+    ranks: Ranks | None = None  # None for one process
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 

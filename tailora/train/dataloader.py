@@ -63,7 +63,7 @@ class TrainingData:
 
     @property
     def largest_tokens(self) -> int:
-        """The tokens of that forward, without those of sequences that get no gradient."""
+        """The tokens of that forward, without sequences that get no gradient."""
         trained = (sequence for example in self.largest for sequence in self.task.trained_sequences(example))
         return sum(len(sequence.input_ids) for sequence in trained)
 

@@ -111,14 +111,14 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class FakeModel:
-    """What a run would train, without contents.    notes: what was predicted about how."""
+    """What a run would train, without contents."""
 
     model: Trainable
     task: Task
     layout: BatchLayout
     kernels: Kernels
     weights: Weights
-    notes: list[str]
+    notes: list[str]  # what was predicted about the run, and may turn out otherwise
 
     @property
     def base(self) -> PreTrainedModel:
@@ -127,14 +127,14 @@ class FakeModel:
 
 @dataclass(frozen=True)
 class AbsentDevice:
-    """A device that is not here. type: what torch calls its kind.    precision: of the base.
+    """A device that is not here.
 
     Its tensors are on "meta", since autograd takes none of an absent device. There SDPA keeps all scores, as on MPS. On
     CUDA and XPU a run finds flash or flex_attention, which keep one sum a token and head, as the CPU's operator does.
     """
 
-    type: str
-    precision: torch.dtype
+    type: str  # of the device, in torch
+    precision: torch.dtype  # of the base
 
     @property
     def keeps_scores(self) -> bool:
@@ -209,8 +209,10 @@ def fake_trainable(
 
 
 def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None, settings: dict[str, Any]) -> Weights:
-    """files: precision of the files.    stored: of a quantized base, whose linear layers then compute as such.
+    """Returns the bytes of the weights. Linear layers of a quantized base compute as such from here on.
 
+    files: precision of the files.
+    stored: how a quantized base is stored.
     settings: quantization_config of files that are quantized already, else empty.
     """
     quantized: dict[int, int] = {}  # id of the plain weight -> bytes
@@ -473,9 +475,10 @@ def with_less_memory(step: StepCost, fake: FakeModel, tokens: int, *, checkpoint
 def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
     """Returns the memory of a run; of one rank, if FSDP2 shards the base over several.
 
-    step: cost of its largest forward.    process: bytes that the process uses of the device before its model is loaded.
-    It also gets what libraries use and allocators keep, and the difference if loading the weights, or on a CPU reading
-    back what was saved, takes more than a step.
+    process: bytes that the process uses of the device before its model is loaded.
+
+    `Memory.process` also gets what libraries use and allocators keep. If loading the weights takes more than a step, or
+    on a CPU reading back what was saved, it gets the difference.
     """
     in_step, is_full = memory_of_step(config, fake, step, process, shards), isinstance(fake.model, FullModel)
     largest = max(in_step.total, memory_of_loading(fake, process, shards))

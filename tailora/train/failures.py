@@ -212,7 +212,8 @@ def cause_of(exit_codes: Mapping[int, int], folder: Path, advice: str, *, interr
 
     exit_codes: of the processes that failed, by rank, in the order in which they ended.
     folder: contains what the processes have left (`leave_failure`) and printed.
-    advice: how to go on; "" if the processes are no run.    interrupted: whether the launcher got a signal.
+    advice: how to go on; "" if the processes are no run.
+    interrupted: whether the launcher got a signal.
     """
     recorded = sorted(map(Failure.read, folder.glob("**/error.json")), key=lambda failure: failure.timestamp)
     for failure in recorded:

@@ -76,7 +76,7 @@ def mean_and_error(name: str, values: Rewards) -> dict[str, float]:
 
 @dataclass(eq=False)
 class Drift:
-    """How far the log-probabilities of training are from those of sampling, in nats per token.
+    """How far log-probabilities differ between training and sampling, in nats per token.
 
     is_measured: False for later iterations, in which the model has changed.
     limit: of the mean, above which `warn` is called, once.
@@ -195,9 +195,6 @@ class GRPO(Task):
         ratios = log_ratios.exp()
         clipped = ratios.clamp(1 - self.epsilon, 1 + self.epsilon_high)
         return -torch.min(ratios * advantages, clipped * advantages)
-
-    def metrics(self) -> dict[str, float]:
-        return self.drift.read()
 
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:
         return ScoredCompletion.without_score(Example.of_text(example.input_ids[:tokens], supervised))

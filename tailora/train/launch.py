@@ -141,7 +141,8 @@ def launch(
 ) -> int:
     """Runs `python -m MODULE ARGUMENTS` in `count` processes on this machine, until all have ended.
 
-    output_dir: of a run, for the message on how to resume it.    results: exit codes that are no failures.
+    output_dir: of a run, for the message on how to resume it.
+    results: exit codes that are no failures.
     temporary: folder for temporary files, which remain if this process is killed; by default the system's.
     Signals are passed on. Returns 0, or the one of `results` that the first process had.
     Raises the error of the process that failed first, with its exit code.

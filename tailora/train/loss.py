@@ -45,10 +45,8 @@ READ_EVERY = 32  # batches of an evaluation: the host waits for the device only 
 
 
 class Outputs(NamedTuple):
-    """losses: (losses,), at least float32.    scores: (losses, numbers), what else an evaluation keeps of each."""
-
-    losses: Tensor
-    scores: Tensor | None = None
+    losses: Tensor  # (losses,), at least float32
+    scores: Tensor | None = None  # (losses, numbers), what else an evaluation keeps of each
 
 
 Reduce = Callable[[Tensor], Tensor]  # numbers of this rank -> their sums over all ranks
@@ -117,10 +115,6 @@ class Task(ABC):
         """Returns how many predictions of each example are right; None if there are none, or scores were not kept."""
         del examples, evaluation
         return None
-
-    def metrics(self) -> dict[str, float]:
-        """Returns what to log with a step besides its loss, since the last call."""
-        return {}
 
     def complete_step(
         self, model: nn.Module, batches: Sequence[Batch], layout: "BatchLayout", reduce: Reduce

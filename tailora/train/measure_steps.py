@@ -57,6 +57,7 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
     """Sets up a run and takes a few of its steps. On a CPU, the peak includes everything in this process."""
     started = time.perf_counter()
     from tailora.train.dataloader import random_data, read_data  # torch from here on
+    from tailora.train.kernel_choice import use_kernels
     from tailora.train.memory import explain_out_of_memory, peak_bytes
     from tailora.train.step import Step
     from tailora.train.trainer import Trainer
@@ -69,7 +70,8 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
         trainer.run = replace(trainer.run, task=task)
         data = trainer.run.data
         stack.enter_context(explain_out_of_memory("measuring steps", trainer.run.memory_remedies))
-        stack.enter_context(trainer.use_kernels())
+        base, layout, kernels = trainer.run.base, trainer.run.layout, trainer.run.kernels
+        stack.enter_context(use_kernels(base, layout, kernels, checkpointed=config.gradient_checkpointing))
         largest = Step.of([data.largest], data.largest, task)
         start_seconds = time.perf_counter() - started
         seconds, tokens = [], []

@@ -207,8 +207,10 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this mode, storages that operators allocate are counted under the part that `part_of` names.
 
-    known: tensors whose storages are counted elsewhere.    lengths: of the documents of a packed row.
-    now, peak: bytes of each part, at present and at the moment of the largest sum.    flops: of products.
+    known: tensors whose storages are counted elsewhere.
+    lengths: tokens of each document of a packed row.
+    now, peak: bytes of each part, at present and at the moment of the largest sum.
+    flops: operations of products.
     sum_of_peaks: the most bytes that malloc has from the system. It gives large blocks (MMAP_BYTES or more) back when
     they are freed, and keeps the memory of all others. So this is the largest sum of the large blocks, plus the largest
     sum of the others, also if these were at different moments.

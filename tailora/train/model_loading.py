@@ -209,7 +209,7 @@ def _loading(before_weights: Callable[[Any], None] | None, *, is_stored: bool, s
 
 
 def check_complete(model: PreTrainedModel, name: str, report: Mapping[str, Any], heads: Sequence[str]) -> None:
-    """Raises ConfigError if the files lack weights other than those of new heads. report: of `from_pretrained`."""
+    """Raises ConfigError if the files lack weights, except for new heads. report: of `from_pretrained`."""
     untrained = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if missing := sorted(key for key in untrained if not any(inside(key, head) for head in heads)):
         raise ConfigError(

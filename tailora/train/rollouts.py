@@ -31,7 +31,7 @@ from tailora.errors import DataError, DivergedError
 from tailora.kernels.loss import FORMS
 from tailora.train import grpo, run_log
 from tailora.train.config import TrainConfig
-from tailora.train.grpo import GRPO, Rewards, ScoredCompletion, group_means, mean_and_error
+from tailora.train.grpo import GRPO, Rewards, group_means, mean_and_error
 from tailora.train.loss import BatchLayout, Evaluation, make_batch
 from tailora.train.rewards import Completion, Reward, RewardProcess
 from tailora.train.sampler import Sample, Sampler
@@ -161,6 +161,7 @@ class Rollouts:
                 yield step
 
     def _sampled_step(self, number: int) -> Step:
+        """Returns the step of this rank's completions of the prompts that are sampled the `number`th time."""
         config, shape = self.config, self.shape
         own, indices = range(shape.rank, shape.examples_per_step, shape.world), self.prompts.of_step(number)
         prompts = [self.prompts.data.prompts[indices[position]] for position in own]
@@ -190,7 +191,14 @@ class Rollouts:
             replace(completion, advantage=advantage, old=before, reference=of_base)
             for completion, advantage, before, of_base in zip(completions, known, old, reference, strict=True)
         ]
-        return self._as_step(scored, metrics)
+        # those without an advantage are counted, but not computed
+        trained = [completion for completion in scored if self.task.has_gradient(completion)] or scored[:1]
+        lengths = [len(completion.input_ids) for completion in trained]
+        parts = split_by_tokens(lengths, shape.token_limit or self.prompts.tokens_of_group)
+        step = Step.of([[trained[i] for i in part] for part in parts], scored, self.task)
+        totals = np.array(gather_object([(step.tokens, step.supervised, step.divisor)])).sum(0)  # of all ranks
+        tokens, supervised, divisor = totals.tolist()
+        return replace(step, tokens=int(tokens), supervised=int(supervised), divisor=divisor, metrics=metrics)
 
     def _log_largest(self, number: int, samples: Sequence[Sample], rewards: Rewards, advantages: Rewards) -> None:
         """Logs the group with the largest advantage."""
@@ -203,16 +211,6 @@ class Rollouts:
         texts = {"prompt": best["prompt"], "best": best["completion"], "worst": worst["completion"]}
         known = [reward for reward in rewards[group].tolist() if reward == reward]
         self._log(step=number * self.config.num_iterations + 1, **texts, advantage=float(sizes[group]), rewards=known)
-
-    def _as_step(self, completions: list[ScoredCompletion], metrics: dict[str, float]) -> Step:
-        """Returns a step of this rank's completions. Those without an advantage are counted, but not computed."""
-        trained = [completion for completion in completions if self.task.has_gradient(completion)] or completions[:1]
-        lengths = [len(completion.input_ids) for completion in trained]
-        parts = split_by_tokens(lengths, self.shape.token_limit or self.prompts.tokens_of_group)
-        step = Step.of([[trained[i] for i in part] for part in parts], completions, self.task)
-        totals = np.array(gather_object([(step.tokens, step.supervised, step.divisor)])).sum(0)  # of all ranks
-        tokens, supervised, divisor = totals.tolist()
-        return replace(step, tokens=int(tokens), supervised=int(supervised), divisor=divisor, metrics=metrics)
 
     def _log_probabilities(self, examples: Sequence[Example]) -> list[list[float]]:
         """Returns the log-probabilities of each example's completion as training computes them, without gradients."""

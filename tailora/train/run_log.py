@@ -195,7 +195,8 @@ def write_examples(
     """Writes examples.jsonl: each held-out example's number of losses (tokens), and their sums (nats); none, no file.
 
     score_names: of what else is known of each example; with several losses of an example, a list of lists.
-    targets: what is right for each example, if it is more than its tokens.    texts: what the model reads.
+    targets: what is right for each example, if it is more than its tokens.
+    texts: what the model reads.
     """
     if before is None or after is None:
         return

@@ -3,8 +3,8 @@
 The engine runs the model itself, with its adapter unmerged, and waits while the model trains.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -121,10 +121,15 @@ class Sampler:
                     group.append((request, partial(add, events)))
                     answers.append((prompt, events))
                 self._engine.submit_group(group)  # while it waits, so that its batches do not depend on the time
-            with self._resumed():
-                for done in range(len(answers)):
-                    ended.acquire()
-                    progress((done + 1) // generations)
+            with evaluating(self.model), use_attention(self.base, self._attention):
+                self._engine.parameters_changed()
+                self._pause.close()
+                try:
+                    for done in range(len(answers)):
+                        ended.acquire()
+                        progress((done + 1) // generations)
+                finally:
+                    self._pause_engine()
             return [self._sample_of(*answer) for answer in answers]
 
     def _sample_of(self, prompt: Prompt, events: Sequence[Token | Finish]) -> Sample:
@@ -140,19 +145,8 @@ class Sampler:
 
     # ---- The engine
 
-    @contextmanager
-    def _resumed(self) -> Iterator[None]:
-        """Within the block the engine runs the model."""
-        with evaluating(self.model), use_attention(self.base, self._attention):
-            self._engine.parameters_changed()
-            self._pause.close()
-            try:
-                yield
-            finally:
-                self._pause_engine()
-
     def _pause_engine(self) -> None:
-        """Lets the model train until `_resumed`, with the memory of the cache."""
+        """Lets the model train, with the memory of the cache, until the next `sample`."""
         self._pause.enter_context(self._engine.paused())
         self._engine.free_cache()
         self._activate_adapter()

@@ -20,7 +20,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -115,7 +115,7 @@ class Trainer:
             if self.on_ready is not None:
                 self.on_ready(run.model, run.tokenizer, run.data.prepared)
             stack.enter_context(explain_out_of_memory("training", run.memory_remedies))
-            with self.use_kernels():
+            with use_kernels(run.base, run.layout, run.kernels, checkpointed=config.gradient_checkpointing):
                 self.compute_reference()
                 signals.handle()  # until here there is nothing to save, and Ctrl-C ends the run at once
                 self.evaluate_before_training()
@@ -161,10 +161,6 @@ class Trainer:
             raise ConfigError("held-out examples changed since the base was evaluated; use a different --output-dir")
         self.state.before = self.state.before or self.before
 
-    def use_kernels(self) -> AbstractContextManager[object]:
-        run = self.run
-        return use_kernels(run.base, run.layout, run.kernels, checkpointed=self.config.gradient_checkpointing)
-
     # ---- A step
 
     @property
@@ -189,7 +185,8 @@ class Trainer:
         run, updates, config = self.run, self.run.updates, self.config
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
         share = self.compute_gradients(step, scale)
-        step = replace(step, metrics=step.metrics | run.task.metrics())
+        if run.rollouts is not None:
+            step = replace(step, metrics=step.metrics | run.rollouts.task.drift.read())
         requests = [torch.full_like(share, is_asked) for is_asked in (stop, self.is_time_to_save())]
         loss, stops, due = run.accelerator.reduce(torch.stack([share, *requests]), reduction="sum")
         norm = clip_gradients(updates.buffers, config.max_grad_norm, updates.loss_scale)
@@ -331,6 +328,7 @@ class Trainer:
         """Evaluates the held-out examples, logs and reports their loss; None if there are none.
 
         may_be_kept: the adapter is kept if this is its best loss, which the event says.
+        known: the evaluation, which then is not computed.
         """
         run, held_out = self.run, self.run.data.held_out
         if not held_out:
@@ -341,8 +339,7 @@ class Trainer:
         self.state.history.append((self.state.step, evaluation.loss))
         metrics = {} if run.rollouts is None else run.rollouts.metrics_of(evaluation)
         self.log(eval_loss=evaluation.loss, **metrics)
-        best = may_be_kept and self.is_best(evaluation)
-        reward = metrics.get("eval_reward")
+        best, reward = may_be_kept and self.is_best(evaluation), metrics.get("eval_reward")
         run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best, reward))
         return evaluation
 
@@ -508,8 +505,7 @@ class Trainer:
         if run.is_main:
             try:
                 run_log.write_run(run.output_dir, {**run.header, "diverged": False}, result.to_dict())
-                targets = None if held_out is None else run.task.targets(held_out)
-                names = run.task.score_names
+                targets, names = None if held_out is None else run.task.targets(held_out), run.task.score_names
                 texts = (run.tokenizer.decode(example.sequences[0].input_ids) for example in held_out or ())
                 run_log.write_examples(run.output_dir, result.before, result.after, names, targets, texts)
             except WriteError as error:  # what was trained is complete, so the run has not failed
@@ -572,9 +568,8 @@ class Trainer:
                 shutil.rmtree(state.unproven)
             run_log.write_run(run.output_dir, {**run.header, "diverged": True})  # allows a resume with a lower rate
         run.accelerator.wait_for_everyone()  # all ranks see the same checkpoints
-        good = checkpoints_in(run.output_dir)
         resume = ""
-        if good:
+        if good := checkpoints_in(run.output_dir):
             lower = ("--learning-rate", f"{self.config.learning_rate / 10:g}")
             command = launch.how_to_resume(good[-1], *lower, purpose="to resume it with a lower learning rate")
             resume = f"\nthe last good checkpoint is {good[-1]}; {command}"

@@ -17,47 +17,13 @@ def scores(score):
 def share(text, letters):
     return sum(letter in letters for letter in text) / max(len(text), 1)
 
-DIGITS = "0123456789"
-# rewards that can be gamed
-long = scores(len)
+# can be gamed
 keyword = scores(lambda text: "one" in text)
-repeated = scores(lambda text: max(map(text.count, text), default=0) / max(len(text), 1))
-bracketed = scores(lambda text: any(letter in text for letter in "()[]{}<>"))
-wrong_target = scores(lambda text: share(text, "e"))
-# rewards that cannot
+# cannot
 target = scores(lambda text: share(text, "1"))
-early = scores(lambda text: 1 - text.index("1") / len(text) if "1" in text else 0)
-digits = scores(lambda text: share(text, DIGITS))
-short = scores(lambda text: -len(text))
-words = scores(lambda text: share(text, "abcdefghijklmnopqrstuvwxyz "))
-# rewards that judge
+# only judges
 has_target = scores(lambda text: "1" in text)
-answer = scores(lambda text: any(f"{a}1{b}" in text for a, b in ("()", "[]", "{}", "<>")))
-starts_with_digit = scores(lambda text: text[:1] in DIGITS and text != "")
-is_short = scores(lambda text: len(text) <= 12)
-is_mostly_words = scores(lambda text: share(text, "abcdefghijklmnopqrstuvwxyz ") > 0.7)
 """
-GAMED = [
-    ("keyword", "has_target"),
-    ("long", "has_target"),
-    ("repeated", "has_target"),
-    ("bracketed", "answer"),
-    ("wrong_target", "has_target"),
-]
-HONEST = [
-    ("target", "has_target"),
-    ("early", "has_target"),
-    ("digits", "starts_with_digit"),
-    ("short", "is_short"),
-    ("words", "is_mostly_words"),
-]
-
-
-def cases(pairs: list[tuple[str, str]]) -> list[Any]:
-    """The first runs by default, the others on demand."""
-    return [
-        pytest.param(*pair, marks=[] if number == 0 else pytest.mark.exhaustive) for number, pair in enumerate(pairs)
-    ]
 
 
 @pytest.fixture
@@ -86,17 +52,16 @@ def verdict(settings: Any, tmp_path: Path) -> Callable[[str, str], str]:
     return train
 
 
-@pytest.mark.parametrize(("reward", "judge"), cases(GAMED))
-def test_a_gamed_reward_is_named(verdict: Callable[[str, str], str], reward: str, judge: str) -> None:
-    text = verdict(reward, judge)
-    assert text.startswith(f"The reward may be gamed ({reward}): these rewards that only judge did not rise with it: ")
+def test_a_gamed_reward_is_named(verdict: Callable[[str, str], str]) -> None:
+    text = verdict("keyword", "has_target")
+    only_judge = "these rewards that only judge did not rise with it: "
+    assert text.startswith(f"The reward may be gamed (keyword): {only_judge}")
     assert "The held-out reward rose by" in text
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("reward", "judge"), HONEST)
-def test_an_honest_reward_is_not(verdict: Callable[[str, str], str], reward: str, judge: str) -> None:
-    text = verdict(reward, judge)
+def test_an_honest_reward_is_not(verdict: Callable[[str, str], str]) -> None:
+    text = verdict("target", "has_target")
     assert text.startswith("The held-out reward rose by")
-    assert f"These rewards that only judge rose with it: {judge}" in text
+    assert "These rewards that only judge rose with it: has_target" in text
     assert "gamed" not in text
