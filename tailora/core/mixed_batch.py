@@ -250,7 +250,7 @@ FLAT_PARENTS = ("OPTDecoderLayer",)
 
 
 def flat_layers(base_model: nn.Module, layers: Mapping[str, nn.Module]) -> set[nn.Module]:
-    """Returns those of these layers whose input has no dimension for the rows of a batch."""
+    """Returns the layers whose input has no dimension for the rows of a batch."""
 
     def parent(path: str) -> str:
         return type(base_model.get_submodule(path.rpartition(".")[0])).__name__

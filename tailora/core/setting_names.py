@@ -1,4 +1,4 @@
-"""Names of settings that tailora does not have: those of other tools, which differ from ours, and removed ones."""
+"""Settings that tailora does not have: names from other tools, and removed settings."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -101,7 +101,7 @@ REMOVED_SETTINGS: dict[str, tuple[Any, str]] = {  # name -> its default, and wha
     "beta2": (0.85, _ADALORA),
     "orth_reg_weight": (0.5, _ADALORA),
     "activation_memory": (1.0, "compiled layers keep all activations; use gradient_checkpointing to save memory"),
-    "lora_bias": (False, "the update has no bias of its own; use bias: lora_only to train those of the base model"),
+    "lora_bias": (False, "use bias: lora_only to train the biases of the adapted layers"),
     "allow_remote_images": (False, "images must be files; download them, and name the files in the rows"),
     "lr_only": (False, "there is no range test; compare learning rates with --space learning_rate=1e-5..1e-2"),
     "fsdp_reshard_after_forward": (True, "gathered weights are always freed after the forward pass"),
