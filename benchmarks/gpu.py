@@ -7,7 +7,7 @@
 Weights are random and have the shapes of real models. Each cell is measured in its own process with a time limit, and
 FILE (JSON) is written after each cell, so it is complete up to the point where the run ends. For a cell that fails or
 takes too long, FILE contains the measurements so far and the reason. `update_docs.py` turns the files in
-benchmarks/results/devices into tables. README.md explains how to run this on a machine without network.
+benchmarks/results/devices into tables.
 """
 
 import argparse
@@ -39,16 +39,13 @@ class Sizes:
     large: str  # bound by products
     tokens: tuple[int, ...]  # of a step
     documents: tuple[int, ...]  # tokens of each
-    square: int  # side of the product that shows the peak
-    rows: int  # of a mixed batch
-    adapters: tuple[int, ...]  # in a mixed batch
     new_tokens: int
     steps: int  # of a block of a training arm
 
 
 SIZES = {
-    "real": Sizes("135M", "8B", (2048, 16384), (128, 512, 2048), 8192, 64, (1, 4, 16, 64), 32, 4),
-    "tiny": Sizes("tiny", "tiny", (128,), (16, 64), 256, 8, (1, 4), 4, 1),
+    "real": Sizes("135M", "8B", (2048, 16384), (128, 512, 2048), 32, 4),
+    "tiny": Sizes("tiny", "tiny", (128,), (16, 64), 4, 1),
 }
 
 
@@ -69,14 +66,11 @@ def cells(sizes: Sizes) -> list[tuple[float, dict[str, Any]]]:
         for rows in (1, 8)
     ]
     quantized = {"what": "nf4", "model": sizes.small, "tokens": sizes.tokens[0], "documents": documents[-1:], **rounds}
-    mixed = {"what": "rows", "model": sizes.small, "rows": sizes.rows, "adapters": list(sizes.adapters)}
     return [
         *((60.0, {"what": "model", "model": model}) for model in models),
         (100.0, {"what": "tests"}),
-        (30.0, {"what": "ceilings", "square": sizes.square}),
         *training[0],  # these compile; the others find what was compiled in inductor's cache
         *decoding,
-        (60.0, mixed),
         (60.0, quantized),
         *(cell for cells_of_tokens in training[1:] for cell in cells_of_tokens),
     ]

@@ -36,15 +36,6 @@ def as_text(cell: dict[str, Any], result: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-def test_ceilings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cells.ceilings(torch.device("cpu"), folder, 64)
-    result = reported(capsys)
-    assert {*result["flops"]} == {"bfloat16", "float16", "float32"}
-    assert min(*result["flops"].values(), result["bytes_per_second"], result["launch_seconds"]) > 0
-    assert "a card, 16 GiB" in as_text({"what": "ceilings"}, result)
-
-
-@pytest.mark.slow
 def test_decoding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells.decode(torch.device("cpu"), folder, "tiny", rows=2, new_tokens=3)
     result = reported(capsys)
@@ -52,14 +43,6 @@ def test_decoding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name, arm in result.items() if isinstance(arm, dict)] == arms
     assert all(len(result[arm]["first"]) == len(result[arm]["next"]) == 3 for arm in arms)
     assert "| tailora, DoRA | " in as_text({"what": "decode", "model": "tiny", "rows": 2}, result)
-
-
-@pytest.mark.slow
-def test_mixed_batches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cells.rows(torch.device("cpu"), folder, "tiny", rows=4, adapters=[1, 2])
-    result = reported(capsys)
-    assert [*result["1"]] == [*result["2"]] == ["base", "tailora", "tailora, in order", "PEFT"]
-    assert "| PEFT | " in as_text({"what": "rows", "model": "tiny", "rows": 4}, result)
 
 
 @pytest.mark.trainers

@@ -37,13 +37,6 @@ def name_of(cell: dict[str, Any]) -> str:
 # ---- Cells
 
 
-def ceilings(_: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    products = [f"{flops / 1e12:,.1f} TFLOP/s in {dtype}" for dtype, flops in result.get("flops", {}).items()]
-    copies = [f"copies {result['bytes_per_second'] / 1e9:,.0f} GB/s"] if "bytes_per_second" in result else []
-    launches = [f"a kernel of one number {1e6 * result['launch_seconds']:.1f} us"] if "launch_seconds" in result else []
-    return [f"At best: {', '.join([*products, *copies, *launches])}."] if products else []
-
-
 COLUMNS = {  # what an arm reports -> head of its column, factor, form
     "seconds": ("ms", 1e3, "{:.1f}"),
     "first": ("first token, ms", 1e3, "{:.1f}"),
@@ -82,14 +75,8 @@ def decode(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
     return arms(f"{cell['model']}, {cell['rows']} prompts of 64 tokens", result)
 
 
-def rows(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """A table for each number of adapters."""
-    about = f"{cell['model']}, {cell['rows']} rows of one token, adapters:"
-    return [part for count in result if count.isdigit() for part in arms(f"{about} {count}", result[count])]
-
-
 def tests(_: dict[str, Any], result: dict[str, Any]) -> list[str]:
     return [f"`pytest -m gpu`: {result['said'][-1].strip()}."] if result.get("said") else []
 
 
-PARTS = {"ceilings": ceilings, "train": train, "nf4": train, "decode": decode, "rows": rows, "tests": tests}
+PARTS = {"train": train, "nf4": train, "decode": decode, "tests": tests}

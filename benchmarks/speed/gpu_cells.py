@@ -37,7 +37,6 @@ SHAPES = {
 }
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")  # cudaDeviceSynchronize is the profiler's
 R = 16
-COPIED = 2**30  # bytes
 
 
 def report(values: dict[str, Any]) -> None:
@@ -114,36 +113,13 @@ def seconds_of(step: Callable[[], Any], device: torch.device, repeats: int = 5) 
     return times[1:]
 
 
-# ---- Models, and what the device can do at best
+# ---- Models
 
 
 def model(device: torch.device, folder: Path, model: str) -> None:
     """Writes a Hugging Face folder of random weights, which are made on the device."""
     write_model(SHAPES[model], folder / model, device)
     report({"parameters": sum(path.stat().st_size for path in (folder / model).glob("*.safetensors")) // 2})
-
-
-def ceilings(device: torch.device, folder: Path, square: int) -> None:
-    del folder
-    for name, dtype in {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.items():
-        a, b = torch.randn(2, square, square, device=device).to(dtype)
-        seconds = median(seconds_of(lambda: a @ b, device))  # noqa: B023
-        report({"flops": {name: 2 * square**3 / seconds}})
-    source = torch.empty(COPIED // 64 if square < 8192 else COPIED, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    report({"bytes_per_second": 2 * source.nbytes / median(seconds_of(lambda: target.copy_(source), device))})
-    report({"launch_seconds": median(launches(device))})
-
-
-def launches(device: torch.device, count: int = 1000) -> list[float]:
-    """Returns the seconds of one of many kernels of one number each."""
-    x = torch.zeros((), device=device)
-
-    def many() -> None:
-        for _ in range(count):
-            x.add_(1)
-
-    return [seconds / count for seconds in seconds_of(many, device)]
 
 
 # ---- Training: every arm in its own process, and blocks of steps in turn
@@ -465,42 +441,6 @@ def decoding_times(
     return {"first": one, "next": (many - one) / (new_tokens - 1), "counts": of_a_token}
 
 
-def rows(device: torch.device, folder: Path, model: str, rows: int, adapters: list[int]) -> None:
-    """Reports forward passes of `rows` one-token rows, by the number of adapters among them, in turn and in order."""
-    from peft import LoraConfig, get_peft_model
-
-    ids = random_ids(model, (rows, 1), device)
-    settings = LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM")
-    ours = LoRAModel(load(folder / model, device), LoRAConfig(r=R), "0").eval()
-    theirs = get_peft_model(load(folder / model, device), settings, adapter_name="0").eval()
-    base = load(folder / model, device).eval()
-    for count in adapters:
-        for name in map(str, range(len(ours.adapters), count)):
-            ours.add_adapter(name, LoRAConfig(r=R))
-            theirs.add_adapter(name, settings)
-        randomize(ours)
-        names = [*ours.adapters]
-        in_turn = [names[row % count] for row in range(rows)]
-        arms: dict[str, tuple[Any, dict[str, Any], list[str] | None]] = {
-            "base": (base, {}, None),
-            "tailora": (ours, {}, in_turn),
-            "tailora, in order": (ours, {}, sorted(in_turn)),
-            "PEFT": (theirs, {"adapter_names": in_turn}, None),
-        }
-        for arm, (adapted, arguments, by_row) in arms.items():
-            with torch.inference_mode(), ExitStack() as stack:
-                if by_row is not None:
-                    stack.enter_context(ours.adapter_rows(by_row))
-
-                def forward(adapted: Any = adapted, arguments: dict[str, Any] = arguments) -> None:
-                    adapted(input_ids=ids, use_cache=False, **arguments)
-
-                seconds = seconds_of(forward, device)
-                with counted(device) as counts:
-                    forward()
-            report({str(count): {arm: {"seconds": seconds, **counts}}})
-
-
 def random_ids(model: str, size: tuple[int, int], device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, SHAPES[model].vocabulary, size, generator=generator).to(device)
@@ -523,9 +463,7 @@ def randomize(model: LoRAModel) -> None:
 
 CELLS: dict[str, Callable[..., None]] = {
     "model": model,
-    "ceilings": ceilings,
     "train": train,
     "nf4": nf4,
     "decode": decode,
-    "rows": rows,
 }

@@ -41,7 +41,7 @@ def verdict(settings: Any, tmp_path: Path) -> Callable[[str, str], str]:
             eval_reward=[f"{functions}:{judge}"],
             max_completion_length=8,
             num_generations=8,
-            max_steps=12,
+            max_steps=8,
             learning_rate=2e-2,
             validation_split=0.5,
             samples=0,

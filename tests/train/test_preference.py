@@ -350,7 +350,7 @@ def test_runs_with_the_other_losses_learn_the_order(
     loss: str, settings: Any, pairs_file: Path, feedback_file: Path
 ) -> None:
     data = feedback_file if loss == "kto" else pairs_file
-    config = settings(data=str(data), loss=loss, num_train_epochs=2, learning_rate=5e-3)
+    config = settings(data=str(data), loss=loss, num_train_epochs=1, learning_rate=1e-2)
     result = run(config)
     numbers = write_train_report(Path(config.output_dir))["result"]
     assert result.to_dict()["eval_accuracy_after"] == pytest.approx(numbers["eval_accuracy_after"])
