@@ -131,12 +131,6 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class List:
-    items: Sequence[str]
-    detail: Detail = "always"
-
-
-@dataclass(frozen=True)
 class Code:
     """Commands or settings to copy. Lines are never wrapped."""
 
@@ -145,7 +139,7 @@ class Code:
     detail: Detail = "always"
 
 
-Block = Table | Figure | HeatMap | Answers | Sample | Finding | Paragraph | List | Code
+Block = Table | Figure | HeatMap | Answers | Sample | Finding | Paragraph | Code
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,6 @@ def _print_block(console: Console, block: blocks.Block) -> None:
             _print_lines(console, [f"  {line}" for line in block.code.splitlines()])
         case blocks.Paragraph():
             _print(console, block.text)
-        case blocks.List():
-            for item in block.items:
-                _print(console, f"- {item}")
         case blocks.Code():
             _print(console, block.title, style="bold")
             _print_lines(console, block.text.splitlines())

@@ -11,7 +11,7 @@ import pytest
 from report.contents import CONTENTS
 from rich.console import Console
 
-from tailora.report.blocks import Answers, Code, Column, Finding, HeatMap, List, Page, Paragraph, Section, Table
+from tailora.report.blocks import Answers, Code, Column, Finding, HeatMap, Page, Paragraph, Section, Table
 from tailora.report.charts import HEAT, heat_colour, running_mean
 from tailora.report.files import page_of
 from tailora.report.format import signed
@@ -75,8 +75,6 @@ def always_shown(page: Page) -> str:
                     texts += [block.text, block.code]
                 case Paragraph() | Code():
                     texts.append(block.text)
-                case List():
-                    texts += block.items
     return "\n".join(texts)
 
 

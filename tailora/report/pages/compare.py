@@ -39,7 +39,7 @@ def compare_page(comparison: Comparison) -> Page:
             "Learning rates tried",
             f"A comparison is only fair if every variant has its own best learning rate. These are the {measure.names} "
             "on the half of the held-out examples that is used to choose the rate.",
-            _rates(comparison.arms, axis, measure.name),
+            [_rates(comparison.arms, axis, measure.name)],
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
     ]
@@ -119,7 +119,7 @@ def _costs(arms: Sequence[ArmResult]) -> Table:
     return Table([*columns, *numeric("KL from base", "rise of loss")], rows, note=note)
 
 
-def _rates(arms: Sequence[ArmResult], axis: str, name: str) -> list[Block | None]:
+def _rates(arms: Sequence[ArmResult], axis: str, name: str) -> Figure | None:
     losses = {  # without failed runs
         arm.name: {rate: loss for rate, loss in sorted(arm.rates.items()) if loss is not None and math.isfinite(loss)}
         for arm in arms
@@ -142,11 +142,4 @@ def _rates(arms: Sequence[ArmResult], axis: str, name: str) -> list[Block | None
     if at_edge:
         caption += f" The best rate of {', '.join(at_edge)} is at the edge of the range."
     figure = Figure("rates", draw, f"{name.capitalize()} against learning rate. {best}.", caption, wide=True)
-    rows = [
-        [arm.name, learning_rate(rate), f"{losses[arm.name][rate]:.4f}" if rate in losses[arm.name] else "failed"]
-        for arm in arms
-        for rate in sorted(arm.rates)
-    ]
-    columns = [Column("name"), *numeric("learning rate", name)]
-    table = Table(columns, rows, "Learning rates tried", folded=True, detail="page")
-    return [figure if tried else None, table if rows else None]
+    return figure if tried else None

@@ -6,7 +6,7 @@ from typing import Any
 from tailora.data.dataset import distinct_of
 from tailora.evaluation.metrics import LABEL_METRICS, METRICS
 from tailora.evaluation.scores import Match
-from tailora.report.blocks import Answers, Block, Column, List, Number, Page, Section, Table
+from tailora.report.blocks import Answers, Block, Column, Number, Page, Paragraph, Section, Table
 from tailora.report.format import decimals, duration, interval, plural
 from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
 
@@ -97,8 +97,8 @@ def eval_page(report: EvalReport) -> Page:
     notes = [text.format(plural(data[name], "row"), **data) for name, text in CUTS.items() if data.get(name)]
     notes += [report.rows_of_training] if report.rows_of_training else []
     where = " on training rows" if report.rows_of_training else ""
-    outcomes = [f"gate {'met' if gate.met else 'NOT MET'}{where}: {gate}" for gate in report.gates]
-    gates = Section("Gates", "", [List(outcomes) if outcomes else None])
+    outcomes = [f"- gate {'met' if gate.met else 'NOT MET'}{where}: {gate}" for gate in report.gates]
+    gates = Section("Gates", "", [*map(Paragraph, outcomes)])
     return Page("eval", evaluated.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import Block, Column, Figure, Finding, HeatMap, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import Canvas, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
-from tailora.report.pages.shared import INTERVAL, by_depth, by_layer, numeric, settings_table, short_names
+from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 from tailora.study.advice import HeldOutLosses, Inspection, first_few
+from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
 MOST_PANELS = 12  # in the figure of spectra
 FEWEST_LAYERS = 3  # for a heat map
@@ -163,7 +165,7 @@ def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None, 
 
     columns = numeric("r")
     columns += [Column(measure.column, numeric=True, priority=measure.priority) for measure in measures]
-    groups = by_depth(modules, inspection.layers)
+    groups = _by_depth(modules, inspection.layers)
     groups.sort(key=lambda group: -sum(module.energy for module in group[2]))
     rows = [[layers, name, *cells(own)] for layers, name, own in groups]
     by_depth_table = Table([Column("layers"), Column("module"), *columns], rows, first=FIRST_ROWS)
@@ -195,10 +197,16 @@ def _remarks(inspection: Inspection) -> list[Paragraph]:
 
 
 def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
+    names = _short_names(modules)
+
     def heat_map(
         name: str, measure: str, title: str, form: str, top: float | None, caption: str, *, always: bool = False
     ) -> HeatMap:
-        cells = by_layer(modules, measure)
+        cells = {
+            (names[module.path], layer): float(value)
+            for module in modules
+            if (layer := layer_index(module.path)) is not None and (value := getattr(module, measure)) is not None
+        }
         highest = max(cells.values(), default=0.0) if top is None else top
         return HeatMap(f"map-{name}", title, cells, highest, form.format, caption, "always" if always else "page")
 
@@ -219,7 +227,7 @@ def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
 
 
 def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
-    names = short_names(module.path for module in modules)
+    names = _short_names(modules)
     groups: dict[str, list[ModuleReport]] = {}
     for module in modules:
         if module.singular_values and module.singular_values[0] > 0:
@@ -286,3 +294,33 @@ def _forgetting(lost: Mapping[str, Any]) -> Paragraph:
         f"On {lost.get('text', 'other text')}: KL {lost['kl']:.4f} nats per token from the base; the loss went from "
         f"{lost['loss_before']:.4f} to {lost['loss_after']:.4f} ({signed(rise, 4)})."
     )
+
+
+# ---- Short names of matrices, and matrices by depth and layer
+
+
+def _inner_path(path: str) -> str:
+    """Returns the path after the number of its layer; the full path if it has none."""
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdecimal()), -1)
+    return ".".join(parts[number + 1 :])
+
+
+def _short_names(modules: Sequence[ModuleReport]) -> dict[str, str]:
+    """Returns path -> its last name, or the path within the layer if the last name is ambiguous."""
+    inner = {module.path: _inner_path(module.path) for module in modules}
+    owners = Counter(name.rpartition(".")[2] for name in set(inner.values()))
+    return {path: last if owners[last := name.rpartition(".")[2]] == 1 else name for path, name in inner.items()}
+
+
+def _by_depth(modules: Sequence[ModuleReport], layers: int) -> list[tuple[str, str, list[ModuleReport]]]:
+    """Groups modules: a range of layers in one third of the model, a matrix's short name, and its modules there."""
+    names = _short_names(modules)
+    groups: dict[tuple[str, str], list[ModuleReport]] = {}
+    for module in modules:
+        groups.setdefault((depth_of(module.path, layers), _inner_path(module.path)), []).append(module)
+    ordered = sorted(groups.items(), key=lambda item: ["", *DEPTHS].index(item[0][0]))
+    return [
+        (layer_range([module.path for module in members]) or depth or NONE, names[members[0].path], members)
+        for (depth, _), members in ordered
+    ]

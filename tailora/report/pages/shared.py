@@ -1,14 +1,12 @@
-"""Columns, tables, figures and short names that several pages use."""
+"""Columns, tables and figures that several pages use."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tailora.core.patterns import layer_index
 from tailora.evaluation.statistics import Difference
 from tailora.report.blocks import Column, Figure, Section, Table
 from tailora.report.charts import DASHED, GRID, SERIES, SOFT, Canvas, Estimate
-from tailora.report.format import NONE, decimals, interval, p_value, setting, share, signed
-from tailora.study.model_layout import DEPTHS, depth_of, layer_range
+from tailora.report.format import decimals, interval, p_value, setting, share, signed
 from tailora.study.results import measure_of
 from tailora.study.study_store import LAUNCH, PROCESSES
 
@@ -134,55 +132,3 @@ def _calibration(details: Mapping[str, Any]) -> Figure:
         "80% are right in 80% of the cases."
     )
     return Figure("calibration", draw, alt, caption)
-
-
-# ---- Short names of matrices, and matrices by depth and layer
-
-
-def inner_path(path: str) -> str:
-    """Returns the path after the number of its layer; the full path if it has none."""
-    parts = path.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdecimal()), -1)
-    return ".".join(parts[number + 1 :])
-
-
-def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Returns path -> its last name, or the path within the layer if the last name is ambiguous."""
-    inner = {path: inner_path(path) for path in paths}
-    by_last_name: dict[str, set[str]] = {}
-    for name in inner.values():
-        by_last_name.setdefault(name.rpartition(".")[2], set()).add(name)
-    return {
-        path: last if len(by_last_name[last := name.rpartition(".")[2]]) == 1 else name for path, name in inner.items()
-    }
-
-
-class HasPath(Protocol):
-    @property
-    def path(self) -> str: ...
-
-
-Module = TypeVar("Module", bound=HasPath)
-
-
-def by_depth(modules: Sequence[Module], layers: int) -> list[tuple[str, str, list[Module]]]:
-    """Groups modules: a range of layers in one third of the model, a matrix's short name, and its modules there."""
-    names = short_names(module.path for module in modules)
-    groups: dict[tuple[str, str], list[Module]] = {}
-    for module in modules:
-        groups.setdefault((depth_of(module.path, layers), inner_path(module.path)), []).append(module)
-    ordered = sorted(groups.items(), key=lambda item: ["", *DEPTHS].index(item[0][0]))
-    return [
-        (layer_range([module.path for module in members]) or depth or NONE, names[members[0].path], members)
-        for (depth, _), members in ordered
-    ]
-
-
-def by_layer(modules: Sequence[HasPath], measure: str) -> dict[tuple[str, int], float]:
-    """Returns a heat map's cells: short name of a matrix, layer -> the module's attribute `measure`, if not None."""
-    names = short_names(module.path for module in modules)
-    return {
-        (names[module.path], layer): float(value)
-        for module in modules
-        if (layer := layer_index(module.path)) is not None and (value := getattr(module, measure)) is not None
-    }
