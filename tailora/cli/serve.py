@@ -202,7 +202,7 @@ def adapters_in(folder: Path) -> dict[str, Path]:
 def skip_adapters(
     folders: dict[str, Path], task_of: Callable[[Path], str | None], skipped: Collection[str], why: str
 ) -> dict[str, Path]:
-    """Returns the adapters with other tasks than `skipped`; a note names the others."""
+    """Returns the adapters whose task is not in `skipped`; a note names the others."""
     tasks = {name: task for name, path in folders.items() if (task := task_of(path)) in skipped}
     if tasks:
         note(f"skipped adapters, because {why}: {', '.join(f'{name} ({task})' for name, task in tasks.items())}")

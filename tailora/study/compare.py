@@ -188,7 +188,7 @@ class _Comparison:
     def _final_runs(self, rates: Mapping[str, LearningRateSearch]) -> dict[str, list[Trial]]:
         """Returns the runs of each arm at its best rate, with the same seeds. Raises ConfigError if there are none."""
         best = {arm: search.best for arm, search in rates.items() if search.best is not None}
-        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # other seeds than the search
+        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # not used by the search
         wanted: list[Run] = [
             (arm, f"seed-{seed}-rate-{rate:.3g}", {"learning_rate": rate, "seed": seed})
             for seed in seeds
