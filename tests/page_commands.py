@@ -44,9 +44,9 @@ ALSO = ("datasets", "matplotlib.pyplot", "scipy.stats", "sklearn.metrics", "tran
 FEWER = {  # command -> flags that make it short, whatever the page says
     "demo": {"--max-steps": "2"},
     "train": {"--max-steps": "2"},
-    "compare": {"--max-steps": "2", "--seeds": "1", "--rate-tries": "1", "--minutes": ""},
-    "search": {"--max-steps": "2", "--seeds": "1", "--trials": "2", "--minutes": ""},
-    "curve": {"--max-steps": "8", "--num-train-epochs": "1", "--seeds": "2", "--minutes": ""},
+    "compare": {"--max-steps": "2", "--seeds": "1", "--rate-tries": "1"},
+    "search": {"--max-steps": "2", "--seeds": "1", "--trials": "2"},
+    "curve": {"--max-steps": "8", "--num-train-epochs": "1", "--seeds": "2"},
 }
 GATE_NOT_MET, WORSE = 4, 5  # what a model of random weights does to a gate, and a few steps to the model
 
@@ -91,7 +91,7 @@ def shortened(tokens: list[str]) -> list[str]:
     """Returns a command line of tailora with the flags of FEWER in place of its own."""
     fewer = FEWER.get(tokens[0], {}) if tokens and "--help" not in tokens else {}
     kept = [token for i, token in enumerate(tokens) if token not in fewer and tokens[max(i - 1, 0)] not in fewer]
-    return kept + [part for flag, value in fewer.items() if value for part in (flag, value)]
+    return kept + [part for flag_and_value in fewer.items() for part in flag_and_value]
 
 
 def exit_code(arguments: list[str]) -> int:
