@@ -1,8 +1,8 @@
 """Probes of an adapter: prompts whose next token differs between the adapter, its base and a wrong scale.
 
-`make_passport` uses chats with replies, or plain texts for a model without chat template. Each gives a plain completion
-that ends where the adapter changes the next token most, compared with the effect of rounding the base to 4 bits, and a
-chat that ends before the reply. There it computes the log-probabilities of the likely tokens at every scale.
+`make_passport` uses chats with replies, or plain texts for a model without chat template. Each gives two plain
+completions that end where the adapter changes the next token most, compared with the effect of rounding the base to 4
+bits, and a chat that ends before the reply. There it computes the log-probabilities of likely tokens at every scale.
 """
 
 import math
@@ -37,6 +37,7 @@ REPLY_LENGTH = 40  # tokens
 SHORTEST_CONTEXT = 200  # positions of a model
 TEXTS, TEXT_LENGTH = 16, 48  # for a model without chat template: texts written by the base, and their tokens
 SHORTEST_PROMPT = 4  # tokens; the first words of a plain text are too uncertain
+PER_TEXT = 2  # plain completions; with one, a correct base in Q5_0 was mistaken for a scaled adapter
 LIKELY = 8  # tokens of a probe that are kept for each scale
 SCALES = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
 GROUP = 32  # weights that share a scale in llama.cpp's Q4_0
@@ -220,7 +221,7 @@ def _probes(
     tokenizer: ChatTokenizer,
     progress: Callable[[int, int], None],
 ) -> list[Probe]:
-    """Returns a plain completion for each text, and a chat where it is one."""
+    """Returns the plain completions of each text, and a chat where it is one."""
     root = math.sqrt(max((layer.r for layer in adapter.low_rank.values()), default=1))
     scales = sorted({BASE, ADAPTER, *SCALES, round(root, 4), round(1 / root, 4)})
     size = max(1, CHUNK // (len(tokenizer.tokenizer) * max(len(text.ids) for text in texts)))
@@ -262,10 +263,10 @@ class Spot:
 
 
 def _spots(chunk: Sequence[ProbeText], compute: Callable[..., Tensor], tokenizer: ChatTokenizer) -> list[Spot]:
-    """Returns where each text gives a plain completion and a chat.
+    """Returns where the plain completions and the chat of each text end.
 
-    The plain completion ends where the adapter changes most compared with 4-bit weights, among the positions whose text
-    has the same tokens if it is tokenized again.
+    Plain completions end where the adapter changes most compared with 4-bit weights, among the positions whose text has
+    the same tokens if it is tokenized again.
     """
     positions = [range(text.first, len(text.ids)) for text in chunk]
     sizes = [len(of_text) for of_text in positions]
@@ -278,12 +279,13 @@ def _spots(chunk: Sequence[ProbeText], compute: Callable[..., Tensor], tokenizer
     spots: list[Spot] = []
     for text, of_text in zip(chunk, torch.split(ratios, sizes), strict=True):
         for index in of_text.argsort(descending=True).tolist():
+            if sum(spot.text is text for spot in spots) == PER_TEXT:
+                break
             position = text.first + index
             words = tokenizer.tokenizer.decode(text.ids[len(tokenizer.bos_ids) : position + 1])
             is_same = [*tokenizer.tokenizer(words, verbose=False)["input_ids"]] == [*text.ids[: position + 1]]
             if not of_text[index] < 0 and is_same:
                 spots.append(Spot(text, position, words))
-                break
         if text.messages:
             spots.append(Spot(text, text.first, None))
     return spots

@@ -2,16 +2,16 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
 from verified_server import TOKENIZER, adapted, base_model, store_in_q4_0, through_gguf
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.data.chat_template import ChatTokenizer
 from tailora.errors import DataError
-from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, Probe
-from tailora.verify.probes import QUESTIONS, make_passport, q4_0, rounded_to_4_bits
+from tailora.verify.passport import ADAPTER
+from tailora.verify.probes import ProbeText, _spots, make_passport, q4_0, rounded_to_4_bits
 
 
 def test_q4_0_is_that_of_llama_cpp() -> None:
@@ -31,23 +31,23 @@ def test_conv1d_is_rounded_along_its_inputs_and_the_head_is_not() -> None:
     assert (rounded - exact).abs().max() > 0.1
 
 
-def test_a_plain_completion_ends_where_the_adapter_changes_most() -> None:
-    """Compared with what weights in Q4_0 change; chats end where the reply begins."""
+@pytest.mark.parametrize(("rounded_at", "expected"), [(None, {8, 11}), (8, {11, 14})])
+def test_plain_completions_end_where_the_adapter_changes_most(rounded_at: int | None, expected: set[int]) -> None:
+    """Compared with what weights in Q4_0 change."""
+    text = ProbeText(tuple(TOKENIZER("a good morning to you and to the cat")["input_ids"]), 3)
+    assert len(text.ids) > 15
 
-    def ratio(probe: Probe) -> float:
-        adapter, base, rounded = (
-            np.array(values) for values in (probe.logprobs[ADAPTER], probe.logprobs[BASE], probe.on_q4_0[ADAPTER])
-        )
-        changes = [
-            np.sqrt(((np.exp(other) + np.exp(adapter)) / 2 * (other - adapter) ** 2).sum()) for other in (base, rounded)
-        ]
-        return float((changes[0] + NOISE_FLOOR) / (changes[1] + NOISE_FLOOR))
+    def compute(positions: list[range], scale: float, *, on_q4_0: bool = False) -> torch.Tensor:
+        logits = torch.zeros(len(text.ids), len(TOKENIZER))
+        if scale == ADAPTER:
+            for position, change in {8: 8.0, 11: 7.0, 14: 6.0}.items():
+                logits[position, 9] = 0.0 if on_q4_0 and position == rounded_at else change
+        return logits[positions[0].start :].log_softmax(-1)
 
-    probes = make_passport(adapted(0), TOKENIZER).probes
-    plain, chats = ([ratio(probe) for probe in probes if (probe.text is None) is kind] for kind in (False, True))
-    assert len(plain) == len(chats) == len(QUESTIONS)
-    assert all(most >= first for most, first in zip(plain, chats, strict=True))
-    assert plain != chats
+    spots = _spots([text], compute, ChatTokenizer.of(TOKENIZER))
+    assert {spot.position for spot in spots} == expected
+    for spot in spots:
+        assert TOKENIZER(spot.words)["input_ids"] == [*text.ids[: spot.position + 1]]
 
 
 def test_chats_begin_with_the_system_message_of_the_training() -> None:

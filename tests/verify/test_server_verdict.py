@@ -233,7 +233,7 @@ def answers_of_model(passport: Passport, model: LoRAModel, strength: float = 1.0
     return observations
 
 
-@pytest.mark.parametrize(("strength", "verdict"), [(1.0, "adapter"), (0.0, "base"), (0.5, "scaled")])
+@pytest.mark.parametrize(("strength", "verdict"), [(1.0, "adapter"), (0.0, "base"), (0.7, "scaled")])
 def test_a_base_in_q4_0_is_taken_into_account(passport: Passport, strength: float, verdict: str) -> None:
     """The weights in Q4_0 come from gguf, not from tailora."""
     model = adapted(0, store_in_q4_0(base_model()))
