@@ -303,7 +303,7 @@ def _change(first: Tensor, second: Tensor) -> Tensor:
 def _likely_tokens(logprobs: Sequence[Tensor], tokenizer: ChatTokenizer) -> tuple[list[str], list[int]]:
     """Returns the texts and ids of tokens that are likely at any scale, the likeliest first.
 
-    logprobs: those of each scale, (vocabulary,).
+    logprobs: for each scale, (vocabulary,).
     """
     stacked = torch.stack([*logprobs])
     top = stacked.topk(LIKELY).indices.flatten().tolist()
