@@ -65,7 +65,8 @@ def attention_by_request(
 ) -> tuple[Tensor, None]:
     """Returns the attention of each request's tokens to its own keys, (1, tokens, heads, d).
 
-    query: (1, heads, tokens, d).    key, value: (1, key heads, keys, d).
+    query: (1, heads, tokens, d).
+    key, value: (1, key heads, keys, d).
     cu_seq_lens_q, cu_seq_lens_k: where the tokens and keys of each request begin, and where the last ones end.
     """
     heads, key_heads = query.shape[1], key.shape[1]
@@ -154,7 +155,9 @@ class ContinuousEngine(Engine):
             raise AdapterError(f"unknown adapter {request.adapter!r}")
         with self._lock:
             manager = self._running_manager()
-            self._restore_cache(manager)
+            cache = manager.batch_processor.cache.cache_tensor
+            if not cache.untyped_storage().size():  # after `free_cache`
+                cache.untyped_storage().resize_(cache.nbytes)
             names = [request.id, *(fork_name(request.id, number) for number in range(len(group) - 1))]
             for name, (member, handle) in zip(names, group, strict=True):
                 self._requests[name] = RunningRequest(member, handle, name)
@@ -188,11 +191,6 @@ class ContinuousEngine(Engine):
     def free_cache(self) -> None:
         if (processor := self._manager.batch_processor) is not None:
             processor.cache.cache_tensor.untyped_storage().resize_(0)
-
-    def _restore_cache(self, manager: Any) -> None:
-        tensor = manager.batch_processor.cache.cache_tensor
-        if not tensor.untyped_storage().size():
-            tensor.untyped_storage().resize_(tensor.nbytes)
 
     @property
     def is_alive(self) -> bool:

@@ -25,7 +25,7 @@ PIXELS_OF_REQUEST = 64_000_000  # of all images of a request, and of a batch; de
 class SamplingParams:
     """How to sample the tokens of an answer.
 
-    max_tokens: limit for the answer.    temperature: 0 always chooses the most likely token.
+    temperature: 0 always chooses the most likely token.
     top_p: sample from the most likely tokens with this total probability.
     top_k: sample from this many of the most likely tokens; 0 for all.
     seed: the same seed gives the same tokens, whatever other requests run at the same time.
@@ -101,7 +101,7 @@ class Engine(ABC):
     """Runs requests in its own thread. All methods may be called from any thread.
 
     adapter_set: the base model and its adapters. Only change it within `paused`.
-    eos_token_ids: tokens that end an answer.    max_positions: maximum length of prompt plus answer, in tokens.
+    max_positions: maximum length of prompt plus answer, in tokens.
     processor: of a vision-language model, not used by other threads; None if requests have no images.
     """
 

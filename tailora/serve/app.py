@@ -70,7 +70,8 @@ class ServerSettings:
     max_tokens: limit for each answer; None for the model's own limit.
     drain_seconds: seconds that running requests get to finish at shutdown.
     allowed_hosts: host names that requests may use; "*" for any.
-    api_key: required for all requests.    admin_key: required to load and unload adapters.    None requires no key.
+    api_key: required for all requests; None for no key.
+    admin_key: required to load and unload adapters; None for the API key.
     """
 
     max_queue: int = 256
@@ -257,7 +258,8 @@ class Server:
         self.check_ready()
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError(400, "top_logprobs requires logprobs = true", "top_logprobs")
-        threads = self.image_threads if schemas.count_images(body) else None
+        has_images = any(part.image_url for message in body.messages for part in message.content or ())
+        threads = self.image_threads if has_images else None
         prompt = await to_thread.run_sync(self.chat_prompt, body, limiter=threads)
         count = (body.top_logprobs or 0) if body.logprobs else None
         params = self.params(body, body.max_completion_tokens or body.max_tokens, len(prompt.ids), count)

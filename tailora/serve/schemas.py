@@ -226,10 +226,6 @@ class ChatRequest(GenerationRequest):
     )
 
 
-def count_images(body: ChatRequest) -> int:
-    return sum(part.image_url is not None for message in body.messages for part in message.content or ())
-
-
 class CompletionRequest(GenerationRequest):
     prompt: (
         str

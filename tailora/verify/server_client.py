@@ -36,7 +36,8 @@ class Response:
 class ServerClient(AbstractContextManager["ServerClient"]):
     """One OpenAI-compatible server. It gets one probe at a time, so that no batch changes its rounding.
 
-    url: with or without "/v1".    key: of the Authorization header.
+    url: with or without "/v1".
+    key: of the Authorization header.
     timeout: seconds from connecting to the end of an answer. If the server is too busy, the request is repeated within
         this time.
     A proxy of the environment is used as in other programs, but never for this machine itself.
