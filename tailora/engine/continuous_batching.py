@@ -208,13 +208,15 @@ class ContinuousEngine(Engine):
     def _set_batch(self, states: list[Any]) -> None:
         """Sorts the requests of the next forward by adapter, and sets the adapter of each of their tokens."""
         pairs = [(self._requests.get(state.state.request_id), state) for state in states]  # None: has been cancelled
-        pairs.sort(key=lambda pair: adapter_of(pair[0]) or "")
+        pairs.sort(key=lambda pair: (pair[0] and pair[0].request.adapter) or "")
         states[:] = [state for _, state in pairs]
         self._new_tokens_of = [running for running, state in pairs if state.has_new_token]
         # The head has a row for every request: first those that get a token, then unused rows
-        head = [adapter_of(running) for running in self._new_tokens_of]
+        head = [running.request.adapter if running else None for running in self._new_tokens_of]
         head += [None] * (len(states) - len(head))
-        tokens = [adapter_of(running) for running, state in pairs for _ in range(state.query_length)]
+        tokens = [
+            running.request.adapter if running else None for running, state in pairs for _ in range(state.query_length)
+        ]
         self._batch.set_rows(tokens, head)
 
     def _next_tokens(self, logits: Tensor) -> list[int]:
@@ -290,10 +292,6 @@ class ContinuousEngine(Engine):
 def fork_name(request_id: str, number: int | str) -> str:
     """Returns the name that transformers gives to a request that it forks."""
     return f"{request_id}__child#{number}"
-
-
-def adapter_of(running: RunningRequest | None) -> str | None:
-    return None if running is None else running.request.adapter
 
 
 def cache_tokens(max_positions: int, max_requests: int) -> int:

@@ -58,7 +58,7 @@ class NamedAdapter:
     """An adapter that clients can request.
 
     trusted: the path comes from the command line, and may be anywhere.
-    digest: a hash of the files' content when they were last read.
+    key: its name in the AdapterSet, with a hash of the files' content when they were last read.
     system: the system message used in training.
     created: when it was loaded or replaced, in seconds since 1970.
     """
@@ -66,13 +66,9 @@ class NamedAdapter:
     name: str
     path: Path
     trusted: bool
-    digest: str
+    key: str
     system: str | None
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}#{self.digest[:16]}"
 
 
 @dataclass(eq=False, slots=True)
@@ -280,7 +276,7 @@ class AdapterRegistry:
                 source = self._find(name)
                 if source.key not in self._residents:
                     now, adapter = self._read(name, source.path, source.trusted)
-                    if now.digest == source.digest:
+                    if now.key == source.key:
                         now = replace(now, created=source.created)
                     else:
                         LOGGER.warning("the files of adapter %r have changed; using the new ones", name)
@@ -413,7 +409,8 @@ class AdapterRegistry:
         adapter = _for_inference(restore(stored, base_model, known_base=self._base_fingerprint))
         check_splits_by_row(adapter.low_rank)
         check_no_overflow(name, adapter, base_model)
-        return NamedAdapter(name, path, trusted, digest_of(stored), read_system_message(folder)), adapter
+        key = f"{name}#{digest_of(stored)[:16]}"
+        return NamedAdapter(name, path, trusted, key, read_system_message(folder)), adapter
 
     def _checked_folder(self, name: str, path: Path, trusted: bool) -> Path:
         """Returns the folder or file of the adapter, after checking access, format and size."""
