@@ -24,6 +24,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
+import tailora
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.peft_config import SETTINGS_WITHOUT_EFFECT, UNSUPPORTED_SETTINGS, USED_SETTINGS
@@ -277,6 +278,10 @@ def output(model: nn.Module) -> Tensor:
 
 
 def written_by_peft(make: Callable[[], nn.Module], settings: dict[str, Any], folder: Path) -> Tensor:
+    return output(peft_model(make, settings, folder))
+
+
+def peft_model(make: Callable[[], nn.Module], settings: dict[str, Any], folder: Path) -> peft.PeftModel:
     theirs = peft.get_peft_model(fresh(make), peft.LoraConfig(**settings))
     generator, seen = torch.Generator(torch.get_default_device()).manual_seed(5), set()
     for name, parameter in theirs.named_parameters():
@@ -285,7 +290,7 @@ def written_by_peft(make: Callable[[], nn.Module], settings: dict[str, Any], fol
             parameter.data = parameter.data * ("lora_" not in name or "magnitude" in name)
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
     theirs.save_pretrained(str(folder))
-    return output(theirs)
+    return theirs
 
 
 QUICK = (
@@ -304,7 +309,8 @@ QUICK = (
 def test_what_peft_writes_computes_the_same_here_and_again_in_peft(
     make: Callable[[], nn.Module], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    expected = written_by_peft(make, settings, tmp_path / "theirs")
+    theirs = peft_model(make, settings, tmp_path / "theirs")
+    expected = output(theirs)
     assert (expected - output(fresh(make))).abs().max() > 1e-3
     ours = LoRAModel.from_pretrained(fresh(make), tmp_path / "theirs")
     torch.testing.assert_close(output(ours), expected, **TOLERANCE)
@@ -313,6 +319,7 @@ def test_what_peft_writes_computes_the_same_here_and_again_in_peft(
     for path, layer in ours.adapter().low_rank.items():
         layer.strength = TWICE if path.endswith("self_attn.out_proj") else 1.0
     torch.testing.assert_close(output(again), output(ours), **TOLERANCE)
+    torch.testing.assert_close(output(tailora.from_peft(theirs)), expected, **TOLERANCE)
 
 
 def test_every_field_of_peft_s_config_is_taken_or_refused_or_has_no_effect() -> None:
