@@ -122,9 +122,13 @@ def language_model(name: str, **changes: Any) -> LoRAModel:
     return model
 
 
-@pytest.mark.parametrize("name", ["pissa", "olora", "eva"])
+PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 2}}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}, {"learn_scaling": True}], ids=str
+    ("name", "changes"),
+    [("pissa", PATTERNS), ("pissa", {"learn_scaling": True}), ("olora", {}), ("eva", PATTERNS)],
+    ids=str,
 )
 @pytest.mark.slow
 def test_peft_loads_every_initialisation_on_the_unmodified_base_and_writes_it_back(

@@ -1,6 +1,5 @@
-"""Ranks, overlaps and intruder dimensions against dense decompositions; reports of updates."""
+"""Ranks and intruder dimensions against dense decompositions; reports of updates. tests/papers has the definitions."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -22,34 +21,6 @@ from tailora.evaluation.spectral import (
     with_energy,
 )
 from tailora.formats.offline import read_offline
-
-
-def orthonormal(m: int, k: int, seed: int = 0) -> Tensor:
-    basis: Tensor = torch.linalg.qr(
-        torch.randn(m, k, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
-    ).Q
-    return basis
-
-
-def of_spectrum(*values: float, m: int = 20, n: int = 30) -> Factors:
-    U, V = orthonormal(m, len(values)), orthonormal(n, len(values), 1)
-    return Factors((U * torch.tensor(values))[None], V.mT[None])
-
-
-@pytest.mark.parametrize("r", [1, 3, 8])
-def test_equal_values_use_all_of_the_rank(r: int) -> None:
-    S = product_spectrum(of_spectrum(*[2.5] * r)).S
-    assert effective_rank(S) == pytest.approx(r)
-    assert stable_rank(S) == pytest.approx(r)
-
-
-def test_unequal_values_use_less_and_scale_does_not_matter() -> None:
-    shares = [3 / 4, 1 / 4]
-    by_hand = math.exp(-sum(share * math.log(share) for share in shares))
-    for scale in (1.0, 1e-4):
-        S = product_spectrum(of_spectrum(3 * scale, scale)).S
-        assert effective_rank(S) == pytest.approx(by_hand)
-        assert stable_rank(S) == pytest.approx((9 + 1) / 9)
 
 
 def test_a_product_of_higher_rank_than_it_needs_uses_what_it_needs() -> None:
