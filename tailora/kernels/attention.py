@@ -7,7 +7,7 @@ total exists, and no work is done for pairs of tokens from different documents.
 On a CPU it is one operator, `kernels.cpu_attention`, which has no dropout of attention. With dropout, and on other
 devices, one of the providers in `kernels.device_attention` computes it.
 
-Position biases are not supported and raise PackingError; so do soft caps and attention sinks that the provider lacks.
+Position biases, soft caps and attention sinks are not supported and raise PackingError.
 """
 
 from collections.abc import Iterator
@@ -53,8 +53,7 @@ def packed_attention(
     """Returns causal attention within each document, (1, total, heads, width), and no weights. Raises PackingError."""
     if cu_seq_lens_q is None:
         raise PackingError("the model does not pass cu_seq_lens_q to its attention")
-    supported = () if packed_row is None else packed_row.supports
-    unsupported = [name for name in UNSUPPORTED if name not in supported and kwargs.get(name) is not None]
+    unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if attention_mask is not None:
         unsupported.append("an attention mask")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -71,8 +70,7 @@ def packed_attention(
             raise PackingError("the model does not pass max_length_q to its attention")
         packed_row = PaddedRow(Documents(cu_seq_lens_q, max_length_q, query.shape[2], (sliding_window,)))
     if packed_row is not None:
-        options = Options(scale, dropout, sliding_window, kwargs.get("softcap"), kwargs.get("s_aux"))
-        return packed_row.attend(query, key, value, options), None
+        return packed_row.attend(query, key, value, Options(scale, dropout, sliding_window)), None
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))  # (total, heads, width)
     return cpu_attention.attention(q, k, v, cu_seq_lens_q, scale, sliding_window)[None], None
 

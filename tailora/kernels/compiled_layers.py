@@ -36,7 +36,6 @@ from tailora.core.attach import Adapted, attached_parts
 from tailora.core.cache import cache_folder
 from tailora.core.device import cpu_flags
 from tailora.core.layer_types import computing_device
-from tailora.kernels.device_attention import MOST_GRAPHS
 from tailora.patches import compiled_call, set_compiled_call
 
 COMPILER_ERRORS = (TorchDynamoException, InductorError)
@@ -44,6 +43,7 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CACHE_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  # as `core.float32_products` has; not in torch 2.7
 GRAD_WARNING = "The .grad attribute of a Tensor that is not a leaf"
 MOST_KINDS = 4  # of layers: each is compiled on its own
+MOST_GRAPHS = 64  # of one function; torch's own limit is 8
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

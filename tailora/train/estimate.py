@@ -130,7 +130,7 @@ class AbsentDevice:
     """A device that is not here.
 
     Its tensors are on "meta", since autograd takes none of an absent device. There SDPA keeps all scores, as on MPS. On
-    CUDA and XPU a run finds flash or flex_attention, which keep one sum a token and head, as the CPU's operator does.
+    CUDA and XPU a run finds flash attention, which keeps one sum a token and head, as the CPU's operator does.
     """
 
     type: str  # of the device, in torch
@@ -161,7 +161,7 @@ def fake_model(
         if isinstance(device, AbsentDevice) and not task.is_plain:
             if layout.packed and not device.keeps_scores:
                 layout = replace(layout, attention=CPU)
-            attention = "SDPA, all scores" if device.keeps_scores else "flash or flex_attention, no scores"
+            attention = "SDPA, all scores" if device.keeps_scores else "flash, no scores"
             kernels = Kernels(PLAIN, f"decoder layers: plain; attention: {attention} kept; loss: {layout.loss}")
         else:
             kernels = plain_kernels(config, base, layout)

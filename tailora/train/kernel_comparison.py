@@ -25,7 +25,7 @@ from tailora.data.collate import collate_packed
 from tailora.data.dataset import Example
 from tailora.kernels.attention import PackingError, packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
-from tailora.kernels.device_attention import BLOCK, PROVIDERS
+from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.loss import FORMS, Batch, LossForm
 from tailora.train.loss import CAUSAL_LM, BatchLayout, make_batch
 from tailora.train.parallel import first_of_ranks, forget_forward
@@ -56,7 +56,7 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 
 
 LENGTHS = (9, 14)
-LONG = 2 * BLOCK + 4  # tokens of another document, which the providers of devices cut into blocks
+LONG = 260  # tokens of another document, more than a kernel reads at a time
 LONGEST = 512  # of the documents that show a sliding window
 
 

@@ -63,4 +63,3 @@ def test_what_torch_cannot_compute_there_is_passed_over_with_its_reason(device: 
     assert attention == "sdpa"
     assert note is not None
     assert "varlen_attn is not used, because it does not support pretend" in note
-    assert "flex_attention is not used, because it does not support pretend" in note

@@ -24,7 +24,6 @@ CONFIGS = {
     "long window": MistralConfig(**GROUPED, sliding_window=600, max_position_embeddings=4096),
     "gemma 2": Gemma2Config(**GROUPED, head_dim=64, sliding_window=20),
 }
-SOFT_CAP = {"varlen_attn", "sdpa"}  # providers that have none
 
 
 def made(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -45,7 +44,7 @@ def test_documents_have_the_logits_and_gradients_that_they_have_alone(
 ) -> None:
     skip_if_missing(provider, device, dtype)
     obstacle = obstacle_to_provider(made(name, dtype, device), provider, compare=True)
-    if name == "gemma 2" and provider in SOFT_CAP:
+    if name == "gemma 2":
         assert "softcap" in str(obstacle)
     else:
         assert obstacle is None
@@ -54,10 +53,7 @@ def test_documents_have_the_logits_and_gradients_that_they_have_alone(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_provider_is_chosen(device: torch.device, dtype: torch.dtype) -> None:
     attention, _ = choose_packing(made("llama", dtype, device), "auto")
-    if device.type == "cuda":
-        assert attention == ("varlen_attn" if dtype == torch.bfloat16 else "flex_attention")
-    else:
-        assert attention == "sdpa"
+    assert attention == ("varlen_attn" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa")
 
 
 @pytest.fixture

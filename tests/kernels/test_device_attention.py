@@ -1,44 +1,34 @@
 """The attention of devices, computed on the CPU and compared with the definition."""
 
 import math
-import warnings
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention, varlen
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GptOssConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig
 
-from tailora.kernels import device_attention
 from tailora.kernels.attention import sliding_windows
 from tailora.kernels.device_attention import (
-    BLOCK,
     PROVIDERS,
     DeviceRow,
     Documents,
-    FlexRow,
     Options,
     PaddedRow,
     VarlenRow,
     _varlen_parameters,
-    block_mask,
-    first_keys,
 )
 from tailora.train.kernel_choice import choose_packing
 
-CPU = torch.device("cpu")
-LENGTHS = [7, 300, 1, 140, 13]  # blocks of keys that a block of queries needs in part, as a whole, and not at all
-WINDOWS = [None, 1, 5, 130, 200, 1000]
+CUDA = torch.device("cuda")
+LENGTHS = [7, 300, 1, 140, 13]
 
 
-def definition(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None, options: dict[str, Any]
-) -> Tensor:
+def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None) -> Tensor:
     """softmax(scores) v over the tokens of the same document that are no later and within the window."""
     total, heads = q.shape[2], q.shape[1]
     document = torch.repeat_interleave(torch.tensor(lengths))
@@ -46,13 +36,7 @@ def definition(
     back = position[:, None] - position
     allowed = (document[:, None] == document) & (back >= 0) & (back < (window or total))
     k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
-    scores = q @ k.mT * scale
-    if cap := options.get("softcap"):
-        scores = cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~allowed, -math.inf)
-    if (sinks := options.get("s_aux")) is not None:
-        scores = torch.cat([scores, sinks.to(scores)[None, :, None, None].expand(1, -1, total, 1)], dim=-1)
-        return (scores.softmax(dim=-1)[..., :-1] @ v).transpose(1, 2)
+    scores = (q @ k.mT * scale).masked_fill(~allowed, -math.inf)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
@@ -77,94 +61,29 @@ def results(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
     return [output, *torch.autograd.grad(output, leaves, weights)]
 
 
-def assert_is_definition(
-    row: DeviceRow, inputs: list[Tensor], window: int | None, tolerance: float, dropout: float = 0.0, **options: Any
-) -> None:
-    """dropout: what a stand-in is asked for, which it leaves out."""
-    expected = results(lambda *heads: definition(*heads, LENGTHS, 0.3, window, options), inputs)
-    actual = results(lambda *heads: row.attend(*heads, Options(0.3, dropout, window, **options)), inputs)
+def assert_is_definition(row: DeviceRow, inputs: list[Tensor], window: int | None, tolerance: float) -> None:
+    expected = results(lambda *heads: definition(*heads, LENGTHS, 0.3, window), inputs)
+    actual = results(lambda *heads: row.attend(*heads, Options(0.3, 0.0, window)), inputs)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture(autouse=True)
-def flex_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch refuses the backward of flex_attention on a CPU, though its definition in plain operators computes it."""
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # torch's own
-        yield
 
 
 @pytest.mark.parametrize("window", [None, 5, 200])
 @pytest.mark.parametrize("key_heads", [2, 4])
-@pytest.mark.parametrize("provider", [FlexRow, PaddedRow])
-def test_attention_and_gradients_are_the_definitions(
-    provider: type[DeviceRow], key_heads: int, window: int | None
-) -> None:
+def test_attention_and_gradients_are_the_definitions(key_heads: int, window: int | None) -> None:
     inputs = heads_of(LENGTHS, torch.float64, key_heads)
-    assert_is_definition(row_of(provider, LENGTHS, window), inputs, window, 1e-9)
+    assert_is_definition(row_of(PaddedRow, LENGTHS, window), inputs, window, 1e-9)
 
 
-@pytest.mark.parametrize("provider", [FlexRow, PaddedRow])
-def test_bfloat16_is_as_exact_as_torchs_own_attention(provider: type[DeviceRow]) -> None:
+def test_bfloat16_is_as_exact_as_torchs_own_attention() -> None:
     exact, lengths = heads_of([150]), [150]
-    row = row_of(provider, lengths, None)
-    truth = results(lambda *heads: definition(*heads, lengths, 0.25, None, {}), exact)
+    row = row_of(PaddedRow, lengths, None)
+    truth = results(lambda *heads: definition(*heads, lengths, 0.25, None), exact)
     half = [tensor.bfloat16() for tensor in exact]
     ours = results(lambda *heads: row.attend(*heads, Options(0.25, 0.0, None)), half)
     plain = torch.nn.functional.scaled_dot_product_attention
     torchs = results(lambda *heads: plain(*heads, is_causal=True, scale=0.25, enable_gqa=True).transpose(1, 2), half)
     for wanted, own, other in zip(truth, ours, torchs, strict=True):
         assert (own - wanted).norm() <= 1.5 * (other - wanted).norm() + 1e-2 * wanted.norm()
-
-
-@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"s_aux": torch.randn(4)}], ids=["soft cap", "sinks"])
-@pytest.mark.parametrize("window", [None, 5])
-def test_flex_attention_computes_soft_caps_and_sinks(options: dict[str, Any], window: int | None) -> None:
-    assert_is_definition(row_of(FlexRow, LENGTHS, window), heads_of(LENGTHS), window, 1e-4, **options)
-
-
-@pytest.mark.slow
-def test_two_graphs_of_flex_attention_serve_all_lengths_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for rows within a block of the mask. torch's own limit of graphs does not count."""
-    monkeypatch.setattr(device_attention, "NOT_COMPILED", ())
-    monkeypatch.setattr(device_attention, "COMPILER", "eager")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for lengths in ([7, 300, 1], [40], [130] * 3, [5, 5]):
-            for window in (None, 5):
-                inputs, row = heads_of(lengths), row_of(FlexRow, lengths, window)
-                attend = partial(row.attend, options=Options(0.3, 0.0, window))
-                expected = results(partial(definition, lengths=lengths, scale=0.3, window=window, options={}), inputs)
-                torch.testing.assert_close(results(attend, inputs), expected, rtol=1e-4, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-def test_the_mask_of_blocks_reads_what_is_needed_and_no_more(window: int | None) -> None:
-    """A block is read whole if no pair in it is masked, in part if some pair counts, and else not at all."""
-    total = sum(LENGTHS)
-    first = first_keys(ends_of(LENGTHS), total, window)
-    mask = block_mask(first)
-    position = torch.arange(total)
-    allowed = (position <= position[:, None]) & (position >= first[:, None])
-    size = -(-total // BLOCK)
-    padded = torch.zeros(size * BLOCK, size * BLOCK, dtype=torch.bool)
-    padded[:total, :total] = allowed
-    padded[total:] = padded[total - 1]  # rows behind the end ask for nothing of their own
-    pairs = padded.unflatten(0, (size, BLOCK)).unflatten(2, (size, BLOCK)).transpose(1, 2)
-    some, every = pairs.flatten(2).any(dim=-1), pairs.flatten(2).all(dim=-1)
-    read = mask.to_dense()[0, 0].bool()
-    assert torch.equal(read, some)
-    assert mask.full_kv_num_blocks is not None
-    assert mask.full_kv_indices is not None
-    whole = torch.zeros(size, size, dtype=torch.bool)
-    for query, (count, keys) in enumerate(zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0], strict=True)):
-        whole[query, keys[:count].long()] = True
-    assert torch.equal(whole, every)
-    assert mask.seq_lengths == (total, total)
 
 
 class Operators(TorchDispatchMode):
@@ -189,14 +108,11 @@ READS = (
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("provider", [FlexRow, PaddedRow])
-def test_a_row_is_prepared_by_the_same_operators_for_any_number_of_documents(
-    provider: type[DeviceRow], window: int | None
-) -> None:
+def test_a_row_is_prepared_by_the_same_operators_for_any_number_of_documents(window: int | None) -> None:
     def operators(lengths: list[int]) -> list[str]:
         documents = Documents(ends_of(lengths), max(lengths), sum(lengths), {None, window})
         with Operators() as seen:
-            provider(documents)
+            PaddedRow(documents)
         return seen.names
 
     one, eight = operators([64]), operators([64, *[8] * 7])
@@ -247,20 +163,15 @@ class StandIn:
         assert (cu_seq_q.dtype, cu_seq_k.dtype) == (torch.int32, torch.int32)
         assert q.shape[1] == k.shape[1] == v.shape[1]
         self.calls.append({"longest": (max_q, max_k)})
-        return self.attention(q, k, v, cu_seq_q, scale, window_size[0], {})
-
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float | None, before: int, options: dict[str, Any]
-    ) -> Tensor:
         heads = [rows.transpose(0, 1)[None] for rows in (q, k, v)]
-        return definition(*heads, ends.diff().tolist(), scale or 1, None if before < 0 else before + 1, options)[0]
+        before = window_size[0]
+        return definition(*heads, cu_seq_q.diff().tolist(), scale or 1, None if before < 0 else before + 1)[0]
 
 
 @pytest.fixture
 def torchs_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     stand_in = StandIn()
     monkeypatch.setattr(varlen, "varlen_attn", stand_in.varlen_attn)
-    monkeypatch.setattr(VarlenRow, "device_types", ("cpu",))
     _varlen_parameters.cache_clear()
     yield stand_in
     _varlen_parameters.cache_clear()
@@ -268,7 +179,7 @@ def torchs_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_torchs_flash_attention_gets_the_documents(torchs_flash: StandIn, window: int | None) -> None:
-    assert VarlenRow.obstacle(CPU, torch.bfloat16) is None
+    assert VarlenRow.obstacle(CUDA, torch.bfloat16) is None
     inputs, row = heads_of(LENGTHS), row_of(VarlenRow, LENGTHS, window)
     assert_is_definition(row, inputs, window, 1e-4)
     assert torchs_flash.calls == [{"longest": (300, 300)}]
@@ -286,15 +197,11 @@ def test_the_operator_of_torchs_flash_attention_takes_our_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "device", "dtype", "reason"),
-    [
-        (VarlenRow, "xpu", torch.float16, "it does not support xpu"),
-        (VarlenRow, "cuda", torch.float32, "needs bfloat16 or float16"),
-        (FlexRow, "other", torch.float32, "it does not support other"),
-    ],
+    ("device", "dtype", "reason"),
+    [("xpu", torch.float16, "it does not support xpu"), ("cuda", torch.float32, "needs bfloat16 or float16")],
 )
-def test_an_obstacle_says_what_is_missing(row: type[DeviceRow], device: str, dtype: torch.dtype, reason: str) -> None:
-    assert reason in str(row.obstacle(SimpleNamespace(type=device), dtype))  # type: ignore[arg-type]
+def test_an_obstacle_says_what_is_missing(device: str, dtype: torch.dtype, reason: str) -> None:
+    assert reason in str(VarlenRow.obstacle(torch.device(device), dtype))
 
 
 @pytest.mark.usefixtures("torchs_flash")
@@ -303,7 +210,7 @@ def test_torchs_flash_attention_without_windows_is_an_obstacle(monkeypatch: pyte
         """As in torch 2.10."""
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    assert "it is incomplete in torch" in str(VarlenRow.obstacle(CPU, torch.bfloat16))
+    assert "it is incomplete in torch" in str(VarlenRow.obstacle(CUDA, torch.bfloat16))
 
 
 # ---- In a model
@@ -314,7 +221,6 @@ GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 KINDS = ["sliding_attention", "full_attention"]
 MODELS = {
     "llama": LlamaConfig(**GROUPED),
-    "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.0),
     "gemma 2": Gemma2Config(**GROUPED, head_dim=16, sliding_window=9, layer_types=KINDS, attn_logit_softcapping=0.2),
     "gpt-oss": GptOssConfig(**GROUPED, head_dim=16, sliding_window=9, layer_types=KINDS, num_local_experts=4),
 }
@@ -326,20 +232,9 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def force(name: str) -> None:
         monkeypatch.setattr("tailora.train.kernel_choice.candidates", lambda _: [name])
-        monkeypatch.setattr(PROVIDERS[name], "device_types", ("cpu",))
+        monkeypatch.setattr(PROVIDERS[name], "obstacle", lambda *_: None)
 
     return force
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_models_are_packed_by_flex_attention(name: str, forced: Any) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager")
-    for layer, parameter in model.named_parameters():
-        if layer.endswith("sinks"):
-            parameter.data.normal_()
-    forced("flex_attention")
-    assert choose_packing(model, "auto") == ("flex_attention", None)
 
 
 @pytest.mark.usefixtures("torchs_flash")

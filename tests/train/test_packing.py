@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tailora.errors import ConfigError
-from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, FlexRow, Options, PaddedRow
+from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, Options, PaddedRow
 from tailora.train import events
 from tailora.train.kernel_choice import choose_packing, predicted_provider
 from tailora.train.kernel_comparison import obstacle_to_sharing, random_documents
@@ -134,7 +134,7 @@ class NoDropout(PaddedRow):
 
 class NotHere(PaddedRow):
     @staticmethod
-    def missing() -> str | None:
+    def obstacle(_device: torch.device, _dtype: torch.dtype) -> str | None:
         return "the package is not installed"
 
 
@@ -142,10 +142,10 @@ class NotHere(PaddedRow):
 def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that offers providers beside "sdpa" to the choice."""
 
-    def offer(*names: str, **rows: type[DeviceRow]) -> None:
+    def offer(**rows: type[DeviceRow]) -> None:
         for name, row in rows.items():
             monkeypatch.setitem(PROVIDERS, name, row)
-        monkeypatch.setattr("tailora.train.kernel_choice.candidates", lambda _: [*names, *rows, "sdpa"])
+        monkeypatch.setattr("tailora.train.kernel_choice.candidates", lambda _: [*rows, "sdpa"])
 
     return offer
 
@@ -172,18 +172,6 @@ def test_a_provider_without_dropout_is_taken_for_models_without(dropout: float, 
     assert attention == ("sdpa" if dropout else "without")
     assert ("has no dropout" in (note or "")) == bool(dropout)
     assert model.training
-
-
-def test_what_torch_refuses_is_passed_over_with_its_reason(
-    offered: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FlexRow, "device_types", ("cpu",))
-    offered("flex_attention")
-    attention, note = choose_packing(made(LlamaConfig(**{**GROUPED, "num_attention_heads": 2})), "auto")
-    assert attention == "sdpa"
-    assert "flex_attention is not used, because LlamaForCausalLM does not support them (FlexAttention does not" in str(
-        note
-    )
 
 
 def test_a_run_records_what_computes_its_attention(offered: Callable[..., None], settings: Any) -> None:
