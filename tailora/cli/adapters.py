@@ -19,6 +19,7 @@ from tailora.cli.models import (
     DEVICE_PARAMETER,
     BaseModel,
     Device,
+    Loaded,
     base_model_name,
     check_sources,
     command_to_use,
@@ -171,30 +172,33 @@ def shrink(
             f"--max-loss-increase is for language models, but {folder} is for {labels.task}; use --r or --energy"
         )
     loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device, labels=labels)
-    adapted = loaded.model
-    lines: list[str] = []
     losses: dict[str, float] = {}
-    if data is None:
-        report = adapted.shrink(SOURCE, RESULT, r=r, energy=energy)
+    if max_loss_increase is None:
+        report = loaded.model.shrink(SOURCE, RESULT, r=r, energy=energy)
     else:
-        from tailora.evaluation.scores import loss_on_data
-
         log_columns(flags, config)
-        evaluate = loss_on_data(config, adapted, loaded.tokenizer, note)
-
-        def loss(_: "LoRAModel") -> float:  # nats per supervised token
-            value = evaluate().loss
-            log(f"loss {value:.4f}")
-            return value
-
-        report = adapted.shrink(SOURCE, RESULT, loss=loss, budget=max_loss_increase)
-        losses = {"loss_before": loss(adapted)}
-        adapted.set_adapter(RESULT)
-        losses["loss_after"] = loss(adapted)
-        lines = [f"Loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"]
-    adapted.save_adapter(output_dir, RESULT)
+        report, losses = shrink_within(loaded, config, max_loss_increase)
+    loaded.model.save_adapter(output_dir, RESULT)
     write_system_message(output_dir, read_system_message(folder))
+    lines = [f"Loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"] if losses else []
     return _finish(f"Shrunk {folder}", report, lines, labels, output_dir, {"model": base, **losses}, json)
+
+
+def shrink_within(loaded: Loaded, config: TrainConfig, increase: float) -> tuple["Truncation", dict[str, float]]:
+    """Shrinks until the loss on the data, in nats per trained token, has risen by `increase`; returns it, too."""
+    from tailora.evaluation.scores import loss_on_data
+
+    evaluate = loss_on_data(config, loaded.model, loaded.tokenizer, note)
+
+    def loss(_: "LoRAModel") -> float:
+        value = evaluate().loss
+        log(f"loss {value:.4f}")
+        return value
+
+    report = loaded.model.shrink(SOURCE, RESULT, loss=loss, budget=increase)
+    before = loss(loaded.model)
+    loaded.model.set_adapter(RESULT)
+    return report, {"loss_before": before, "loss_after": loss(loaded.model)}
 
 
 # ---- `tailora extract`
@@ -242,15 +246,10 @@ def extract(
     write_system_message(output_dir, read_system_message(Path(tuned)))
     left_over = {name: change if isfinite(change) else None for name, change in report.left_over.items()}
     payload = {"model": model, "tuned": tuned, "left_over": left_over}
-    lines = [*poor_fit_advice(report.error), *_left_over_lines(report.left_over)]
+    lines = _left_over_lines(report.left_over)
+    if median(report.error.values()) >= POOR_FIT:
+        lines.insert(0, "The rank is too low to capture most of the difference between the models; raise --r")
     return _finish(f"Extracted from {tuned}", report, lines, None, output_dir, payload, json)
-
-
-def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
-    """Returns advice if most of the difference is not in the adapter, else []."""
-    if median(error.values()) < POOR_FIT:
-        return []
-    return ["The rank is too low to capture most of the difference between the models; raise --r, or use --energy 0.9"]
 
 
 def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:

@@ -4,7 +4,6 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
 
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows", "system"]
-SETTINGS += ["assistant_only_loss", "completion_only_loss", "documents", "image_folder"]
-SETTINGS += ["reward"]
+SETTINGS += ["assistant_only_loss", "completion_only_loss", "documents", "image_folder", "reward"]
 Flags: Any = flags_of(TrainConfig, SETTINGS)
 BAR = 40  # characters of the longest bar
 MOST_HELD_OUT = 0.2  # share of the rows, in the suggested command
@@ -60,14 +58,12 @@ def data(
         note("this is the demo's data; to see yours, run `tailora data FILE`")
     if output_dir is not None:
         check_result_folder(output_dir, REPORT_FILES, overwrite=overwrite)
-    sources = (*source_names(settings.data), settings.eval_data)
-    check_sources(model=settings.model, data=sources)
+    check_sources(model=settings.model, data=(*source_names(settings.data), settings.eval_data))
     fetch_sources(settings.model)
     import torch
 
     from tailora.data.prepare import check_vocabulary
     from tailora.data.tokenize import preview
-    from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
     from tailora.report.pages.data import DataContent
     from tailora.train.dataloader import read_whole
     from tailora.train.model_loading import load_tokenizer, new_model, read_config
@@ -100,24 +96,29 @@ def data(
         print_json({**report, "examples": shown, "example_images": images})
     else:
         show(stdout(), report, examples)
-        distinct = report["train"] - report["repeated"] + report["eval"]
-        share = share_to_hold_out(settings, distinct)
-        held_out = report["eval"] if share is None else max(round(share * distinct), 1)
-        is_few = 0 < held_out < FEW_EXAMPLES
-        enough = "" if is_few else ", enough to evaluate the result"
-        epochs = epochs_to_train(settings, prepared, share)
-        why = [
-            *([] if share is None else [f"holds out {share:.0%} of the rows{enough}"]),
-            *([] if epochs is None else [f"makes {epochs} passes, because fewer than {FEW_STEPS} steps change little"]),
-        ]
-        reasons = [f"The next command {', and '.join(why)}."] if why else []
-        reasons += [f"It holds out about {plural(held_out, 'example')}. {TOO_FEW}"] if is_few else []
-        if labels is not None and find_spec("seqeval") is None:
-            reasons.append("First install the packages for classification metrics: pip install 'tailora[classify]'.")
-        proposed = {"validation_split": share, "num_train_epochs": epochs}
-        command = train_command(settings, proposed, config, flags or {})
-        print_section(stdout(), Section("Next", " ".join(reasons), [Code(shlex.join(command))]))
+        print_section(stdout(), next_section(settings, prepared, config, flags or {}))
     return 0
+
+
+def next_section(settings: TrainConfig, data: "PreparedData", config: Path | None, flags: Flags) -> Section:
+    """Returns the command that trains on this data, and what it sets and why."""
+    from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
+
+    report = data.report
+    distinct = report.train - report.flagged["repeated"] + report.eval
+    share = share_to_hold_out(settings, distinct)
+    held_out = report.eval if share is None else max(round(share * distinct), 1)
+    is_few = 0 < held_out < FEW_EXAMPLES
+    enough = "" if is_few else ", enough to evaluate the result"
+    epochs = epochs_to_train(settings, data, share)
+    why = [
+        *([] if share is None else [f"holds out {share:.0%} of the rows{enough}"]),
+        *([] if epochs is None else [f"makes {epochs} passes, because fewer than {FEW_STEPS} steps change little"]),
+    ]
+    reasons = [f"The next command {', and '.join(why)}."] if why else []
+    reasons += [f"It holds out about {plural(held_out, 'example')}. {TOO_FEW}"] if is_few else []
+    command = train_command(settings, {"validation_split": share, "num_train_epochs": epochs}, config, flags)
+    return Section("Next", " ".join(reasons), [Code(shlex.join(command))])
 
 
 def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:
@@ -179,7 +180,12 @@ def named_sequences(example: Example) -> list[tuple[str, Example]]:
 
 
 def show(console: Console, report: dict[str, Any], examples: Sequence[Sample]) -> None:
-    print_rich_table(console, data_table(report))
+    from tailora.report.pages.data import facts_of
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts_of(report).items():
+        table.add_row(name, Text(printable(value)))
+    print_rich_table(console, table)
     console.print()
     print_rich_table(console, histogram(report["lengths"]))
     in_color = console.color_system is not None and not console.no_color
@@ -189,15 +195,6 @@ def show(console: Console, report: dict[str, Any], examples: Sequence[Sample]) -
         is_trained = any(learned for _, learned in example.pieces)
         console.print(Text.assemble(title, ": ", legend) if is_trained else title)
         console.print(highlight(example.pieces, in_color), soft_wrap=not console.is_terminal)
-
-
-def data_table(report: dict[str, Any]) -> Table:
-    from tailora.report.pages.data import facts_of
-
-    table = Table.grid(padding=(0, 2))
-    for name, value in facts_of(report).items():
-        table.add_row(name, Text(printable(value)))
-    return table
 
 
 def histogram(bins: Sequence[dict[str, int]]) -> Table:

@@ -27,7 +27,7 @@ from tailora.cli.models import (
 from tailora.cli.verify import create_passport
 from tailora.data.demo import resolve_model
 from tailora.data.schemas import CAUSAL_LM
-from tailora.errors import ConfigError, DataError, FormatError
+from tailora.errors import ConfigError, DataError
 from tailora.formats.run_folder import (
     EXPORTED_FILES,
     PASSPORT,
@@ -96,8 +96,7 @@ def export(
 
     trained_on = quantize_method([path], quantize)
     method = None if quantize is None and to != "merged" else trained_on  # the result does not contain base weights
-    labels = labels_of(base, [path])
-    task = task_of(base, [path])
+    labels, task = labels_of(base, [path]), task_of(base, [path])
     if to not in FORMATS:
         check_target(to, path, output, base, labels, task)
     fetch_sources(base)
@@ -118,31 +117,20 @@ def export(
         report.files[SYSTEM] = (report.folder / SYSTEM).stat().st_size
         report.changes.append(f"the system message used in training is in {SYSTEM}; answers without it can be worse")
     if verification_file and labels is None and task == CAUSAL_LM:
-        report.files.update(add_passport(report.folder, path, adapted, tokenizer))
+        report.files.update(add_passport(report.folder, adapted, tokenizer))
     seconds = time.perf_counter() - started
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})
-    else:
-        code = commands_of_format(report, base, labels) if serving is None else commands_of_target(report, serving)
-        show(stdout(), report, code, seconds)
+        return 0
+    code = commands_of_format(report, base, labels) if serving is None else commands_of_target(report, serving)
+    show(stdout(), report, code, seconds)
     return 0
 
 
-def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict[str, int]:
-    """Writes a copy of the verification file, or a new one. Returns file name -> bytes; {} if that is impossible."""
-    from tailora.verify.passport import read_passport, write_passport
-
-    passport = None
-    if (source / PASSPORT).exists():
-        try:
-            passport = read_passport(source, "a new one will be written for the exported adapter")
-        except FormatError as error:
-            note(str(error))
+def add_passport(folder: Path, model: Any, tokenizer: Any) -> dict[str, int]:
+    """Writes the verification file. Returns file name -> bytes; {} if that is impossible."""
     try:
-        if passport is None:
-            create_passport(folder, model, tokenizer)
-        else:
-            write_passport(folder, passport)
+        create_passport(folder, model, tokenizer)
     except DataError as error:  # the export is complete
         note(f"passport.json was not written: {error}")
         return {}

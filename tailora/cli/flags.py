@@ -146,11 +146,8 @@ def merge_settings(
     """
     content = read_config_file(config_file) if config_file else {}
     in_file = {name: value for name, value in content.items() if name not in ignore}
-    for name in (*in_file, *(flags or {})):
-        if name in ALIASES:
-            note(f"{name} is read as {ALIASES[name]}")
-    in_file = _resolve_aliases(in_file, f"--config {config_file}: ")
-    typed = {name: _yaml_value(name, value) for name, value in _resolve_aliases(flags or {}).items()}
+    in_file = _with_our_names(in_file, f"--config {config_file}: ")
+    typed = {name: _yaml_value(name, value) for name, value in _with_our_names(flags or {}).items()}
     typed |= {name: value for name, value in (arguments or {}).items() if value is not None}
     values = {name: value for name, value in (defaults or {}).items() if value is not None} | in_file | typed
     if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
@@ -238,14 +235,14 @@ def _yaml_value(name: str, value: Any) -> Any:
     return [part for token in value for part in token.split(",") if part]
 
 
-def _resolve_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Replaces other tools' names of settings by ours. Raises ConfigError. where: start of its message."""
-    spellings: dict[str, list[str]] = {}  # our name -> the names in use
-    for name in values:
-        spellings.setdefault(ALIASES.get(name, name), []).append(name)
-    problems = [
-        f"{' and '.join(names)} are the same setting; use only one" for names in spellings.values() if len(names) > 1
-    ]
-    if problems:
-        raise ConfigError(where + listing(problems))
-    return {name: values[names[0]] for name, names in spellings.items()}
+def _with_our_names(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Replaces other tools' names of settings by ours, with a note. Raises ConfigError. where: start of its message."""
+    settings: dict[str, Any] = {}
+    for name, value in values.items():
+        ours = ALIASES.get(name, name)
+        if ours in settings:
+            raise ConfigError(f"{where}two names of {ours} are set; use only {ours}")
+        if ours != name:
+            note(f"{name} is read as {ours}")
+        settings[ours] = value
+    return settings

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
-KEPT_CARD = "is kept, because it was written or edited by hand; use --replace-card to replace it"
+KEPT_CARD = "is kept, because it was written or edited by hand; delete it for a new one"
 
 Repository = Annotated[str, Parameter(name="repository", help="repository on the Hub: owner/name")]
 
@@ -67,9 +67,6 @@ def push(
         bool,
         Parameter(negative=(), show_default=False, help="include the answers to held-out prompts in the model card"),
     ] = False,
-    replace_card: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="also replace a model card that was edited by hand")
-    ] = False,
     json: Json = False,
 ) -> int:
     """Upload an adapter to the Hugging Face Hub, with a model card.
@@ -80,13 +77,11 @@ def push(
     check_push(folder, repository, message, model)
     log("checking the adapter")
     path = adapter_folder(folder)
-    files = files_to_push(path, repository, model, license, samples=samples, replace_card=replace_card)
+    files = files_to_push(path, repository, model, license, samples=samples)
     if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
         note(f"not uploaded: {', '.join(left_behind)}")
     log(f"uploading {len(files)} files to {repository}")
-    uploaded = upload_files(
-        files, repository, private=not public, revision=revision, replace_card=replace_card, commit_message=message
-    )
+    uploaded = upload_files(files, repository, private=not public, revision=revision, commit_message=message)
     if uploaded.is_private and public:
         note(f"{repository} is still private; make it public in its settings on the Hub")
     if uploaded.keeps_card:
@@ -133,7 +128,7 @@ def check_repository_name(repo_id: str) -> None:
 
 
 def files_to_push(
-    adapter: Path, repository: str, model: str | None, license_name: str | None, *, samples: bool, replace_card: bool
+    adapter: Path, repository: str, model: str | None, license_name: str | None, *, samples: bool
 ) -> dict[str, bytes]:
     """Returns name -> content of all files to upload. Raises FormatError if a file is damaged, private or a link.
 
@@ -156,7 +151,7 @@ def files_to_push(
         passport = replace(passport, base_model=base_name or passport.base_model, weights=hashes)
         files[PASSPORT] = passport_bytes(passport)
     files[CARD] = run_card(repository, adapter, settings, license_name, samples=samples).encode()
-    if not replace_card and (adapter / CARD).exists():
+    if (adapter / CARD).exists():
         own_card = shared_content(adapter / CARD)
         if not hub.is_written_by_tailora(own_card):
             files[CARD] = own_card

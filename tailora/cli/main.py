@@ -221,9 +221,6 @@ def message_of(error: BaseException) -> str:
         known, first = {name.lstrip("-").replace("-", "_") for name in flags}, error.token.keyword or error.token.value
         if ours := our_name(first.lstrip("-").removeprefix("no-").replace("-", "_"), known, is_flag=True):
             message = f"Unknown option: {first}. {ours[:1].upper()}{ours[1:]}"
-        typed = dict.fromkeys(text.partition("=")[0] for text in ARGUMENTS.get() if text.startswith("--"))
-        if others := [name for name in typed if name not in (*flags, first, "--")]:
-            message += f". Also unknown: {', '.join(others)}"
     elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         unused = shlex.join(error.unused_tokens)
         hint = f". To pass data, use --data {unused}" if command in DATA_COMMANDS else ""

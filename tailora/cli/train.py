@@ -19,9 +19,9 @@ from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
 from tailora.data.messages import IMAGE_TEXT
 from tailora.data.schemas import PREFERENCE
-from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, WriteError
+from tailora.errors import INTERRUPTED, WriteError
 from tailora.formats.io import wrap_os_error, write_file
-from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
+from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, RUN, SAMPLES
 from tailora.report.blocks import Code, Column, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
@@ -56,59 +56,70 @@ def train(*, given: RunFlags = NO_FLAGS, flags: Flags = None) -> int:
     return fit(merge_settings(flags, given.config), given)
 
 
-# ---- `tailora demo`: `tailora train` with real conversations and a small model, which is downloaded once
-
-
 DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}
-FOLDER = Path("outputs/demo")
-DemoFlags: Any = train_flags(defaults={**DEFAULTS, "output_dir": str(FOLDER)})
+DEMO_DEFAULTS = {**DEFAULTS, "output_dir": "outputs/demo"}
+DemoFlags: Any = train_flags(defaults=DEMO_DEFAULTS)
 
 
 def demo(*, given: RunFlags = NO_FLAGS, flags: DemoFlags = None) -> int:
     """Fine-tune a small model on real chats and see what changed. Accepts the flags of `train`."""
-    chosen = merge_settings(flags, given.config, defaults=DEFAULTS)
-    folder = None
-    if "output_dir" not in chosen.model_fields_set:
-        folder = demo_folder(chosen.resume_from_checkpoint)
-        chosen = chosen.model_copy(update={"output_dir": str(folder)})
-        ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for processes of --nproc-per-node
-    try:
-        return fit(chosen, given)
-    except BaseException:
-        if folder is not None and folder.is_dir() and not any(folder.iterdir()):  # the run did not start
-            folder.rmdir()
-        raise
+    return fit(merge_settings(flags, given.config, defaults=DEMO_DEFAULTS), given)
 
 
-def demo_folder(checkpoint: str | None) -> Path:
-    """Returns the folder of a demo without --output-dir: the folder of its checkpoint, or a new one.
+def fit(config: TrainConfig, given: RunFlags) -> int:
+    """Trains, answers held-out prompts with the base and the fine-tuned model, and prints the result.
 
-    "latest" is the newest checkpoint of all demos. Raises CheckpointError if there is none, and ConfigError with
-    several processes, because each would create a folder.
+    Raises the same as `Trainer.train`. The message of KeyboardInterrupt contains the command to resume the run.
     """
-    if checkpoint == "latest":
-        folders = (FOLDER, *FOLDER.parent.glob(f"{FOLDER.name}-*"))
-        newest = [checkpoints_in(folder)[-1] for folder in folders if folder.is_dir() and checkpoints_in(folder)]
-        if not newest:
-            raise CheckpointError(
-                f"--resume-from-checkpoint latest: {FOLDER}, {FOLDER}-2, ... contain no checkpoint; name the folder of "
-                "a checkpoint, or start a new demo with --save-steps"
-            )
-        return max(newest, key=lambda path: path.stat().st_mtime).parent
-    if checkpoint is not None:
-        return Path(checkpoint).parent
-    if world_size() > 1:
-        raise ConfigError("several processes must share one output folder; set --output-dir")
-    number, folder = 1, FOLDER
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            if folder != FOLDER:
-                note(f"{FOLDER} already exists, so this demo uses {folder}; use that name in later commands")
-            return folder
-        except FileExistsError:  # from an earlier demo, or one that starts at the same time
-            number += 1
-            folder = FOLDER.with_name(f"{FOLDER.name}-{number}")
+    started = time.monotonic()
+    if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # otherwise, the trainer checks
+        run_log.check_run_folder(config, overwrite=given.overwrite)
+    check_sources_of_run(config)
+    fetch_sources(config.model)
+    if given.nproc_per_node is not None and not is_launched_by_tailora():
+        processes = count_processes(given.nproc_per_node, config.device)
+        if processes > 1:
+            log(f"starting {processes} processes")
+            return launch(ARGUMENTS.get(), processes, Path(config.output_dir), [WORSE])
+    with ExitStack() as stack:
+        console = stderr() if is_rank_0() else Console(quiet=True)
+        with run_progress(console, verbose=given.verbose) as listener:  # before torch is loaded
+            from accelerate import PartialState
+
+            from tailora.evaluation.classification import check_packages
+            from tailora.train.failures import Interrupted, fail_together
+            from tailora.train.memory import peak_bytes
+            from tailora.train.parallel import own_process_group
+            from tailora.train.trainer import Trainer
+
+            if config.task in TASK_TYPES:
+                check_packages()  # for the report
+            stack.enter_context(own_process_group())
+            try:
+                result = Trainer(config, listener, overwrite=given.overwrite).train()
+            except Interrupted as interrupted:
+                if not PartialState().is_main_process:
+                    return INTERRUPTED
+                message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
+                raise KeyboardInterrupt(message) from interrupted
+        is_main, answers, measured = PartialState().is_main_process, list["ComparedAnswer"](), dict[str, Any]()
+        if config.fsdp:  # all processes compute an answer together
+            stack.enter_context(fail_together(PartialState()))
+        if config.fsdp or is_main:
+            answers = answer_samples(result, config)
+            measured = measure_forgetting(result, config)
+    code = WORSE if is_worse(result) else 0
+    if not is_main:
+        return code
+    folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
+    report, page = write_results(folder, answers, measured, started, peak)
+    if given.json:
+        print_json({**report["result"], "verdict": report["verdict"]} if report else result.to_dict())
+    else:
+        show(stdout(), config, folder, report)
+        if page and not (folder / PAGE).exists():
+            log(page)
+    return code
 
 
 # ---- What a finished run prints: the result, its files, and what to do next
@@ -194,65 +205,6 @@ def first_prompt(folder: Path) -> tuple[str, list[str]]:
     words, images = next((pair for pair in asked if 0 < len(pair[0]) <= PROMPT_LENGTH), asked[0])
     shown = textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH]
     return shown or ("Describe the image." if images else "Hello!"), images
-
-
-# ---- What `train` and `demo` share: train, compare answers, print
-
-
-def fit(config: TrainConfig, given: RunFlags) -> int:
-    """Trains, answers held-out prompts with the base and the fine-tuned model, and prints the result.
-
-    Raises the same as `Trainer.train`. The message of KeyboardInterrupt contains the command to resume the run.
-    """
-    started = time.monotonic()
-    if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # otherwise, the trainer checks
-        run_log.check_run_folder(config, overwrite=given.overwrite)
-    check_sources_of_run(config)
-    fetch_sources(config.model)
-    if given.nproc_per_node is not None and not is_launched_by_tailora():
-        processes = count_processes(given.nproc_per_node, config.device)
-        if processes > 1:
-            log(f"starting {processes} processes")
-            return launch(ARGUMENTS.get(), processes, Path(config.output_dir), [WORSE])
-    with ExitStack() as stack:
-        console = stderr() if is_rank_0() else Console(quiet=True)
-        with run_progress(console, verbose=given.verbose) as listener:  # before torch is loaded
-            from accelerate import PartialState
-
-            from tailora.evaluation.classification import check_packages
-            from tailora.train.failures import Interrupted, fail_together
-            from tailora.train.memory import peak_bytes
-            from tailora.train.parallel import own_process_group
-            from tailora.train.trainer import Trainer
-
-            if config.task in TASK_TYPES:
-                check_packages()  # for the report
-            stack.enter_context(own_process_group())
-            try:
-                result = Trainer(config, listener, overwrite=given.overwrite).train()
-            except Interrupted as interrupted:
-                if not PartialState().is_main_process:
-                    return INTERRUPTED
-                message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
-                raise KeyboardInterrupt(message) from interrupted
-        is_main, answers, measured = PartialState().is_main_process, list["ComparedAnswer"](), dict[str, Any]()
-        if config.fsdp:  # all processes compute an answer together
-            stack.enter_context(fail_together(PartialState()))
-        if config.fsdp or is_main:
-            answers = answer_samples(result, config)
-            measured = measure_forgetting(result, config)
-    code = WORSE if is_worse(result) else 0
-    if not is_main:
-        return code
-    folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
-    report, page = write_results(folder, answers, measured, started, peak)
-    if given.json:
-        print_json({**report["result"], "verdict": report["verdict"]} if report else result.to_dict())
-    else:
-        show(stdout(), config, folder, report)
-        if page and not (folder / PAGE).exists():
-            log(page)
-    return code
 
 
 def is_worse(result: "TrainResult") -> bool:

@@ -144,8 +144,9 @@ class LoRALayer(nn.Module, AdapterPart):
         self._parameters.update(lora_magnitude_vector=None, lora_bias=None, bias=None)
         if lora_bias:
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
-        scaling = self._scalar(self.configured_scaling)
-        if self.configured_scaling > torch.finfo(scaling.dtype).max:
+        configured = initial_scaling(rank, self.lora_alpha, use_rslora)
+        scaling = self._scalar(configured)
+        if configured > torch.finfo(scaling.dtype).max:
             raise ConfigError(f"lora_alpha = {self.lora_alpha:g} overflows {scaling.dtype}; use a value from 1 to 1000")
         self.register_buffer("scaling", scaling)
         if learn_scaling:

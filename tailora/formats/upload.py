@@ -116,7 +116,6 @@ def upload(
     repo_id: str,
     *,
     tags: Sequence[str] = (),
-    replace_card: bool = False,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -124,7 +123,7 @@ def upload(
 ) -> Upload:
     """Uploads the files of a folder as one commit. Creates the repository and the branch `revision` if necessary.
 
-    A card in the repository that someone wrote or edited stays, unless `replace_card`.
+    A card in the repository that someone wrote or edited stays.
     tags: added to a new card.
     options: of `HfApi.upload_folder`.
     Raises ConfigError for a repository that is public but should be private, WriteError if the Hub refuses the files.
@@ -143,7 +142,7 @@ def upload(
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         keeps_card = False
-        if not replace_card and api.file_exists(repo_id, CARD, revision=revision):
+        if api.file_exists(repo_id, CARD, revision=revision):
             card = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
             keeps_card = not is_written_by_tailora(card.read_bytes())
         for path in folder.rglob(CARD) if tags else ():

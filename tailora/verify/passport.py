@@ -71,9 +71,9 @@ def passport_bytes(passport: Passport) -> bytes:
     return json.dumps(asdict(passport), ensure_ascii=False).encode()
 
 
-def read_passport(folder: Path, remedy: str | None = None) -> Passport:
-    """Raises FormatError, with the remedy, if it is missing, damaged or does not belong to the weights in `folder`."""
-    remedy = remedy or f"create one with `tailora verify --prepare --adapter {folder}`"
+def read_passport(folder: Path) -> Passport:
+    """Raises FormatError, with a remedy, if it is missing, damaged or does not belong to the weights in `folder`."""
+    remedy = f"create one with `tailora verify --prepare --adapter {folder}`"
     if not (folder / PASSPORT).exists():
         raise FormatError(f"{folder} contains no {PASSPORT}; {remedy}")
     passport = read_own_json(folder / PASSPORT, Passport, remedy)

@@ -12,7 +12,6 @@ from tiny import chat_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAModel
-from tailora.cli.adapters import poor_fit_advice
 from tailora.formats.run_folder import read_system_message, write_system_message
 
 IDS = torch.arange(20).view(2, 10)
@@ -127,13 +126,6 @@ def test_shrinking_reads_data_with_the_columns_of_the_call(adapters: Path, tmp_p
     assert loss(tmp_path / "run") == loss(adapters / "one", *flags) != loss(adapters / "one", *flags[:2])
 
 
-def test_a_poor_fit_comes_with_what_to_do() -> None:
-    assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.6}) == [
-        "The rank is too low to capture most of the difference between the models; raise --r, or use --energy 0.9"
-    ]
-    assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.3}) == []
-
-
 def test_extracting_says_what_the_adapter_cannot_hold(tiny_model: Path, adapters: Path) -> None:
     tuned = LoRAModel.from_pretrained(base(tiny_model), adapters / "one").merge_and_unload()
     with torch.no_grad():
@@ -147,6 +139,9 @@ def test_extracting_says_what_the_adapter_cannot_hold(tiny_model: Path, adapters
     assert "14 layers of rank 4; " in said
     assert "1 changed tensors are NOT in the adapter; to include them" in said
     assert "model.norm.weight: changed by up to 50.00%" in said
+    assert "The rank is too low" not in said
+    low = call("extract", *both, "--r", 1, "--output-dir", adapters / "low")[1]
+    assert "The rank is too low to capture most of the difference between the models; raise --r" in low
     torch.testing.assert_close(
         logits(tiny_model, adapters / "found"), logits(tiny_model, adapters / "one"), rtol=1e-4, atol=1e-4
     )

@@ -78,18 +78,6 @@ def test_a_table_of_texts_and_categories_is_recognised_as_labelled_data(tmp_path
     assert report["labels"] == {"a": 4, "b": 4}
 
 
-def test_a_package_that_the_next_command_needs_is_named(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "labels.jsonl"
-    path.write_text("".join(json.dumps({"text": f"text {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
-    command = ["data", str(path), "--model", str(tiny_model), "--task", "sequence-classification"]
-    assert "pip install" not in output(*command)
-    monkeypatch.setattr("tailora.cli.data.find_spec", lambda name: None if name == "seqeval" else name)
-    shown = " ".join(output(*command).partition("Next")[2].split())
-    assert "First install the packages for classification metrics: pip install 'tailora[classify]'." in shown
-
-
 @pytest.mark.parametrize(("rows", "distinct"), [(60, 60), (60, 20), (120, 120)])
 def test_data_and_the_run_agree_on_what_is_enough_to_judge_by(
     tmp_path: Path, tiny_model: Path, rows: int, distinct: int

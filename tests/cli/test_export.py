@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -24,7 +23,7 @@ from tailora.errors import DataError, FormatError
 from tailora.formats.export import FORMATS
 from tailora.formats.run_folder import read_system_message, write_system_message
 from tailora.formats.serving_targets import TARGETS
-from tailora.verify.passport import read_passport, write_passport
+from tailora.verify.passport import read_passport
 from tailora.verify.probes import make_passport
 
 NO_PASSPORT = "--no-verification-file"  # which takes half of the time
@@ -219,35 +218,18 @@ def test_a_lora_file_of_another_tool_needs_the_model_and_becomes_a_peft_folder(
         assert found("predict", *tokens)["adapters"] == [adapter.stem]
 
 
-def test_a_passport_of_other_weights_is_written_anew(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As the message of verify says."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert main(["export", str(run), "--to", "peft", "--output", str(first)]) == 0
-    weights = load_file(first / "adapter_model.safetensors")
-    save_file({name: 2 * value for name, value in weights.items()}, first / "adapter_model.safetensors")
+def test_the_passport_is_of_the_exported_weights_and_can_be_left_out(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--to", "peft", "--output", str(out)]) == 0
+    assert read_passport(out).probes
+    weights = load_file(out / "adapter_model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, out / "adapter_model.safetensors")
     with pytest.raises(FormatError, match="does not belong to the weights"):
-        read_passport(first)
-    assert main(["export", str(first), "--to", "peft", "--output", str(second)]) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"note: {first}/passport.json does not belong to the weights next to it" in said
-    assert "a new one will be written for the exported adapter" in said
-    assert "--prepare" not in said
-    assert read_passport(second).probes
-
-
-def test_the_passport_of_the_adapter_is_kept_and_none_writes_none(run: Path, tmp_path: Path) -> None:
-    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    assert main(["export", str(run), "--to", "peft", "--output", str(first)]) == 0
-    passport = read_passport(first)
-    write_passport(first, replace(passport, probes=passport.probes[:3]))  # as no new one is
-    assert main(["export", str(first), "--to", "gguf", "--output", str(second)]) == 0
-    kept = read_passport(second)
-    assert kept.probes == passport.probes[:3]
-    assert kept.weights.keys() == {"adapter.gguf"}
-    assert main(["export", str(first), "--to", "peft", "--output", str(third), NO_PASSPORT]) == 0
-    assert not (third / "passport.json").exists()
+        read_passport(out)
+    assert main(["export", str(out), "--to", "gguf", "--output", str(tmp_path / "new")]) == 0
+    assert read_passport(tmp_path / "new").weights.keys() == {"adapter.gguf"}
+    assert main(["export", str(out), "--to", "peft", "--output", str(tmp_path / "none"), NO_PASSPORT]) == 0
+    assert not (tmp_path / "none" / "passport.json").exists()
 
 
 def test_only_language_models_of_one_decoder_have_a_passport() -> None:

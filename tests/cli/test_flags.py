@@ -126,7 +126,7 @@ def test_yaml_numbers_are_numbers(tmp_path: Path, text: str) -> None:
         ("- r\n- 8", "got a list"),
         ("r: [", "line 1 cannot be read as YAML"),
         ("r: -1\nlearning_rate: fast", r"2 problems(.|\n)*r = -1(.|\n)*learning_rate = 'fast'"),
-        ("lora_rank: 8\nr: 4", "lora_rank and r are the same setting"),
+        ("lora_rank: 8\nr: 4", "two names of r are set; use only r"),
     ],
 )
 def test_bad_yaml_is_refused_with_its_cause(tmp_path: Path, text: str, message: str) -> None:
@@ -156,8 +156,7 @@ def test_the_file_is_named_where_its_settings_are_wrong(
     [
         (["--config", "absent.yaml"], "absent.yaml: No such file"),
         (["--r", "0"], "--r '0': "),
-        (["--lora-rank", "8", "--r", "4"], "same setting"),
-        (["--lora-rank", "8", "--lora-r", "4"], "same setting"),
+        (["--lora-rank", "8", "--lora-r", "4"], "two names of r are set"),
         (["--rank-pattern", "q_proj"], "expected key=value"),
         (["--rank-pattern", "q_proj=x"], "rank_pattern"),
         (["--rank-pattern", "q_proj=4", "--rank-pattern", "q_proj=8"], "q_proj is set twice"),

@@ -257,9 +257,10 @@ def test_a_card_that_someone_wrote_or_edited_stays(hub: Server, run: Path) -> No
     hub.files[CARD] = mine
     code, _, err = call("push", run, "user/adapter")
     assert code == 0
-    assert "README.md of user/adapter is kept, because it was written or edited by hand; use --replace-card" in err
+    assert "README.md of user/adapter is kept, because it was written or edited by hand; delete it for a new one" in err
     assert hub.files[CARD] == mine
-    pushed(run, "user/adapter", "--replace-card")
+    del hub.files[CARD]
+    pushed(run, "user/adapter")
     assert b"## Results" in hub.files[CARD]
     pushed(run, "user/adapter", "--license", "mit")  # tailora's own card is replaced
     assert card_of(hub).data.license == "mit"

@@ -1,12 +1,10 @@
 """`tailora train` and `tailora demo` from the command line to the files."""
 
 import json
-import os
 import re
 import shlex
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -20,9 +18,9 @@ from command_line import check_refused, found, output
 from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
-from tailora.cli.train import demo_folder, first_prompt, is_worse, next_commands
+from tailora.cli.train import first_prompt, is_worse, next_commands
 from tailora.data.dataset import Example, Examples
-from tailora.errors import CheckpointError, ConfigError, WriteError
+from tailora.errors import WriteError
 from tailora.evaluation.forgetting import KL_TOKENS, kl_texts
 from tailora.formats import run_folder
 from tailora.formats.run_folder import ADAPTER, PASSPORT, REPORT
@@ -145,49 +143,16 @@ def test_a_run_without_held_out_data_says_so(flags: dict[str, str]) -> None:
     assert "without held-out data: use --eval-data FILE" in output(*line(flags, {"--validation-split": "0"}))
 
 
-def test_demos_that_start_at_once_take_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with ThreadPoolExecutor(8) as pool:
-        taken = list(pool.map(demo_folder, [None] * 8))
-    assert set(map(str, taken)) == {"outputs/demo", *(f"outputs/demo-{number}" for number in range(2, 9))}
-    assert all(folder.is_dir() for folder in taken)
-    told = capsys.readouterr().err
-    assert "note: outputs/demo already exists, so this demo uses outputs/demo-8; use that name in later" in told
-    assert told.count("note: ") == 7
-
-
-def test_a_demo_of_several_processes_must_be_told_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="--output-dir"):
-        demo_folder(None)
-
-
-def test_the_demo_goes_on_from_the_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="contain no checkpoint; name"):
-        demo_folder("latest")
-    for age, name in enumerate(["demo-3/checkpoint-2", "demo-2/checkpoint-9", "demo/checkpoint-5", "a/checkpoint-9"]):
-        Path("outputs", name).mkdir(parents=True)
-        os.utime(Path("outputs", name), (1e9 - age, 1e9 - age))
-    Path("outputs/demo-4").mkdir()
-    assert demo_folder("latest") == Path("outputs/demo-3")
-
-
 @pytest.mark.slow
-def test_a_demo_answers_held_out_prompts_and_goes_on_in_its_folder(
+def test_a_demo_goes_on_in_its_folder_and_does_not_replace_another(
     flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     del flags["--output-dir"]
-    (tmp_path / "outputs" / "demo").mkdir(parents=True)
-    assert main(line(flags, {"--save-steps": "1", "--samples": "3"}, command="demo")) == 0
-    samples = json.loads((tmp_path / "outputs" / "demo-2" / "samples.json").read_text())
-    assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
-    for checkpoint in ("latest", "outputs/demo-2/checkpoint-1"):
-        assert main(line(flags, {"--resume-from-checkpoint": checkpoint}, command="demo")) == 0
-        assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"demo", "demo-2"}
+    assert main(line(flags, {"--save-steps": "1"}, command="demo")) == 0
+    assert (tmp_path / "outputs" / "demo" / "report.json").exists()
+    check_refused("outputs/demo contains an adapter", *line(flags, command="demo"))
+    assert main(line(flags, {"--resume-from-checkpoint": "latest"}, command="demo")) == 0
 
 
 def test_memory_that_ends_while_answers_are_compared_leaves_the_adapter(
