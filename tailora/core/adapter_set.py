@@ -208,8 +208,7 @@ class AdapterSet:
         self.check_no_batch("choose adapters by row")
         adapters = {name: self.adapters[name] for name in dict.fromkeys(names) if name is not None}
         check_compatible(adapters, by_row=True)
-        device = next(self.base_model.parameters()).device
-        batch = MixedBatch(tuple(names), tuple(self.adapters), device, flat=flat_layers(self.base_model, self.layers))
+        batch = MixedBatch(tuple(names), flat=flat_layers(self.base_model, self.layers))
         parts = mixed_parts(batch, self.adapters, self._layer_paths, self.layers)
         obstacle = self.training_obstacle
         self.batch, self.training_obstacle = batch, _training_obstacle(adapters)

@@ -12,15 +12,15 @@ the same adapter. All other parts are added one adapter at a time. Rows with a s
 because reading the factors takes most of the time. On an accelerator, sorting pays off only for packed batches.
 
 Without gradients, a layer caches its factors until torch's version counters or addresses show a change. This check is
-skipped where nothing can change: in `generate`, in a server, and in torch.inference_mode. With torch.compile, the names
-of the rows are an input of the graph, so changing them does not recompile it.
+skipped where nothing can change: in `generate`, in a server, and in torch.inference_mode. torch.compile leaves
+these layers out of its graphs.
 
 Shapes: n rows, k adapters of ranks up to R followed by a zero update, m blocks of `size` rows.
 """
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -63,14 +63,10 @@ class Blocks:
 
 
 class Rows:
-    """The adapter of each row, by name; None for no adapter.
+    """The adapter of each row, by name; None for no adapter."""
 
-    ids: (n,) index of each row's adapter in `loaded`, len(loaded) for None.
-    """
-
-    def __init__(self, names: Names, loaded: Sequence[str], device: torch.device) -> None:
-        self.names, self.n = names, len(names)  # n is an attribute for the compiler, which would guard the names
-        self.ids = torch.tensor(self.positions(loaded), device=device)
+    def __init__(self, names: Names) -> None:
+        self.names, self.n = names, len(names)
         self.kept: dict[Any, Any] = {}  # shared by all layers
 
     def positions(self, adapters: Sequence[str]) -> list[int]:
@@ -149,48 +145,39 @@ class MixedBatch:
     def __init__(
         self,
         names: Names = (),
-        loaded: Sequence[str] = (),
-        device: torch.device | None = None,
         *,
         is_packed: bool = False,
         head: nn.Module | None = None,
         flat: Collection[nn.Module] = (),
     ) -> None:
-        self.loaded, self.device, self.head = tuple(loaded), device or torch.device("cpu"), head
-        self.flat, self._padded_shape = flat, (0, 0)  # rows and tokens of the last embeddings
+        self.head, self.flat = head, flat
+        self._padded_shape = 0, 0  # rows and tokens of the last embeddings
         self.dim = int(is_packed)
-        self.rows = self.head_rows = Rows(names, self.loaded, self.device)
+        self.rows = self.head_rows = Rows(names)
         self.is_constant = is_packed
         self.repeats = 1
         self.terms: dict[LoRALayer, LayerTerms] = {}
         self.stacks: dict[MixedPart, tuple[tuple[str, ...], Stack]] = {}
         self._repeated = {1: self.rows}  # by how often `generate` repeats each row
-        self._lookups: dict[tuple[str, ...], Tensor] = {}
 
     def set_rows(self, names: Sequence[str | None], head_names: Sequence[str | None]) -> None:
         """Sets the adapters of all tokens, and of the head's tokens, before a forward pass of a packed batch."""
         if tuple(names) != self.rows.names:
-            self.rows = Rows(tuple(names), (), self.device)
+            self.rows = Rows(tuple(names))
         if tuple(head_names) != self.head_rows.names:
-            self.head_rows = Rows(tuple(head_names), (), self.device)
-
-    def lookup(self, names: tuple[str, ...]) -> Tensor:
-        """Returns index of an adapter -> its position in `names`, len(names) for others: (loaded + 1,)."""
-        if names not in self._lookups:
-            position = {name: i for i, name in enumerate(names)}
-            positions = [*(position.get(name, len(names)) for name in self.loaded), len(names)]
-            self._lookups[names] = _tensor(positions, self.device)
-        return self._lookups[names]
+            self.head_rows = Rows(tuple(head_names))
 
     def lacks(self, names: tuple[str, ...]) -> bool:
-        """True if no row of a padded batch uses these adapters, so that their layers need no rows; False in a graph."""
-        return self.dim == 0 and not torch.compiler.is_compiling() and not self.rows.used(names)
+        """True if no row of a padded batch uses these adapters, so that their layers need no rows."""
+        return self.dim == 0 and not self.rows.used(names)
 
     def rows_in(self, x: Tensor, layer: nn.Module, path: str, min_ndim: int) -> Rows:
         """Returns the rows of x, an input of the layer: (rows, ...), or (rows * tokens, in) row after row.
 
-        Raises RowsError for a wrong number of rows.
+        Raises RowsError for a wrong number of rows, and to the compiler.
         """
+        if torch.compiler.is_compiling():
+            raise RowsError("torch.compile cannot trace a different adapter for each row")
         if self.dim == 1:
             rows = self.head_rows if layer is self.head else self.rows
             if x.ndim < 2 or x.shape[:2] != (1, rows.n):
@@ -203,7 +190,7 @@ class MixedBatch:
             return self._repeated[self.repeats]
         repeated = f", or {n * self.repeats} repeated by generate" if self.repeats > 1 else ""
         rows, (given, tokens) = self._repeated[self.repeats], self._padded_shape
-        is_flat = x.ndim == min_ndim == 2 and (n == 1 or layer in self.flat) and not torch.compiler.is_compiling()
+        is_flat = x.ndim == min_ndim == 2 and (n == 1 or layer in self.flat)
         if is_flat and given == rows.n and len(x) == given * tokens:
             return rows
         packed = "; packed examples count as one row, so use padding instead" if n > 1 and x.shape[0] == 1 else ""
@@ -217,7 +204,7 @@ class MixedBatch:
         """Within the block, the shape of the input is known from the embeddings, for `flat` layers."""
 
         def keep_shape(_embeddings: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 3 and not torch.compiler.is_compiling():
+            if isinstance(output, Tensor) and output.ndim == 3:
                 self._padded_shape = output.shape[0], output.shape[1]
 
         _, embeddings = input_embedding(base_model) or ("", None)
@@ -236,7 +223,7 @@ class MixedBatch:
         """Within the block, every name stands for `repeats` rows, and parameters must not change."""
         self.parameters_changed()
         names = tuple(name for name in self.rows.names for _ in range(repeats))
-        self._repeated[repeats] = self.rows if repeats == 1 else Rows(names, self.loaded, self.device)
+        self._repeated[repeats] = self.rows if repeats == 1 else Rows(names)
         self.repeats, self.is_constant = repeats, True
         try:
             yield
@@ -378,10 +365,6 @@ class MixedPart(AdapterPart):
         self.output_slice = first.output_slice if is_update else None
         self.min_ndim = 1 if layer_type_of(layer) is EMBEDDING else first.lora_A.ndim if is_update else 2  # of an input
         self.is_alone = False
-        used = batch.rows.used(self.names)
-        # for the compiler: all adapters; with gradients, only the batch's, because others would get zero gradients
-        self.all = tuple(parts.values()), batch.lookup(self.names)
-        self.of_batch = tuple(parts[name] for name in used), batch.lookup(used)
         self._kept: Factors | None = None
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
@@ -392,8 +375,6 @@ class MixedPart(AdapterPart):
         if self.batch.dim == 0 and x.shape[0] != rows.n:
             y, output, x = (tensor.view(rows.n, -1, *tensor.shape[1:]) for tensor in (y, output, x))
             return self.add_to(y, output, x, layer).flatten(0, 1)
-        if torch.compiler.is_compiling():
-            return self._in_graph(y, output, x, layer, rows)
         used = rows.used(self.names)
         if not used:
             return y
@@ -490,25 +471,6 @@ class MixedPart(AdapterPart):
             change = change.index_add(dim, own, added)
         return y + change
 
-    # ---- Under torch.compile
-
-    def _in_graph(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, rows: Rows) -> Tensor:
-        """Uses the same operations and shapes for any row names; with gradients, for any order of the same names."""
-        parts, lookup = self.of_batch if torch.is_grad_enabled() else self.all
-        if not parts:
-            return y
-        which = lookup[rows.ids].to(x.device)  # (n,) position of each row's part, len(parts) for none
-        if self.is_product:
-            terms = [layer_terms(part, layer, output.dtype) for part in parts]
-            rates, x = [*(part.lora_dropout for part in parts), 0.0], x.to(output.dtype)
-            if layer.training and any(rates):
-                x = _dropout_by_row(x, torch.tensor(rates, device=x.device)[which])
-            return self._product(y, output, x, Stack.of(terms).factors(Blocks(which, which)))
-        zero, shape = torch.zeros_like(output), (-1, *[1] * (output.ndim - 1))
-        changes = [part.add_to(zero, output, x, layer) for part in parts]
-        own = [torch.where((which == i).view(shape), change, 0) for i, change in enumerate(changes)]
-        return y + torch.stack(own).sum(0)
-
 
 def _dropout_by_row(x: Tensor, rates: Tensor) -> Tensor:
     """Applies dropout with a different probability for each row: rates (n,)."""
@@ -534,7 +496,7 @@ class MixedModule(nn.Module):
     def __init__(self, path: str, copies: Mapping[str, nn.Module], layer: nn.Module, batch: MixedBatch) -> None:
         super().__init__()
         self.path, self.batch, self.names = path, batch, tuple(copies)
-        self.copies, self.lookup = nn.ModuleList(copies.values()), batch.lookup(tuple(copies))
+        self.copies = nn.ModuleList(copies.values())
         self._layer: tuple[Any] = (layer,)  # a reference, not a registration
         self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in layer.modules())
 
@@ -549,30 +511,22 @@ class MixedModule(nn.Module):
             )
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         rows, dim = self.batch.rows_in(first, self._layer[0], self.path, 1), self.batch.dim
-        join: Callable[[list[Tensor]], Tensor]
-        if torch.compiler.is_compiling():
-            index = self.lookup[rows.ids], torch.arange(rows.n)
-            outputs = [self._run(position, args, kwargs) for position in range(len(self.copies) + 1)]
-            counts = [rows.n] * len(outputs)
-            join = lambda tensors: torch.stack(tensors).movedim(dim + 1, 1)[index].movedim(0, dim)  # noqa: E731
-        else:
-            positions = rows.positions(self.names)
-            used = sorted(set(positions))
-            if len(used) == 1:
-                return self._run(used[0], args, kwargs)
-            groups = [[row for row, own in enumerate(positions) if own == position] for position in used]
-            outputs, counts = [], [len(group) for group in groups]
-            for position, group in zip(used, groups, strict=True):
-                own = partial(_own_rows, n=rows.n, dim=dim, own=rows.tensor(group, first.device))
-                outputs.append(self._run(position, *tree_map(own, (args, kwargs))))
-            in_turn = [row for group in groups for row in group]
-            in_order = sorted(range(rows.n), key=in_turn.__getitem__)
-            back = rows.tensor(in_order, first.device)
-            join = lambda tensors: torch.cat(tensors, dim).index_select(dim, back)  # noqa: E731
+        positions = rows.positions(self.names)
+        used = sorted(set(positions))
+        if len(used) == 1:
+            return self._run(used[0], args, kwargs)
+        groups = [[row for row, own in enumerate(positions) if own == position] for position in used]
+        outputs = []
+        for position, group in zip(used, groups, strict=True):
+            own = partial(_own_rows, n=rows.n, dim=dim, own=rows.tensor(group, first.device))
+            outputs.append(self._run(position, *tree_map(own, (args, kwargs))))
+        in_turn = [row for group in groups for row in group]
+        in_order = sorted(range(rows.n), key=in_turn.__getitem__)
+        back = rows.tensor(in_order, first.device)
 
         def joined(*same: Any) -> Any:
-            self._check_rows(same, counts)
-            return None if same[0] is None else join(list(same))
+            self._check_rows(same, [len(group) for group in groups])
+            return None if same[0] is None else torch.cat(same, dim).index_select(dim, back)
 
         return tree_map(joined, *outputs)
 
