@@ -36,12 +36,6 @@ def series_colour(number: int) -> str:
     return SERIES[number % len(SERIES)]
 
 
-def heat_colour(value: float, top: float) -> str:
-    """Returns the colour of a value between 0 and `top`."""
-    share = max(value / top, 0.0) if top else 0.0
-    return HEAT[min(int(share * len(HEAT)), len(HEAT) - 1)]
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A value for a figure. ends: of its interval.    runs: the values that it averages."""
@@ -151,36 +145,22 @@ class Canvas:
 
     # ---- Losses over the steps of training
 
-    def losses(self, runs: Sequence[Sequence[float]], colour: str, name: str) -> None:
-        """Draws thin lines for the losses of each run, and a thick line for their smoothed mean over shared steps."""
-        alpha = 0.4 if len(runs) == 1 else 0.25
-        for run in runs:
-            self.axes.plot(range(1, len(run) + 1), run, color=colour, linewidth=1, alpha=alpha)
-        shared = min(map(len, runs))
-        mean = np.mean([run[:shared] for run in runs], axis=0)
-        self.axes.plot(range(1, shared + 1), running_mean(mean), color=colour, label=name)
+    def losses(self, losses: Sequence[float], colour: str, name: str) -> None:
+        """Draws a thin line for the losses of each step, and a thick line for their running mean."""
+        steps = range(1, len(losses) + 1)
+        self.axes.plot(steps, losses, color=colour, linewidth=1, alpha=0.4)
+        self.axes.plot(steps, running_mean(np.array(losses)), color=colour, label=name)
 
     # ---- A third number as a colour
-
-    def colour_scale(self, axes: "Axes | list[Axes]", top: float, show: Show, title: str) -> None:
-        """Draws a legend of the colours, from 0 to `top`, above the axes."""
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import ListedColormap, Normalize
-
-        shades = ScalarMappable(Normalize(0, top or 1), ListedColormap(HEAT))
-        bar = self.figure.colorbar(shades, ax=axes, location="top", shrink=0.5, aspect=26, anchor=(0.0, 0.0), pad=0.03)
-        bar.outline.set_visible(False)
-        ticks = np.linspace(0, top, 3)
-        bar.set_ticks(ticks.tolist(), labels=[show(tick) for tick in ticks])
-        bar.ax.tick_params(length=0, labelsize=11)
-        bar.set_label(title, size=11.5, labelpad=6)
 
     def heat_map(self, cells: Mapping[tuple[str, int], float], top: float, show: Show, title: str) -> None:
         """A row for each name, in order of appearance, and a column for each layer.
 
         cells: (row, layer) -> value.    top: the value with the strongest colour.
         """
+        from matplotlib.cm import ScalarMappable
         from matplotlib.collections import PolyCollection
+        from matplotlib.colors import ListedColormap, Normalize
 
         rows = list(dict.fromkeys(row for row, _ in cells))
         layers = sorted({layer for _, layer in cells})
@@ -188,7 +168,8 @@ class Canvas:
         centres = [(layers.index(layer), rows.index(row)) for row, layer in cells]
         square = ((-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47))  # leaves a gap between cells
         corners = [[(x + right, y + down) for right, down in square] for x, y in centres]
-        colours = [heat_colour(value, top) for value in cells.values()]
+        shades = ScalarMappable(Normalize(0, top or 1), ListedColormap(HEAT))
+        colours = shades.to_rgba(np.array(list(cells.values())))
         axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0))
         axes.set_xlim(-0.5, len(layers) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -197,7 +178,12 @@ class Canvas:
         axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
-        self.colour_scale(axes, top, show, title)
+        bar = self.figure.colorbar(shades, ax=axes, location="top", shrink=0.5, aspect=26, anchor=(0.0, 0.0), pad=0.03)
+        bar.outline.set_visible(False)
+        ticks = np.linspace(0, top, 3)
+        bar.set_ticks(ticks.tolist(), labels=[show(tick) for tick in ticks])
+        bar.ax.tick_params(length=0, labelsize=11)
+        bar.set_label(title, size=11.5, labelpad=6)
 
 
 def running_mean(values: Floats) -> Floats:

@@ -33,7 +33,6 @@ def compare_page(comparison: Comparison) -> Page:
             f"{comparison.judged_examples:,} held-out examples that were not used to choose a learning rate.",
             _losses(comparison, arms),
         ),
-        Section("Training", "All variants saw the same examples in the same order.", [_training(arms, axis)]),
         Section("What it costs", "Means over the seeds; memory is the maximum.", [_costs(arms)]),
         Section(
             "Learning rates tried",
@@ -86,22 +85,6 @@ def _accuracies(comparison: Comparison, arms: Sequence[ArmResult]) -> Table | No
             rows.append([arm.name, f"{arm.accuracy:.3f}", interval(arm.accuracy_interval), change, ends])
     columns = [Column("name"), *numeric("accuracy"), INTERVAL, *numeric(f"- {comparison.reference}"), INTERVAL]
     return Table(columns, rows, "Accuracy") if rows else None
-
-
-def _training(arms: Sequence[ArmResult], axis: str) -> Figure | None:
-    runs = {arm.name: [losses for losses in arm.train_losses if losses] for arm in arms}
-    ends = [f"{name} from {losses[0][0]:.3f} to {losses[0][-1]:.3f}" for name, losses in runs.items() if losses]
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(310, "step", axis, whole_numbers="x")
-        for number, (name, losses) in enumerate(runs.items()):
-            if losses:
-                canvas.losses(losses, series_colour(number), one_line(name, 28))
-        axes.margins(x=0.02)
-
-    alt = f"Line chart of training, {axis}: {'; '.join(ends)}."
-    caption = "Each step's examples before its update. Thin lines: each seed. Thick lines: running mean of all seeds."
-    return Figure("training", draw, alt, caption, wide=True) if ends else None
 
 
 def _costs(arms: Sequence[ArmResult]) -> Table:

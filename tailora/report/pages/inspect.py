@@ -1,7 +1,6 @@
 """The page of an inspected adapter."""
 
 import json
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,14 +10,12 @@ from typing import Any, NamedTuple
 from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import LEADING, ModuleReport
 from tailora.formats.run_folder import ADAPTER
-from tailora.report.blocks import Block, Column, Figure, Finding, HeatMap, Number, Page, Paragraph, Section, Table
-from tailora.report.charts import Canvas, heat_colour
-from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
+from tailora.report.blocks import Block, Column, Finding, HeatMap, Number, Page, Paragraph, Section, Table
+from tailora.report.format import NONE, interval, plural, signed, value_range
 from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 from tailora.study.advice import HeldOutLosses, Inspection, first_few
 from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
-MOST_PANELS = 12  # in the figure of spectra
 FEWEST_LAYERS = 3  # for a heat map
 FIRST_ROWS = 8  # of the table by depth, in a terminal
 
@@ -52,8 +49,6 @@ MEANING_OF_R = "rank: how many directions the adapter can use in a layer"
 def inspect_page(inspection: Inspection) -> Page:
     losses, training = inspection.held_out, inspection.training
     by_depth_table, legend, every_module = _module_tables(inspection)
-    skipped = list(inspection.left_out.items())
-    left_out = Table([Column("skipped"), Column("why")], skipped, "Skipped", folded=True, detail="page")
     adapter = {"folder": inspection.adapter, **inspection.config}
     sections = [
         Section(
@@ -61,21 +56,9 @@ def inspect_page(inspection: Inspection) -> Page:
             "Grouped by thirds of the layers, highest energy first. Energy is a sum; all other values are means.",
             [by_depth_table, legend, *_heat_maps(inspection.modules), *_remarks(inspection), every_module],
         ),
-        Section(
-            "Spectra",
-            "How fast the singular values of each update fall: a flat line means that all of the rank is used.",
-            [_spectra(inspection.modules)],
-        ),
         *([_truncation(losses)] if losses else []),
         Section("Forgetting", "", [_forgetting(inspection.forgetting) if inspection.forgetting else None]),
-        Section(
-            "Skipped modules, and settings",
-            "",
-            [
-                left_out if skipped else None,
-                settings_table("Settings of the adapter", ("adapter", adapter), ("training", training)),
-            ],
-        ),
+        Section("Settings", "", [settings_table("Settings", ("adapter", adapter), ("training", training))]),
     ]
     findings: list[Block] = []
     for advice in inspection.advice:
@@ -199,72 +182,22 @@ def _remarks(inspection: Inspection) -> list[Paragraph]:
 def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
     names = _short_names(modules)
 
-    def heat_map(
-        name: str, measure: str, title: str, form: str, top: float | None, caption: str, *, always: bool = False
-    ) -> HeatMap:
+    def heat_map(measure: str, title: str, form: str, top: float | None, caption: str) -> HeatMap:
         cells = {
-            (names[module.path], layer): float(value)
+            (names[module.path], layer): float(getattr(module, measure))
             for module in modules
-            if (layer := layer_index(module.path)) is not None and (value := getattr(module, measure)) is not None
+            if (layer := layer_index(module.path)) is not None
         }
         highest = max(cells.values(), default=0.0) if top is None else top
-        return HeatMap(f"map-{name}", title, cells, highest, form.format, caption, "always" if always else "page")
+        return HeatMap(f"map-{measure}", title, cells, highest, form.format, caption)
 
     if len({layer_index(module.path) for module in modules} - {None}) < FEWEST_LAYERS:
         return []
     caption = "Share of the adapter's squared norm."
-    energy = heat_map("energy", "energy", "energy", "{:.1%}", None, caption, always=True)
+    energy = heat_map("energy", "energy", "{:.1%}", None, caption)
     caption = "Effective rank / rank. 1: all directions are used equally. Near 0: only one is used."
-    use = heat_map("use", "use", "effective rank / rank", "{:.2f}", 1.0, caption, always=True)
-    caption = "‖ΔW‖/‖W‖: size of the update relative to the weights."
-    norm = heat_map("norm", "relative_norm", "relative norm", "{:.1%}", None, caption)
-    caption = f"How many of the {LEADING} leading directions of the changed weight are unlike any of the base's."
-    intruders = heat_map("intruders", "intruders", "intruder dimensions", "{:.0f}", float(LEADING), caption)
-    return [heat for heat in (energy, use, norm, intruders) if any(heat.cells.values())]
-
-
-# ---- Spectra
-
-
-def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
-    names = _short_names(modules)
-    groups: dict[str, list[ModuleReport]] = {}
-    for module in modules:
-        if module.singular_values and module.singular_values[0] > 0:
-            groups.setdefault(names[module.path], []).append(module)
-    if not groups:
-        return None
-    energies = {name: sum(module.energy for module in own) for name, own in groups.items()}
-    most = sorted(energies, key=lambda name: -energies[name])[:MOST_PANELS]
-    shown = {name: own for name, own in groups.items() if name in most}
-    last = max((layer_index(module.path) or 0 for own in shown.values() for module in own), default=0)
-
-    def draw(canvas: Canvas) -> None:
-        columns = min(len(shown), 4 if canvas.wide else 2)
-        lines = math.ceil(len(shown) / columns)
-        canvas.set_height(56 + 150 * lines)
-        panels = list(canvas.figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
-        for axes, (name, own) in zip(panels, shown.items(), strict=False):
-            for module in own:
-                values = [value / module.singular_values[0] for value in module.singular_values]
-                layer = layer_index(module.path) or 0
-                colour = heat_colour(2 + layer, last + 3)  # the palest are too faint for lines
-                axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.2)
-            axes.set_title(one_line(name, 22), fontsize=11.5)
-            axes.set_ylim(0, 1.05)
-            axes.locator_params("x", nbins=4, integer=True, min_n_ticks=1)
-            axes.set_yticks([0, 0.5, 1])
-        for index in range(len(shown), len(panels)):
-            panels[index].set_visible(False)
-            panels[index - columns].tick_params(labelbottom=True)
-        if last:
-            canvas.colour_scale(panels, last, "{:.0f}".format, "layer")
-
-    caption = "Singular values of each update, relative to the largest, in descending order; one line per layer."
-    if len(shown) < len(groups):
-        caption += f" The {MOST_PANELS} of {len(groups)} matrices with the most energy."
-    alt = f"Line charts of the singular values of {sum(map(len, shown.values()))} updates: {', '.join(shown)}."
-    return Figure("spectra", draw, alt, caption, wide=True)
+    use = heat_map("use", "effective rank / rank", "{:.2f}", 1.0, caption)
+    return [heat for heat in (energy, use) if any(heat.cells.values())]
 
 
 # ---- On held-out data

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from tailora.evaluation.statistics import (
 )
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Section, Table
-from tailora.report.charts import DASHED, INK, SERIES, Canvas
+from tailora.report.charts import SERIES, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.study.config import FIRST_RATES, LORA
@@ -52,12 +51,6 @@ MOST_CUT = 0.9  # share of truncated completions above which the verdict names t
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
 UNKNOWN = "Whether training worked is unknown without held-out data: use --eval-data FILE."
-COLUMNS = [  # column of metrics.jsonl, unit, caption
-    ("learning_rate", "learning rate", "Learning rate of each step."),
-    ("grad_norm", "gradient norm", "Norm of the gradient of each step, before clipping."),
-    ("tokens_per_second", "tokens per second", "Speed so far, without evaluations."),
-    ("memory_bytes", "GB", "Peak memory so far."),
-]
 
 
 # ---- report.json
@@ -67,10 +60,6 @@ COLUMNS = [  # column of metrics.jsonl, unit, caption
 class LoggedStep:
     step: int
     loss: float
-    learning_rate: float
-    grad_norm: float | None  # None where a gradient overflowed float16 and the step changed nothing
-    tokens_per_second: float
-    memory_bytes: float
     reward: float | None = None  # of the sampled completions, in reinforcement learning
     reward_std_error: float | None = None  # over the groups
 
@@ -341,6 +330,10 @@ def train_page(report: TrainReport) -> Page:
         numbers += _numbers(result, unit, is_resumed=report.settings.get("resume_from_checkpoint") is not None)
         if report.evaluations:
             curve_text += f" The weights of step {result.best_step} were kept."
+        if (held_out := report.held_out) is not None and not by_reward:
+            better = sum(after < before for before, after in zip(held_out.before, held_out.after, strict=True))
+            examples = plural(sum(map(bool, held_out.tokens)), "held-out example")
+            curve_text += f" {better:,} of {examples} have a lower loss after training."
     answers_text = "Greedy answers to the prompts of the first held-out examples."
     if any(sample.reference for sample in report.samples):
         answers_text += " The arrow marks the reply in the data."
@@ -365,10 +358,8 @@ def train_page(report: TrainReport) -> Page:
         *([_metrics(report.metrics, meanings)] if report.metrics else []),
         *([section] if (section := labels_section(report.labels)) else []),
         Section(measure.name.capitalize(), curve_text, [_curve(report, measure, unit)]),
-        *([_examples(report.held_out, unit)] if report.held_out and not by_reward else []),
         *(_sampled(report.completions) if by_reward else []),
         Section("Answers before and after", answers_text, [answers]),
-        Section("Training", "Learning rate, gradients, speed and memory of every step.", _training(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
     notes = [hint] if result is not None and (hint := _few_steps_hint(result, report)) else []
@@ -458,7 +449,7 @@ def _curve(report: TrainReport, measure: Measure, unit: str) -> Figure | None:
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(320 if canvas.wide else 280, "step", measure.label(unit), whole_numbers="x")
-        canvas.losses([[value for _, value, _ in steps]], SERIES[0], "training, running mean")
+        canvas.losses([value for _, value, _ in steps], SERIES[0], "training, running mean")
         x, y, error = np.array(steps, dtype=float).T
         if np.isfinite(error).any():
             axes.fill_between(x, y - Z * error, y + Z * error, color=SERIES[0], alpha=0.15, linewidth=0)
@@ -498,45 +489,3 @@ def _sampled(lines: Sequence[Mapping[str, Any]]) -> list[Section]:
     advantages = "The group with the largest advantage in each part of the run."
     table = Table(columns, largest, detail="page")
     return [Section("Samples over time", samples, tables), Section("Largest advantages", advantages, [table])]
-
-
-def _examples(held_out: HeldOut, unit: str) -> Section:
-    examples = zip(held_out.before, held_out.after, held_out.tokens, strict=True)
-    pairs = [(before / tokens, after / tokens) for before, after, tokens in examples if tokens > 0]
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(330, f"change, {unit}", "examples", whole_numbers="y")
-        bins = min(30, max(5, len(pairs) // 4))
-        changes = [after - before for before, after in pairs]
-        axes.hist(changes, bins=bins, color=SERIES[0], alpha=0.85, rwidth=0.92)
-        axes.axvline(0, color=INK, linewidth=1.2, linestyle=DASHED)
-        axes.grid(visible=False, axis="x")
-
-    better = sum(after < before for before, after in pairs)
-    alt = "Histogram of the change of the loss of each held-out example."
-    caption = "Change of each example's loss, after - before; the dashed line marks no change."
-    text = f"{better:,} of {plural(len(pairs), 'example')} have a lower loss after training."
-    return Section("Each held-out example", text, [Figure("changes", draw, alt, caption, wide=True)])
-
-
-def _training(steps: Sequence[LoggedStep]) -> list[Figure]:
-    def known(name: str) -> list[LoggedStep]:
-        return [step for step in steps if getattr(step, name) is not None]
-
-    def draw(name: str, unit: str, canvas: Canvas) -> None:
-        axes = canvas.new_axes(200, "step", unit, whole_numbers="x")
-        shown = known(name)
-        values = np.array([getattr(step, name) for step in shown]) / (1e9 if name == "memory_bytes" else 1)
-        axes.plot([step.step for step in shown], values, color=SERIES[0])
-        if name == "grad_norm" and values.min() > 0 and values.max() > 30 * values.min():
-            canvas.log_axis("y")
-        elif name != "tokens_per_second" and (highest := values[np.isfinite(values)].max(initial=0)) > 0:
-            axes.set_ylim(0, 1.08 * highest)  # room for a line that is almost flat
-
-    figures = []
-    for name, unit, caption in COLUMNS:
-        if not (shown := known(name)):
-            continue
-        alt = f"Line chart: {caption} From {getattr(shown[0], name):.3g} to {getattr(shown[-1], name):.3g}."
-        figures.append(Figure(name.replace("_", "-"), partial(draw, name, unit), alt, caption))
-    return figures
