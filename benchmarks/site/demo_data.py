@@ -17,7 +17,7 @@ from typing import Any
 from tailora.data.demo import SHIPPED_DATA, Wheel, extract_from_wheel
 from tailora.data.messages import Messages
 
-DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", 8_105_664)
+DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e")
 CHATS = "chitchat_dataset/dataset.json"
 TRAIN, HELD_OUT = 280, 100  # conversations; the demo trains for one epoch
 

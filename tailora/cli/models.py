@@ -10,8 +10,7 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
-from tailora.cli.main import log, note, stderr
-from tailora.cli.progress import download_progress
+from tailora.cli.main import log, note
 from tailora.data.demo import model_folder
 from tailora.data.readers import check_data_exists, source_names
 from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
@@ -243,8 +242,7 @@ def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
 def fetch_sources(model: str) -> None:
     """Downloads the demo's model or converts a GGUF file, if needed and not cached. Raises FetchError."""
     if model == DEMO:
-        with download_progress(stderr()) as progress:
-            model_folder(progress)
+        model_folder(log)
     if (file := find_gguf(model)) is not None and not folder_of(file).is_dir():
         log(f"converting {file} to {folder_of(file)} (only the first time)")
         converted_base(file)

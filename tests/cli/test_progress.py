@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tailora.cli.main import note, stderr
-from tailora.cli.progress import counter, download_progress, format_header, run_progress, step_counter
+from tailora.cli.progress import counter, format_header, run_progress, step_counter
 from tailora.data.dataset import WARNINGS
 from tailora.train.events import Evaluated, EvaluationProgress, Event, Note, Stepped
 
@@ -187,27 +187,6 @@ def test_an_evaluation_has_a_bar_of_its_own_on_a_terminal(file: io.StringIO, is_
     shown = shown_by(file, [EvaluationProgress(30, 90), EvaluationProgress(90, 90)])
     assert ("held-out examples" in shown) == is_drawn
     assert ("90 of 90" in shown) == is_drawn
-
-
-@pytest.mark.parametrize(
-    ("file", "size"), [(Terminal(), "10.0/40.0 MB"), (io.StringIO(), "10.0 of 40.0 MB")], ids=["terminal", "pipe"]
-)
-def test_a_download_shows_bytes_and_a_percentage_only_if_they_are_known(
-    file: io.StringIO, size: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    with download_progress(Console(file=file, width=120)):
-        pass  # nothing to download
-    assert file.getvalue() == ""
-    with download_progress(Console(file=file, width=120)) as progress:
-        progress("fetching m", 10_000_000, 40_000_000)
-    assert all(part in file.getvalue() for part in ("fetching m", "25%", size))
-    with download_progress(Console(file=file, width=120)) as progress:
-        progress("unpacking m", 0, 0)
-        after = file.getvalue().partition("unpacking m")
-        progress("fetching n", 10, 40)
-    assert after[1]
-    assert "%" not in after[2]
 
 
 def test_after_the_last_step_the_bar_says_what_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

