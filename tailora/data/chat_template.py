@@ -46,60 +46,38 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DataSettings:
-    """Settings for converting rows to examples and for the split. `TrainConfig` and TRL use the same names.
+    """Settings for converting rows to examples and for the split. `TrainConfig` and TRL use the same names."""
 
-    field: key of the schema -> column.
-    task: determines the possible schemas; auto infers it from the rows.
-    labels: the labels of the model's head, for tasks that have one.
-    max_length: maximum tokens per example. Longer examples are truncated, training texts are split.
-    system: the system message for conversations without one.
-    assistant_only_loss, completion_only_loss: train only the replies of a conversation; train only completions, not
-        their prompts. None means yes for both, except that completion_only_loss=False trains everything.
-    documents: whether an example of plain text contains one document, or blocks of all documents joined.
-    validation_split, seed: share of the examples to hold out, and the seed for selecting them.
-    skip_bad_rows: skip and report unusable rows instead of raising an error.
-    image_folder: folder of the images, for paths in rows; None: the folder of the data file.
-    for_evaluation: read a pair of replies as choices with the chosen one as the answer, to evaluate a language model.
-    """
-
-    field: Mapping[str, str] | None = None
-    task: str = AUTO
-    labels: Labels | None = None
-    max_length: int = 1024
-    system: str | None = None
-    assistant_only_loss: bool | None = None
-    completion_only_loss: bool | None = None
-    documents: Literal["isolated", "concatenated"] = "isolated"
-    validation_split: float = 0.05
-    seed: int = 0
-    skip_bad_rows: bool = False
-    image_folder: str | None = None
-    for_evaluation: bool = False
+    field: Mapping[str, str] | None = None  # key of the schema -> column
+    task: str = AUTO  # determines the possible schemas
+    labels: Labels | None = None  # of the model's head, for tasks that have one
+    max_length: int = 1024  # tokens per example; longer ones are truncated, training texts are split
+    system: str | None = None  # the system message for conversations without one
+    assistant_only_loss: bool | None = None  # train only replies; None: yes, unless completion_only_loss=False
+    completion_only_loss: bool | None = None  # train only completions, not their prompts; None: yes
+    documents: Literal["isolated", "concatenated"] = "isolated"  # one plain text per example, or blocks of all of them
+    validation_split: float = 0.05  # share of the examples to hold out
+    seed: int = 0  # for selecting them
+    skip_bad_rows: bool = False  # skip and report unusable rows instead of raising an error
+    image_folder: str | None = None  # for paths in rows; None: the folder of the data file
+    for_evaluation: bool = False  # read a pair of replies as choices, with the chosen one as the answer
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """A tokenizer, its properties needed below, and the settings of the data.
-
-    processor: of a vision-language model, which turns images into pixel values and expands their placeholders.
-    bos_ids: the tokens that the tokenizer adds before a text, [BOS] or nothing.
-    special_tokens: special tokens, which may end a turn.
-    media_tokens: tokens that only placeholders may contain, since models look for an image, video or audio for each.
-    cache: ids of short texts that are repeated, such as the header of a reply.
-    placeholders: `image_placeholders`, with a cache for the latest sizes.
-    """
+    """A tokenizer, its properties needed below, and the settings of the data."""
 
     tokenizer: Any
     template: str | None
-    bos_ids: list[int]
+    bos_ids: list[int]  # that the tokenizer adds before a text, [BOS] or nothing
     eos: str | None
     eos_id: int | None
     special_ids: frozenset[int]
-    special_tokens: tuple[str, ...]
+    special_tokens: tuple[str, ...]  # which may end a turn
     settings: DataSettings
-    processor: ProcessorMixin | None = None
-    media_tokens: tuple[str, ...] = ()
-    cache: dict[str, list[int]] = field(default_factory=dict)
+    processor: ProcessorMixin | None = None  # of a vision-language model
+    media_tokens: tuple[str, ...] = ()  # models look for an image, video or audio for each, so texts must not have them
+    cache: dict[str, list[int]] = field(default_factory=dict)  # of short texts, such as the header of a reply
     placeholders: Callable[..., list[str]] = field(default_factory=lambda: lru_cache(MOST_SIZES)(image_placeholders))
 
     @property

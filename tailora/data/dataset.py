@@ -29,20 +29,15 @@ class Example:
 
     `of_text` creates the labels of a language model. In other tasks the labels are the tags of words, or the text that
     a decoder predicts from its first token on.
-    source_index: position of its row in its source, from 0.
-    second_start: start of the second sequence, such as the rejected reply after the chosen one; 0 if there is none.
-    target: training target for the example as a whole, for tasks that have one.
-    weight: relative weight of its loss in training.
-    images: in the order of their placeholders, which are among the tokens; decoded when a batch needs them.
     """
 
     input_ids: Int32  # (length,)
     labels: Int32  # (length,)
-    source_index: int = 0
-    second_start: int = 0
-    target: Float64 | None = None  # (targets,)
-    weight: float = 1.0
-    images: tuple[Image, ...] = ()
+    source_index: int = 0  # position of its row in its source
+    second_start: int = 0  # of the second sequence, such as the rejected reply after the chosen one; 0: there is none
+    target: Float64 | None = None  # (targets,), for tasks with a target for the example as a whole
+    weight: float = 1.0  # of its loss in training
+    images: tuple[Image, ...] = ()  # in the order of their placeholders among the tokens
 
     @property
     def supervised(self) -> int:

@@ -23,13 +23,12 @@ from typing import Any
 from uuid import uuid4
 
 from tailora.core.cache import cache_folder
-from tailora.data.messages import IMAGE, IMAGE_VALUES, Messages, short_repr
+from tailora.data.messages import IMAGE, IMAGE_VALUES, Messages, image_parts, short_repr
 from tailora.errors import DataError, WriteError, listing
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # JPEG includes MPO, which phones write
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 << 20  # of a file
-MOST_IMAGES = 100  # of a row
 PIXELS_OF_ROW = 200_000_000  # of all its images; decoded, they need 600 MB
 THUMBNAIL = 96  # pixels of the longer side
 DEEPEST = 8  # objects and lists around an image in a row; messages/0/content/0/image_url/url has 6
@@ -84,7 +83,7 @@ class Image:
 
 def images_of(messages: Messages) -> tuple[Image, ...]:
     """Returns the images of messages that `read_images` returned, in order."""
-    return tuple(part[IMAGE] for part in _image_parts(messages))
+    return tuple(part[IMAGE] for part in image_parts(messages))
 
 
 def read_images(messages: Messages, folder: Path | None) -> Messages:
@@ -93,14 +92,7 @@ def read_images(messages: Messages, folder: Path | None) -> Messages:
     folder: paths are relative to it and must not lead out of it; None if the data is not in a folder.
     Raises DataError with all images that cannot be used.
     """
-    parts = _image_parts(messages)
-    if not parts:
-        return messages
-    if len(parts) > MOST_IMAGES:
-        raise DataError(
-            f"the row has {len(parts):,} images; expected at most {MOST_IMAGES}. Split it into several rows"
-        )
-    images = _read_all(lambda part: read_image(part[IMAGE], folder), parts)
+    images = _read_all(lambda part: read_image(part[IMAGE], folder), image_parts(messages))
     if (pixels := sum(image.width * image.height for image in images)) > PIXELS_OF_ROW:
         raise DataError(
             f"the row's images have {pixels:,} pixels in total; expected at most {PIXELS_OF_ROW:,}. Use smaller "
@@ -147,11 +139,6 @@ def replace_images(messages: Messages, images: Sequence[Any] | None = None) -> M
         else message
         for message in messages
     ]
-
-
-def _image_parts(messages: Messages) -> list[dict[str, Any]]:
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return [part for content in contents for part in content if part["type"] == IMAGE]
 
 
 def store_images(value: Any, key: str, *, is_used: bool, depth: int = 1) -> Any:
@@ -232,8 +219,6 @@ def _file_bytes(path: Path, name: str) -> bytes:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise DataError(f"image {name}: {error.strerror or error}; its path is {_printable(str(path))}") from None
-    if len(content) > MOST_BYTES:
-        raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
     return content
 
 
@@ -249,8 +234,6 @@ def _from_data_url(url: str) -> bytes:
 
 def _stored(content: bytes, name: str) -> Image:
     """Writes an image that is not a file to the cache folder."""
-    if len(content) > MOST_BYTES:
-        raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
     path = cache_folder() / "images" / hashlib.sha256(content).hexdigest()
     image = _checked(content, path, name)
     if not path.exists():
@@ -271,12 +254,12 @@ def _stored(content: bytes, name: str) -> Image:
 
 def _checked(content: bytes, path: Path | None, name: str, formats: Sequence[str] = FORMATS) -> Image:
     """Decodes an image to see that it is complete. Raises DataError."""
+    if len(content) > MOST_BYTES:
+        raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
     with _opened(content, name, formats) as (image, orientation):
         width, height = image.size
         size = (height, width) if orientation in SIDEWAYS else (width, height)
-        image.draft(
-            "RGB", (max(width // 8, 1), max(height // 8, 1))
-        )  # of JPEG, read completely but computed at a smaller size
+        image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))  # JPEG is read completely, but computed smaller
         image.load()
     return Image(path, hashlib.sha256(content).hexdigest(), *size, name)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tailora.data.dataset import IGNORED, Example, Examples, Float64
-from tailora.data.messages import listed, short_repr, text_value
+from tailora.data.messages import listed, number_of, short_repr, text_value
 from tailora.data.readers import Row, RowProblem, data_error, read_rows
 from tailora.data.samples import Labelled, LabelValue, Tagged
 from tailora.data.schemas import REGRESSION, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, convert_row, detect_schema
@@ -33,15 +33,11 @@ MOST = 1e15  # limit for regression targets, so that sums of squared errors stay
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels that the head of a model predicts.
-
-    names: of the classes or tags, in the order of the head's outputs; for regression only "value".
-    several: whether a row may have several labels.
-    """
+    """The labels that the head of a model predicts."""
 
     task: str
-    names: tuple[str, ...]
-    several: bool = False
+    names: tuple[str, ...]  # of the classes or tags, in the order of the head's outputs; for regression only "value"
+    several: bool = False  # whether a row may have several labels
 
     @property
     def problem_type(self) -> str:
@@ -136,10 +132,7 @@ def _name(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
+    number = number_of(value)
     if not math.isfinite(number):
         raise DataError(f"label: expected a number, got {short_repr(value)}")
     if abs(number) > MOST:
@@ -178,14 +171,10 @@ def read_labels(
                 problems.append(sample)
             elif isinstance(item, Row) and isinstance(sample, Labelled | Tagged):
                 samples.append((item, sample))
-    if problems and not skip_bad_rows:
-        raise data_error(problems)
-    if task == REGRESSION:
-        return Labels(task, ("value",))
     lists = sum(isinstance(sample, Labelled) and isinstance(sample.label, list) for _, sample in samples)
     several = 2 * lists > len(samples)  # a single wrong row must not decide
     counts, source = Counter[str](), ", ".join(sources)
-    for row, sample in samples:
+    for row, sample in samples if task != REGRESSION else ():
         try:
             names: list[Any] = [sample.label] if isinstance(sample, Labelled) else sample.tags or []
             if several and isinstance(sample, Labelled) and isinstance(sample.label, list):
@@ -195,6 +184,8 @@ def read_labels(
             problems.append(row.problem(error))
     if problems and not skip_bad_rows:
         raise data_error(problems)
+    if task == REGRESSION:
+        return Labels(task, ("value",))
     what = "tags" if task == TOKEN_CLASSIFICATION else "labels"
     if len(counts) > MOST_LABELS:
         raise DataError(

@@ -31,21 +31,14 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class RenderedSample:
-    """A text and its trained spans.
+    """A text and its trained spans."""
 
-    sample: its source. If a conversation became several texts, the part up to the last trained reply.
-    add_bos: put the tokenizer's BOS before the text unless it begins with one, because no template has done so. As in
-        transformers, only processors add what the template omits.
-    add_eos: put EOS after the text, because it does not end with one.
-    images: those whose placeholders are in the text.
-    """
-
-    sample: Sample
+    sample: Sample  # if a conversation became several texts, the part up to the last trained reply
     text: str
     trained_spans: list[Span]
-    add_bos: bool = False
-    add_eos: bool = False
-    images: tuple[Image, ...] = ()
+    add_bos: bool = False  # unless the text begins with it; of chats, only processors add what a template omits
+    add_eos: bool = False  # because the text does not end with it
+    images: tuple[Image, ...] = ()  # those whose placeholders are in the text
 
 
 def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> list[RenderedSample]:

@@ -8,6 +8,7 @@ parts if it has images. Reasoning is always stored as reasoning_content, whateve
 """
 
 import json
+import math
 import re
 import reprlib
 from collections.abc import Collection
@@ -125,6 +126,11 @@ def has_images(messages: Messages) -> bool:
     return any(isinstance(message["content"], list) for message in messages)
 
 
+def image_parts(messages: Messages) -> list[dict[str, Any]]:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part for content in contents for part in content if part["type"] == IMAGE]
+
+
 def text_of(message: dict[str, Any]) -> str:
     """Returns the text of a message, with [image] for each image."""
     content = message["content"]
@@ -140,15 +146,14 @@ def place_images(messages: Messages, images: list[Any]) -> Messages:
     Raises DataError if their numbers differ, or if there is no user message.
     """
     split = [_split_placeholders(message) if message["role"] == "user" else message for message in messages]
-    values = [part[IMAGE] for message in split for part in _images_in(message)]
-    missing = sum(value is None for value in values)
-    if images and not values:
+    parts = image_parts(split)
+    missing = sum(part[IMAGE] is None for part in parts)
+    if images and not parts:
         first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
         if first is None:
             raise DataError("images: expected a user message that they belong to, got none")
         content = messages[first]["content"]
-        parts = [{"type": IMAGE, IMAGE: image} for image in images]
-        content = [*parts, {"type": TEXT_PART, TEXT_PART: content}]
+        content = [*({"type": IMAGE, IMAGE: image} for image in images), {"type": TEXT_PART, TEXT_PART: content}]
         return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
     if missing != len(images):
         raise DataError(
@@ -156,9 +161,8 @@ def place_images(messages: Messages, images: list[Any]) -> Messages:
             "agree"
         )
     rest = iter(images)
-    for message in split:
-        for part in _images_in(message):
-            part[IMAGE] = next(rest) if part[IMAGE] is None else part[IMAGE]
+    for part in parts:
+        part[IMAGE] = next(rest) if part[IMAGE] is None else part[IMAGE]
     return split
 
 
@@ -176,10 +180,6 @@ def _split_placeholders(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": split} if any(part["type"] == IMAGE for part in split) else message
 
 
-def _images_in(message: dict[str, Any]) -> list[dict[str, Any]]:
-    return [part for part in message["content"] if part["type"] == IMAGE] if has_images([message]) else []
-
-
 def _train_flag(message: dict[str, Any], role: str, name: str) -> bool | None:
     """Returns the value of `train` or of OpenAI's `weight` for the message; None if it has neither."""
     given = {key: message[key] for key in ("train", "weight") if key in message}
@@ -190,12 +190,12 @@ def _train_flag(message: dict[str, Any], role: str, name: str) -> bool | None:
             f"{name}: expected 0 or 1 for the weight of a message, got {short_repr(given['weight'])}; to weight the "
             "whole row, put weight next to messages"
         )
-    flags = [bool(value) for value in given.values()]
-    if len(set(flags)) > 1:
+    flags = {bool(value) for value in given.values()}
+    if len(flags) > 1:
         raise DataError(f"{name}: train and weight contradict each other; use only one")
     if True in flags and role != "assistant":
         raise DataError(f"{name}: only assistant messages can be trained, got role {role}; remove train or weight")
-    return flags[0] if flags else None
+    return next(iter(flags), None)
 
 
 def _tool_calls(message: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -275,6 +275,14 @@ def parsed_list(value: Any, key: str) -> Any:
     """Parses a text that contains a list; returns other values unchanged. Raises DataError if the list is not JSON."""
     is_list = isinstance(value, str) and key in LIST_TEXTS and LIST_TEXTS[key].match(value)
     return _parsed(value, key) if is_list else value
+
+
+def number_of(value: Any) -> float:
+    """Returns a number, which may be a text as in CSV; NaN for other values."""
+    try:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")

@@ -399,16 +399,8 @@ def check_settings(mappings: Sequence[ColumnMapping], settings: DataSettings) ->
             (settings.system is not None and all(is_text), "--system", "conversations"),
             (settings.assistant_only_loss and all(is_text), "--assistant-only-loss", "conversations"),
             (settings.completion_only_loss and not any(has_completion), "--completion-only-loss", "completions"),
-            (
-                has_preferences and settings.completion_only_loss is False,
-                "--no-completion-only-loss",
-                "whole texts (preferences compare replies)",
-            ),
-            (
-                has_preferences and settings.assistant_only_loss is False,
-                "--no-assistant-only-loss",
-                "whole conversations (preferences compare replies)",
-            ),
+            (has_preferences and settings.completion_only_loss is False, "--no-completion-only-loss", "single replies"),
+            (has_preferences and settings.assistant_only_loss is False, "--no-assistant-only-loss", "single replies"),
         )
         if is_wrong
     ]

@@ -47,16 +47,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """The reason why a row cannot be used. `number` is the row's number; 0 stands for the whole file or the rest of it.
-
-    content: the fields of the row, or the text of its line.
-    """
+    """The reason why a row cannot be used."""
 
     file: str
-    number: int
+    number: int  # of the row; 0 stands for the whole file or the rest of it
     cause: str
     is_item: bool = False
-    content: Any = field(default=None, compare=False)
+    content: Any = field(default=None, compare=False)  # the fields of the row, or the text of its line
 
     @property
     def location(self) -> str:
@@ -76,10 +73,8 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
 
 
 class Source(NamedTuple):
-    """weight: how often each of its examples appears in an epoch."""
-
     name: str
-    weight: float = 1.0
+    weight: float = 1.0  # how often each of its examples appears in an epoch
 
     def __str__(self) -> str:
         return self.name if self.weight == 1 else f"{self.name}={self.weight:g}"
@@ -309,34 +304,22 @@ def _arrow_rows(file: str, number: int, batch: Any) -> Rows:
     """Yields the rows of a batch or table. number: of rows before it."""
     try:
         rows = batch.to_pylist()
-    except (ValueError, OverflowError):
-        rows = _row_by_row(batch)
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date after the year 9999
+        if len(batch) == 1:
+            yield RowProblem(file, number + 1, f"unreadable value ({error}); repair it, or remove its column", True)
+            return
+        for index in range(len(batch)):
+            yield from _arrow_rows(file, number + index, batch.slice(index, 1))
+        return
     for index, fields in enumerate(rows, number + 1):
-        is_read = isinstance(fields, dict)
-        yield _arrow_row(file, index, fields) if is_read else RowProblem(file, index, fields, True)
+        yield Row(file, index, {key: _without_nulls(value) for key, value in fields.items()}, is_item=True)
 
 
-def _row_by_row(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Yields the values of each row, or the reason why they cannot be read."""
-    for index in range(len(batch)):
-        try:
-            yield from batch.slice(index, 1).to_pylist()
-        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date after the year 9999
-            yield f"unreadable value ({error}); repair it, or remove its column"
-
-
-def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
-    """Returns a row without the nulls inside its values.
-
-    In Arrow, all objects in a column have the same keys, so a tool call also has the arguments of other tools.
-    """
-
-    def without_nulls(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-        return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-    return Row(file, number, {key: without_nulls(value) for key, value in fields.items()}, is_item=True)
+def _without_nulls(value: Any) -> Any:
+    """In Arrow, all objects in a column have the same keys, so a tool call also has the arguments of other tools."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

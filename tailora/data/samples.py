@@ -9,15 +9,11 @@ from tailora.data.messages import Messages, Tools, text_of
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Chat messages. Assistant messages are trained.
-
-    first: index of the message where the completion begins; the prompt before it is not trained.
-    untrained: indices of messages that the row marks as not trained.
-    """
+    """Chat messages. Assistant messages are trained."""
 
     messages: Messages
-    first: int = 0
-    untrained: frozenset[int] = frozenset()
+    first: int = 0  # index of the message where the completion begins; the prompt before it is not trained
+    untrained: frozenset[int] = frozenset()  # indices of messages that the row marks as not trained
     tools: Tools | None = None
 
     @property

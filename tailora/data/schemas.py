@@ -36,6 +36,7 @@ from tailora.data.messages import (
     as_messages,
     listed,
     marked_messages,
+    number_of,
     parsed_list,
     read_messages,
     read_tools,
@@ -74,7 +75,7 @@ def from_sharegpt(values: dict[str, Any]) -> Conversation:
 def from_prompt(values: dict[str, Any]) -> Conversation | Pair:
     prompt, completion = values["prompt"], values["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list) and not read_tools(values):
-        return _pair(text_value(prompt, "prompt"), text_value(completion, "completion"))
+        return from_texts(values)
     before = as_messages(prompt, "prompt", "user")
     after = as_messages(completion, "completion", "assistant")
     return _conversation(before + after, values, first=len(before))
@@ -159,7 +160,7 @@ def from_labelled(values: dict[str, Any]) -> Labelled:
 
 
 def from_texts(values: dict[str, Any]) -> Pair:
-    return _pair(text_value(values["prompt"], "prompt"), text_value(values["completion"], "completion"))
+    return _pair(*(text_value(values[key], key) for key in PAIR))
 
 
 def from_tagged(values: dict[str, Any]) -> Tagged:
@@ -263,20 +264,14 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
     answer = str(value).strip() if type(value) in (int, str) else ""
     if answer in labels:
         return labels.index(answer)
-    indices = list(map(str, range(len(texts))))
-    names = {"an index": indices}
-    if isinstance(value, str):
-        names |= {"the letter": list(string.ascii_uppercase[: len(texts)]), "the text": texts}
-    meanings = {name: values.index(answer) for name, values in names.items() if answer in values}
-    if len(set(meanings.values())) == 1:
-        return next(iter(meanings.values()))
-    if meanings:
-        raise DataError(
-            f"answer {short_repr(value)} is ambiguous: it is {' and '.join(meanings)} of different choices; use the "
-            "index as a number, counted from 0"
-        )
-    possible = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {indices[-1]}, a letter"
-    raise DataError(f"answer {short_repr(value)} matches no choice; use {possible} or the text of a choice")
+    names = [[str(index) for index in range(len(texts))]]
+    names += [list(string.ascii_uppercase[: len(texts)]), texts] if isinstance(value, str) else []
+    meanings = {values.index(answer) for values in names if answer in values}
+    if len(meanings) == 1:
+        return meanings.pop()
+    problem = "could be several choices" if meanings else "matches no choice"
+    possible = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {len(texts) - 1} as a number"
+    raise DataError(f"answer {short_repr(value)} {problem}; use {possible}, a letter or the text of a choice")
 
 
 # ---- The schema of a source
@@ -292,17 +287,12 @@ FEEDBACK = "feedback"  # a schema whose examples also need the replies of other 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """convert: values by key -> sample; raises DataError with the cause.
-
-    fits: whether a row with the required keys supports this schema if no task is given.
-    """
-
     name: str
-    convert: Callable[[dict[str, Any]], AnySample]
+    convert: Callable[[dict[str, Any]], AnySample]  # values by key -> sample; raises DataError with the cause
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     task: str = CAUSAL_LM
-    fits: Callable[[Mapping[str, Any]], bool] = lambda _: True
+    fits: Callable[[Mapping[str, Any]], bool] = lambda _: True  # whether a row speaks for it if no task is given
 
     @property
     def uses_chat_template(self) -> bool:
@@ -364,12 +354,6 @@ SYNONYMS = {  # for hints in errors only: no column is renamed without --field
     "label": ("labels", "class", "category", "sentiment", "rating", "score", "target"),
     "tokens": ("words",),
     "tags": ("ner_tags", "pos_tags", "labels", "ner"),
-}
-EXAMPLE_KEYS = {  # task -> keys for the example in an error if no synonym fits; PAIR for all others
-    PREFERENCE: ("chosen", "rejected"),
-    SEQUENCE_CLASSIFICATION: ("text", "label"),
-    REGRESSION: ("text", "label"),
-    TOKEN_CLASSIFICATION: ("tokens", "tags"),
 }
 
 
@@ -464,26 +448,19 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
     flags = "".join(f" --field {key}={column}" for key, column in field.items())
     lower = {column.lower(): column for column in columns}
 
-    def guess(keys: Sequence[str]) -> dict[str, str | None]:
-        names = {key: (key, *SYNONYMS.get(key, ())) for key in keys}
-        return {
-            key: field.get(key) or next((lower[name] for name in names[key] if name in lower), None) for key in keys
-        }
+    def guess(key: str) -> str | None:
+        names = (key, *SYNONYMS.get(key, ()))
+        return field.get(key) or next((lower[name] for name in names if name in lower), None)
 
     with_labels = [s for s in SCHEMAS if task == AUTO and s.task in (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION)]
     for schema in sorted([*schemas, *with_labels], key=lambda schema: len(schema.required), reverse=True):
-        guessed = guess(schema.required)
+        guessed = {key: guess(key) for key in schema.required}
         if all(guessed.values()) and len(set(guessed.values())) == len(guessed):
             hint = "Maybe use:" if schema in schemas else f"For rows with labels, use --task {schema.task}"
+            hint += "".join(f" --field {key}={column}" for key, column in guessed.items() if key != column)
             break
     else:
-        hint = "Map the columns, for example:"
-        known_keys = {key for schema in schemas for key in schema.required}
-        guessed = guess([key for key in EXAMPLE_KEYS.get(task, PAIR) if key in known_keys])
-        missing = [key for key, column in guessed.items() if column is None]
-        left = [column for column in columns if column not in guessed.values()]
-        guessed |= dict.fromkeys(missing, left[0] if len(missing) == len(left) == 1 else "COLUMN")
-    hint += "".join(f" --field {key}={column}" for key, column in guessed.items() if key != column)
+        hint = "Name the column of each key with --field KEY=COLUMN"
     return (
         f"the keys of the rows ({listed(columns) or 'none'}) match no known schema"
         f"{'' if task == AUTO else f' of --task {task}'}{flags and f' with{flags}'}.\nKnown: {known}.\n{hint}"
@@ -495,10 +472,7 @@ def weight_of(row: Row, mapping: ColumnMapping) -> float:
     value = row.fields.get(mapping.columns[WEIGHT]) if WEIGHT in mapping.columns else None
     if value is None or value == "":
         return 1.0
-    try:
-        weight = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        weight = math.nan
+    weight = number_of(value)
     if not 0 <= weight < math.inf:
         raise DataError(
             f"weight: expected a number >= 0 that multiplies the row's loss, got {short_repr(value)}; rename the "

@@ -45,22 +45,15 @@ from tailora.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """An example and its source.
+    """An example and its source."""
 
-    sample: for two replies the preferred one, for choices the correct one, for a split conversation its part.
-    length: in tokens before truncation to max_length.
-    part, parts: index among the examples of its row, and their number.
-    choices: the choices with `sample` as the correct answer.
-    location: of its row.
-    """
-
-    sample: AnySample
+    sample: AnySample  # for two replies the preferred one, for choices the correct one, for a split chat its part
     example: Example
-    length: int
-    part: int = 0
-    parts: int = 1
-    choices: Choices | None = None
-    location: str = ""
+    length: int  # in tokens before truncation to max_length
+    part: int = 0  # index among the examples of its row
+    parts: int = 1  # number of these
+    choices: Choices | None = None  # with `sample` as the correct answer
+    location: str = ""  # of its row
 
     @property
     def is_learned(self) -> bool:

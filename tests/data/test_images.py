@@ -426,7 +426,6 @@ def test_a_link_to_a_file_in_the_folder_is_followed(colors: Path, processor: Pro
         (chat([{"type": "image"}]), "images: expected 1, .* got 0"),
         (chat([{"type": "image", "path": "red.png"}], images=["red.png"]), "images: expected 0, .* got 1"),
         (chat("?", images=["red.png"], image="red.png"), "the row has images and image; use one column"),
-        (chat("?", images=["red.png"] * 500), "the row has 500 images; expected at most 100. Split it into several"),
         (
             chat([{"type": "image", "path": "red.png"}, {"type": "text", "text": "What does <image> mean?"}]),
             "images: expected 1, one for each <image> in the messages, got 0",

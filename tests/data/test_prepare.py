@@ -503,7 +503,7 @@ def test_options_that_no_row_can_follow_are_refused(
 @pytest.mark.parametrize("name", ["completion_only_loss", "assistant_only_loss"])
 @pytest.mark.parametrize("rows", [[{"prompt": "a", "chosen": "b", "rejected": "c"}], FEEDBACK_ROWS])
 def test_what_is_preferred_is_the_reply_alone(bytes_tokenizer, jsonl, chatml, rows, name) -> None:
-    with pytest.raises(DataError, match=r"\(preferences compare replies\), .*; remove it"):
+    with pytest.raises(DataError, match=r"only applies to single replies, .*; remove it"):
         prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0, **{name: False})
 
 

@@ -122,28 +122,16 @@ def test_unknown_keys_are_listed_with_the_known_schemas_and_a_hint() -> None:
         detect_schema([row("first", "answer")], {"prompt": "first"})
 
 
-@pytest.mark.parametrize(
-    ("task", "columns", "example"),
-    [
-        ("auto", ["x1", "x2"], "prompt=COLUMN --field completion=COLUMN"),
-        ("seq2seq", ["x1", "answer"], "prompt=x1 --field completion=answer"),
-        ("preference", ["better", "x"], "chosen=better --field rejected=x"),
-        ("sequence-classification", ["body", "queue"], "text=body --field label=queue"),
-        ("sequence-classification", ["text", "queue"], "label=queue"),
-        ("sequence-classification", ["body", "id", "queue"], "text=body --field label=COLUMN"),
-        ("regression", ["x1", "score"], "text=x1 --field label=score"),
-        ("token-classification", ["words", "x"], "tokens=words --field tags=x"),
-    ],
-)
-def test_keys_that_resemble_nothing_get_an_example_of_the_task(task: str, columns: list[str], example: str) -> None:
-    with pytest.raises(DataError, match=f"Map the columns, for example: --field {example}$"):
-        detect_schema([row(*columns)], task=task)
+@pytest.mark.parametrize("task", ["auto", "preference", "token-classification"])
+def test_keys_that_resemble_nothing_are_to_be_named(task: str) -> None:
+    with pytest.raises(DataError, match=r"Name the column of each key with --field KEY=COLUMN$"):
+        detect_schema([row("x1", "x2")], task=task)
 
 
 def test_labels_are_not_needed_for_a_prediction() -> None:
     task = "sequence-classification"
     assert detect_schema([row("text")], task=task, has_labels=False).columns == {"text": "text"}
-    with pytest.raises(DataError, match=r"Map the columns, for example: --field text=x1$"):
+    with pytest.raises(DataError, match=r"KEY=COLUMN$"):
         detect_schema([row("x1")], task=task, has_labels=False)
     with pytest.raises(DataError, match="text, label"):
         detect_schema([row("text")], task=task)
@@ -466,18 +454,14 @@ def test_an_answer_is_a_label_an_index_a_letter_or_the_text(choices, answer, pla
 @pytest.mark.parametrize(
     ("choices", "answer", "cause"),
     [
-        (["a", "b"], 2, "answer 2 matches no choice; use an index from 0 to 1, a letter or the text"),
+        (["a", "b"], 2, "answer 2 matches no choice; use an index from 0 to 1 as a number, a letter or the text"),
         (["a", "b"], -1, "answer -1 matches no choice"),
         (["a", "b"], True, "answer True matches no choice"),
         (["a", "b"], None, "answer None matches no choice"),
         (["a", "b"], [0], "answer [0] matches no choice"),
-        (
-            ["1", "2"],
-            "1",
-            "answer '1' is ambiguous: it is an index and the text of different choices; use the index as a number",
-        ),
-        (["B", "A"], "A", "answer 'A' is ambiguous: it is the letter and the text of different choices"),
-        ({"text": ["x", "y"], "label": ["A", "B"]}, "C", "use a label (A, B) or the text of a choice"),
+        (["1", "2"], "1", "answer '1' could be several choices; use an index from 0 to 1 as a number"),
+        (["B", "A"], "A", "answer 'A' could be several choices"),
+        ({"text": ["x", "y"], "label": ["A", "B"]}, "C", "use a label (A, B), a letter or the text of a choice"),
         ({"text": ["x", "y"], "label": ["A"]}, "A", "choices: expected one label per text"),
         (["a"], 0, "choices: expected a list of two or more texts, got ['a']"),
         ("a,b", 0, "choices: expected a list of two or more texts, got 'a,b'"),
