@@ -241,8 +241,7 @@ def peft_problems(source: ExportSource) -> list[str]:
             f"{len(changed)} layers have a strength other than 1; call set_scale(name, 1), or export to 'portable', "
             "which includes the strength"
         )
-    layers = peft_layers(source.base_model, source.adapter.low_rank).values()
-    if reason := peft.unreadable_by_peft(layers, source.base_model):
+    if reason := peft.unreadable_by_peft(peft_layers(source.base_model, source.adapter.low_rank).values()):
         problems.append(
             f"PEFT cannot load this adapter: {reason}; export to 'merged', or use save_adapter for tailora alone"
         )
@@ -296,10 +295,8 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
         f"Plain LoRA adapter of {len(factors)} layers, r = alpha = {r}: the scale is in B.\n"
         "For PEFT, and for servers that only read r and alpha: vLLM, SGLang, LMDeploy."
     )
-    missed = peft.renamed_by_peft(layers, source.base_model)
-    unreadable = [f"PEFT cannot load the adapter: {missed}"] if missed else []
-    peft.write_files(folder, tensors, metadata, settings, "\n".join([about, *unreadable]))
-    return [*fold_scale.fold_changes(source), *padding, *unreadable]
+    peft.write_files(folder, tensors, metadata, settings, about)
+    return [*fold_scale.fold_changes(source), *padding]
 
 
 # ---- Format merged: config, generation config, safetensors, tokenizer and chat template of a Hugging Face model
@@ -378,14 +375,9 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
 
 @dataclass(frozen=True)
 class Format:
-    """problems: returns a message for each part of the adapter that the format does not support.
-    write: fills a folder, and returns what differs from the adapter as trained, in words.
-    read: returns the adapter in the folder, or the model.
-    """
-
-    problems: Callable[[ExportSource], list[str]]
-    write: Callable[[Path, ExportSource], list[str]]
-    read: Callable[[Path, ExportSource], Content]
+    problems: Callable[[ExportSource], list[str]]  # a message for each part of the adapter that it does not support
+    write: Callable[[Path, ExportSource], list[str]]  # fills a folder, and returns what differs from the adapter
+    read: Callable[[Path, ExportSource], Content]  # the adapter in the folder, or the model
 
 
 FORMATS = {

@@ -23,14 +23,11 @@ SMALL = 1e-6  # absolute, for weights near 0
 
 
 class LayerFingerprint(BaseModel):
-    """Shape and evenly spaced values of one weight of the base.
-
-    spread: how far each value may be from the one before quantization; [] for a weight that is not quantized.
-    """
+    """Shape and evenly spaced values of one weight of the base."""
 
     shape: list[int]
     weights: list[float]
-    spread: list[FiniteFloat] = []
+    spread: list[FiniteFloat] = []  # how far each value may be from the one before quantization, if it is quantized
 
 
 def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> dict[str, LayerFingerprint]:

@@ -174,11 +174,9 @@ def is_at_hand(name: str) -> bool:
 
     if name == DEMO:
         return (demo_folder() / MODEL_NAME).is_dir()
-    return (
-        Path(name).is_dir()
-        or gguf_file(name) is not None
-        or (could_be_repository(name) and isinstance(try_to_load_from_cache(name, "config.json"), str))
-    )
+    if Path(name).is_dir() or gguf_file(name) is not None:
+        return True
+    return could_be_repository(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def find_gguf(name: str) -> Path | None:
@@ -202,9 +200,10 @@ def find_gguf(name: str) -> Path | None:
     has_others = any(file.endswith((".safetensors", ".bin")) for file in names)
     if not names or (not ending and (has_others or not files)):
         return None
-    matching = [file for file in files if file == ending or not ending or _ends(file, ending)]
+    has_ending = re.compile(rf"(^|[-./]){re.escape(ending + SUFFIX)}$", re.IGNORECASE)
+    matching = [file for file in files if file == ending or not ending or has_ending.search(file)]
     if len(matching) != 1:
-        choices = ", ".join(f"{repository}:{_shortest_ending(file, files)}" for file in files) or "none"
+        choices = ", ".join(f"{repository}:{file}" for file in files) or "none"
         count = f"{len(matching) or 'no'} GGUF file{'s' * (len(matching) != 1)}"
         raise ConfigError(f"model {name!r} matches {count} on the Hub; use one of: {choices}")
     with hub_errors(FetchError, f"cannot download {matching[0]} of {repository} from the Hub:"):
@@ -225,16 +224,6 @@ def _files_on_hub(repository: str) -> list[str]:
     except errors.LocalEntryNotFoundError:
         return []
     return [str(path.relative_to(folder)) for path in sorted(folder.rglob(f"*{SUFFIX}"))]
-
-
-def _ends(file: str, ending: str) -> bool:
-    return re.search(rf"(^|[-./]){re.escape(ending)}$", file[: -len(SUFFIX)], re.IGNORECASE) is not None
-
-
-def _shortest_ending(file: str, files: Sequence[str]) -> str:
-    """Returns what to write for this file: Q4_K_M, or its whole name if that is not enough."""
-    ending = re.split(r"[-./]", file[: -len(SUFFIX)])[-1]
-    return ending if sum(_ends(other, ending) for other in files) == 1 else file
 
 
 def check_model_exists(name: str) -> None:

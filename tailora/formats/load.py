@@ -48,13 +48,13 @@ Modules = Mapping[str, nn.Module]
 
 
 class LoadOptions(TypedDict, total=False):
-    """Keyword arguments of `load`, documented there."""
+    """Keyword arguments of `load`."""
 
-    revision: str | None
-    token: str | bool | None
-    subfolder: str | None
-    is_trainable: bool
-    allow_base_mismatch: bool
+    revision: str | None  # branch, tag or commit of the Hub's repository
+    token: str | bool | None  # for a private repository
+    subfolder: str | None  # the adapter's folder in the repository
+    is_trainable: bool  # False freezes its parameters
+    allow_base_mismatch: bool  # loads an adapter that was made for a different base
 
 
 def load(
@@ -67,13 +67,8 @@ def load(
     is_trainable: bool = True,
     allow_base_mismatch: bool = False,
 ) -> Adapter:
-    """Returns the adapter in a file or folder, or otherwise in the Hub's repository "owner/name".
+    """Returns the adapter in a file or folder, or otherwise in the Hub's repository "owner/name". See `LoadOptions`.
 
-    revision: branch, tag or commit of the repository.
-    token: for a private repository.
-    subfolder: the adapter's folder in the repository.
-    is_trainable: False freezes its parameters.
-    allow_base_mismatch: loads an adapter that was made for a different base.
     Raises FetchError, FormatError and BaseMismatchError. The base does not change.
     """
     path = local_folder(source, revision=revision, token=token, subfolder=subfolder)
@@ -313,16 +308,12 @@ def _sort_tensors(
 
 
 def _missing_modules(selected: Selected, tensors: SortedTensors, base_model: nn.Module) -> list[str]:
-    in_settings = [
-        f"missing {path}, which is in modules_to_save; save the adapter again"
-        for path in selected.saved
-        if path not in tensors.saved
-    ]
-    return in_settings + [
+    in_settings = [path for path in selected.saved if path not in tensors.saved]
+    in_neither = [path for path in missing_pooler(base_model) if path not in {*tensors.saved, *selected.saved}]
+    return [f"missing {path}, which is in modules_to_save; save the adapter again" for path in in_settings] + [
         f"missing {path}, which the base model's files lack as well, so its weights are random; use the base model "
         "that the adapter was trained on"
-        for path in missing_pooler(base_model)
-        if path not in tensors.saved and path not in selected.saved
+        for path in in_neither
     ]
 
 
@@ -330,38 +321,29 @@ def _missing_modules(selected: Selected, tensors: SortedTensors, base_model: nn.
 
 
 def _low_rank_layers(
-    stored: peft.StoredAdapter,
-    base_model: nn.Module,
-    selected: Selected,
-    tensors: SortedTensors,
-    problems: list[str],
+    stored: peft.StoredAdapter, base_model: nn.Module, selected: Selected, tensors: SortedTensors, problems: list[str]
 ) -> dict[str, LoRALayer]:
     layers = {}
     for path in dict.fromkeys((*tensors.low_rank, *selected.targets)):
-        if reason := obstacle_to_adapting(layer_of(base_model, path)):
-            problems.append(f"{path}: {reason}")
-            continue
         try:
+            if reason := obstacle_to_adapting(layer_of(base_model, path)):
+                raise TargetError(reason)
             layer = selected.empty.get(path)
             layer = layer or _empty_layer(target_at(base_model, path, selected.config), selected.config, stored)
-        except (ConfigError, TargetError) as error:
+            problems += _fill_layer(path, layer, tensors.low_rank.get(path, {}), with_start=stored.metadata.start)
+            layers[path] = layer
+        except (ConfigError, TargetError, FormatError) as error:
             problems.append(f"{path}: {error}")
-            continue
-        problems += _fill_layer(path, layer, tensors.low_rank.get(path, {}), with_start=stored.metadata.start)
-        layers[path] = layer
     return layers
 
 
 def _fill_layer(path: str, layer: LoRALayer, slots: Mapping[str, Tensor], *, with_start: bool) -> list[str]:
-    """Returns the problems of tensors that do not fit."""
+    """Returns the problems of tensors that do not fit. Raises FormatError if no weight can represent them."""
     suffixes = EMBEDDING_SUFFIXES if layer.layer_type is EMBEDDING else SUFFIXES
     needed = {path + suffixes[slot]: shape for slot, shape in peft.slot_shapes(layer, with_start).items()}
     problems = _shape_problems({path + suffixes[slot]: tensor for slot, tensor in slots.items()}, needed)
     if not problems:
-        try:
-            peft.load_layer(layer, slots, with_start)
-        except FormatError as error:
-            problems.append(f"{path}: {error}")
+        peft.load_layer(layer, slots, with_start)
     return problems
 
 

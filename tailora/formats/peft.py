@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +49,6 @@ from tailora.formats.peft_keys import (
     KEY_PREFIX,
     SUFFIXES,
     PeftLayer,
-    missed_by_peft,
     peft_layers,
 )
 from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, METADATA_KEY
@@ -58,31 +57,20 @@ from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, ME
 
 
 class AdapterMetadata(BaseModel):
-    """The fields that PEFT lacks; empty for files of other tools.
-
-    config: the settings of LoRAConfig.
-    scaling: learned scales by path; the file's B has them folded in.
-    start: whether the second half of the ranks is the frozen start, with B negated.
-    zero_updates: paths of layers whose update is zero, because they were not trained, or pruned.
-    base: fingerprint of the base model by path.
-    vocabulary: rows of the base model's input embedding; None for a model without one.
-    saved_modules: paths of the modules that were trained in full; None for files of other tools.
-    base_folder: absolute path of the base model, whose name in adapter_config.json is a relative path.
-    label_names, problem_type: of the base model's classification head, as in its config; None for other models.
-    """
+    """The fields that PEFT lacks; empty for files of other tools."""
 
     model_config = ConfigDict(frozen=True)
 
     version: int = 1
-    config: dict[str, Any] | None = None
-    scaling: dict[str, FiniteFloat] = {}
-    start: bool = False
-    zero_updates: list[str] = []
-    base: dict[str, LayerFingerprint] = {}
-    vocabulary: int | None = None
-    saved_modules: list[str] | None = None
-    base_folder: str | None = None
-    label_names: list[str] | None = None
+    config: dict[str, Any] | None = None  # the settings of LoRAConfig
+    scaling: dict[str, FiniteFloat] = {}  # learned scales by path; the file's B has them folded in
+    start: bool = False  # whether the second half of the ranks is the frozen start, with B negated
+    zero_updates: list[str] = []  # paths of layers whose update is zero, because they were not trained, or pruned
+    base: dict[str, LayerFingerprint] = {}  # fingerprint of the base model by path
+    vocabulary: int | None = None  # rows of the base model's input embedding, if it has one
+    saved_modules: list[str] | None = None  # paths of the modules that were trained in full
+    base_folder: str | None = None  # absolute path of a base model whose name in adapter_config.json is a relative path
+    label_names: list[str] | None = None  # of the base model's classification head, as in its config
     problem_type: str | None = None
 
     def to_json(self) -> str:
@@ -103,15 +91,11 @@ class AdapterMetadata(BaseModel):
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """The content of an adapter folder, not yet checked against a base model.
-
-    settings: of adapter_config.json; None if it is missing and the metadata describes the weights.
-    tensors: by key, without KEY_PREFIX. They share no memory, so an adapter may use them without a copy.
-    """
+    """The content of an adapter folder, not yet checked against a base model."""
 
     folder: Path
-    settings: dict[str, Any] | None
-    tensors: dict[str, Tensor]
+    settings: dict[str, Any] | None  # of adapter_config.json; None if it is missing and the metadata has them
+    tensors: dict[str, Tensor]  # by key, without KEY_PREFIX; they share no memory, so adapters may use them
     metadata: AdapterMetadata
 
     @cached_property
@@ -155,7 +139,7 @@ def write_peft_folder(
     )
     config = as_peft_computes(adapter.config, layers)
     settings = to_peft_config(with_double_rank(config) if adapter.has_start else config, layers, base_model)
-    unknown = unreadable_by_peft(layers, base_model)
+    unknown = unreadable_by_peft(layers)
     about = (
         f"LoRA adapter of {len(low_rank)} layers, r = {settings['r']}, alpha = {settings['lora_alpha']:g}. "
         f"{about_zero_updates(metadata.zero_updates)}Loads with {'tailora' if unknown else 'tailora and PEFT'}."
@@ -214,7 +198,7 @@ def head_labels(base_model: nn.Module) -> dict[str, Any]:
     return {"label_names": names, "problem_type": getattr(config, "problem_type", None)}
 
 
-def unreadable_by_peft(layers: Collection[PeftLayer], base_model: nn.Module) -> str:
+def unreadable_by_peft(layers: Iterable[PeftLayer]) -> str:
     """Returns why PEFT cannot load an adapter of these layers; "" if it can."""
     unknown = [
         path
@@ -224,19 +208,11 @@ def unreadable_by_peft(layers: Collection[PeftLayer], base_model: nn.Module) -> 
         and not (layer.lora_magnitude_vector is None and layer.lora_bias is None)
     ]
     if not unknown:
-        return renamed_by_peft(layers, base_model)
+        return ""
     return (
         "it does not support use_dora and lora_bias on attention, experts, and layers named like projections "
         f"of experts: {', '.join(unknown[:3])} ({len(unknown)} in total)"
     )
-
-
-def renamed_by_peft(layers: Iterable[PeftLayer], base_model: nn.Module) -> str:
-    """Returns which layers PEFT would miss because it renames their keys; "" if none."""
-    missed = missed_by_peft(base_model, [layer.key_prefix for layer in layers])
-    if not missed:
-        return ""
-    return f"it renames the keys of {', '.join(missed[:3])} ({len(missed)} layers in total) and then misses them"
 
 
 def read_peft_folder(folder: Path) -> StoredAdapter:

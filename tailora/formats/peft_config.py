@@ -167,15 +167,12 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
             "init_lora_weights = 'mica' only trains A, but tailora would also train B. To use the adapter without "
             "training it, set init_lora_weights to true in its adapter_config.json; its outputs stay the same"
         )
-    elif changes_the_base(init):
-        problems.append(
-            f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which are not in the "
-            "folder; convert the adapter with PEFT (path_initial_model_for_weight_conversion)"
-        )
     elif init not in INITS_WITHOUT_EFFECT:
-        problems.append(
-            f"init_lora_weights = {settings['init_lora_weights']!r} is unknown; merge the adapter with PEFT"
-        )
+        why = "is unknown; merge the adapter with PEFT"
+        if changes_the_base(init):
+            why = "changed the base's weights, which are not in the folder; convert the adapter with PEFT "
+            why += "(path_initial_model_for_weight_conversion)"
+        problems.append(f"init_lora_weights = {settings['init_lora_weights']!r} {why}")
     if problems:
         raise FormatError(f"{source}: {listing(problems)}")
     known = {*USED_SETTINGS, *SETTINGS_WITHOUT_EFFECT, *UNSUPPORTED_SETTINGS}

@@ -50,22 +50,14 @@ def path_and_slot(key: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """A layer as PEFT adapts it.
+    """A layer as PEFT adapts it."""
 
-    key_prefix: prefix of its keys in the file.
-    pattern_path: the path that PEFT matches rank_pattern and alpha_pattern against.
-    layers: path -> the LoRALayers in it. Several are parts of one fused layer, one after another in the rank.
-    scale: the scale that PEFT computes for it; the B of a part with a different scale is multiplied by the ratio.
-    is_parameter: whether PEFT finds it by `target_parameters`.
-    row_norms: ||W|| of every output, (out,), if parts of it have DoRA magnitudes.
-    """
-
-    key_prefix: str
-    pattern_path: str
-    layers: dict[str, LoRALayer]
-    scale: float
-    is_parameter: bool = False
-    row_norms: Tensor | None = None
+    key_prefix: str  # of its keys in the file
+    pattern_path: str  # the path that PEFT matches rank_pattern and alpha_pattern against
+    layers: dict[str, LoRALayer]  # by path; several are parts of one fused layer, one after another in the rank
+    scale: float  # that PEFT computes; the B of a part with a different scale is multiplied by the ratio
+    is_parameter: bool = False  # whether PEFT finds it by `target_parameters`
+    row_norms: Tensor | None = None  # ||W|| of every output, (out,), if parts of it have DoRA magnitudes
 
     @property
     def r(self) -> int:
@@ -178,22 +170,6 @@ def named_like_experts(model: nn.Module) -> frozenset[str]:
     conversions = get_checkpoint_conversion_mapping(model_type) or []
     patterns = {pattern for conversion in conversions for pattern in getattr(conversion, "source_patterns", [])}
     return frozenset().union(*(names for pattern, names in NAMES_OF_EXPERTS.items() if pattern in patterns))
-
-
-def missed_by_peft(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
-    """Returns the prefixes of keys that PEFT renames when it loads a file, so that it misses their tensors.
-
-    PEFT renames keys as transformers renames the weights of older checkpoints. Some of these patterns also match
-    current names: "mlp.shared_expert." matches "mlp.shared_experts". PEFT then cannot read its own files either.
-    """
-    from transformers import PreTrainedModel  # imports all of transformers
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
-
-    if not isinstance(model, PreTrainedModel) or get_checkpoint_conversion_mapping(model.config.model_type) is None:
-        return []
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    return [prefix for prefix in prefixes if not f"{prefix}.".endswith(apply_renamings(f"{prefix}.", renamings))]
 
 
 # ---- Trained biases and token embeddings

@@ -42,43 +42,30 @@ from tailora.formats.run_folder import CHAT_TEMPLATE, GGUF_WEIGHTS, MODELFILE, S
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """Settings that are neither in the adapter nor in its base model.
+    """Settings that are neither in the adapter nor in its base model."""
 
-    base: name or folder of the base model; None: the name in its config.
-    stop_tokens: id -> text of the tokens that end an answer.
-    chat_template: the template of the adapter's training, if the base's tokenizer has a different one.
-    trained_on: quantization of the base during training, if this base is not quantized; merging is then refused.
-    system: the most frequent system message of the training conversations.
-    """
-
-    base: str | None = None
-    stop_tokens: Mapping[int, str] = field(default_factory=dict)
-    chat_template: str | None = None
-    trained_on: str | None = None
-    system: str | None = None
+    base: str | None = None  # name or folder of the base model; None: the name in its config
+    stop_tokens: Mapping[int, str] = field(default_factory=dict)  # id -> text of the tokens that end an answer
+    chat_template: str | None = None  # of the adapter's training, if the base's tokenizer has a different one
+    trained_on: str | None = None  # quantization of the base in training, if this base has none; it is never merged
+    system: str | None = None  # the most frequent system message of the training conversations
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How to serve an exported folder.
-
-    rank: the adapter's rank in the folder; None if it is merged.
-    more_stop_tokens: stop tokens that neither the base's generation config nor its tokenizer has, so that a server
-        does not stop there by itself.
-    prepare: a command to run once, and the file that it creates.
-    """
+    """How to serve an exported folder."""
 
     target: str
     format: str
     name: str
     base: str
-    rank: int | None
+    rank: int | None  # in the folder; None if the adapter is merged
     context_length: int | None
     stop_tokens: Mapping[int, str]
-    more_stop_tokens: Mapping[int, str]
+    more_stop_tokens: Mapping[int, str]  # at which a server does not stop by itself: the base model has none of them
     chat_template: str | None
     system: str | None
-    prepare: tuple[list[str], str] | None = None
+    prepare: tuple[list[str], str] | None = None  # a command to run once, and the file that it creates
     commands: list[list[str]] = field(default_factory=list)
 
     @property
@@ -190,21 +177,14 @@ def vllm_problems(source: ExportSource) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """A server.
-
-    commands: returns the commands that serve the exported folder.
-    problems: returns the parts of an adapter that the server does not support, in addition to the format's limits.
-    files: returns the files that it reads along with the weights, name -> text.
-    """
-
     title: str  # in messages
     format: str
-    commands: Callable[[Serving, str], list[list[str]]]
+    commands: Callable[[Serving, str], list[list[str]]]  # that serve the exported folder
     port: int
-    problems: Callable[[ExportSource], list[str]] = lambda _: []
+    problems: Callable[[ExportSource], list[str]] = lambda _: []  # what it does not support, beyond the format's limits
     separators: str = ""  # characters with a special meaning in the path of an adapter
     converts: bool = False  # whether it reads the base or merged model as GGUF
-    files: Callable[[Serving, ExportSource], dict[str, str]] = lambda *_: {}
+    files: Callable[[Serving, ExportSource], dict[str, str]] = lambda *_: {}  # that it reads, too: name -> text
 
 
 TARGETS = {

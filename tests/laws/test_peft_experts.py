@@ -4,7 +4,6 @@ PEFT takes dense layers of these models for projections of their experts, becaus
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 import tailora
 from tailora import LoRAConfig, LoRAModel
-from tailora.errors import FormatError
 from tailora.formats.offline import read_offline
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT and transformers
@@ -115,31 +113,3 @@ def test_saving_says_that_peft_cannot_load_dora_there(tmp_path: Path) -> None:
     assert torch.equal(logits(LoRAModel.from_pretrained(fresh("DeepseekV3"), tmp_path)), logits(model))
     with pytest.raises(ValueError, match="use_dora"):
         peft.PeftModel.from_pretrained(fresh("DeepseekV3"), str(tmp_path))
-
-
-RENAMED = {  # class -> the first layer that PEFT misses, and their number
-    "LagunaForCausalLM": ("model.layers.1.mlp.shared_experts.gate_proj", 3),
-    "UnlimitedOcrForConditionalGeneration": ("model.language_model.layers.0.self_attn.q_proj", 14),
-}
-
-
-@pytest.mark.parametrize("class_name", RENAMED)
-def test_saving_and_exporting_say_which_layers_peft_misses(tmp_path: Path, class_name: str) -> None:
-    (first, count), base = RENAMED[class_name], tiny_model(class_name)
-    model = stirred_model(tiny_model(class_name), LoRAConfig(r=2))
-    expected = rf"it renames the keys of {first}, .* \({count} layers in total\)"
-    with pytest.warns(UserWarning, match=f"only tailora can load this adapter.*{expected}"):
-        model.save_adapter(tmp_path / "adapter")
-    assert torch.equal(logits(LoRAModel.from_pretrained(base, tmp_path / "adapter")), logits(model))
-    with pytest.warns(UserWarning, match=f"missing adapter keys.*{first}"):  # a PEFT that reads it needs no word
-        theirs = peft.PeftModel.from_pretrained(tiny_model(class_name), str(tmp_path / "adapter"))
-    updates = {path: layer.lora_B["default"].weight for path, layer in theirs.named_modules() if is_adapted(layer)}
-    assert sum(not update.any() for update in updates.values()) == count
-
-    with pytest.raises(FormatError, match=rf"PEFT cannot load this adapter: {expected}.*export to 'merged'"):
-        model.export(tmp_path / "peft", "peft")
-    assert any(re.search(expected, change) for change in model.export(tmp_path / "portable", "portable").changes)
-
-
-def is_adapted(layer: Any) -> bool:
-    return "default" in getattr(layer, "lora_B", {})
