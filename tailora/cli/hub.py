@@ -165,15 +165,10 @@ def upload_files(files: Mapping[str, bytes], repository: str, **options: Any) ->
     from tailora.formats.upload import upload
 
     delete = None if PASSPORT in files else PASSPORT  # of earlier weights
-    try:
-        with TemporaryDirectory() as temporary:
-            for name, content in files.items():
-                Path(temporary, name).write_bytes(content)
-            return upload(Path(temporary), repository, delete_patterns=delete, **options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{repository} has received either all of the files or none; run the same command again"
-        ) from None
+    with TemporaryDirectory() as temporary:
+        for name, content in files.items():
+            Path(temporary, name).write_bytes(content)
+        return upload(Path(temporary), repository, delete_patterns=delete, **options)
 
 
 # ---- `tailora pull`

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeInt
 
 from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr, stdout
@@ -51,9 +50,6 @@ def inspect(
     intruders: Annotated[bool, Parameter(help="count intruder dimensions (by far the slowest part)")] = True,
     quantize: Quantize = None,
     device: Device = "auto",
-    seed: Annotated[
-        NonNegativeInt, Parameter(help="seed for the random updates used as a baseline for intruder dimensions")
-    ] = 0,
     all_: Annotated[bool, Parameter(name="--all", negative=(), help="show a row for every module")] = False,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
@@ -81,9 +77,7 @@ def inspect(
     settings = merge_with_run(flags, folder, arguments={"data": data})
     if data is not None:
         log_columns(flags, settings)
-    options = InspectOptions(
-        data, settings.field, settings.max_length, forgetting_data, intruders, seed, settings.system
-    )
+    options = InspectOptions(data, settings.field, settings.max_length, forgetting_data, intruders, settings.system)
     method = None if model is None else quantize_method([folder], quantize)
     chosen = None if model is None else device_of_flag(device)
     with counter(stderr(), "modules") as progress:

@@ -32,7 +32,7 @@ from tailora.cli.models import (
     refuse_system,
 )
 from tailora.data.demo import resolve_demo
-from tailora.data.readers import JSON_LINES, READERS, TXT, Row, RowProblem, data_error, read_json_lines, read_rows
+from tailora.data.readers import TXT, Row, RowProblem, data_error, read_json_lines, read_rows
 from tailora.errors import ConfigError, DataError
 from tailora.formats.io import check_new_file, partial_file, write_lines
 from tailora.train.config import TrainConfig
@@ -146,13 +146,7 @@ def check_arguments(adapter: str | None, data: str | None, given: PredictFlags, 
         flag = "--image" if given.image else "--system"
         raise ConfigError(f"{flag} needs the chat template, so it cannot be combined with --ignore-chat-template")
     check_sources(data=[] if data == STDIN else [data])
-    if (output := given.output) is None:
-        return
-    if (suffix := output.suffix.lower()) in READERS.keys() - {*JSON_LINES, TXT}:
-        raise ConfigError(
-            f"--output {output}: expected a .jsonl file, got {suffix[1:].upper()}; use {output.with_suffix('.jsonl')}"
-        )
-    for path in (output, partial_file(output)):
+    for path in () if given.output is None else (given.output, partial_file(given.output)):
         check_new_file(path, overwrite=given.overwrite)
 
 

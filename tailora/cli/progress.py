@@ -87,11 +87,6 @@ class StepCounter:
         self._console.control(Control((ControlType.ERASE_IN_LINE, 0), ControlType.CARRIAGE_RETURN))
 
 
-def step_counter(console: Console, workers: int = 1) -> StepCounter | None:
-    """Returns a counter for a study's trials on a terminal; None elsewhere."""
-    return StepCounter(console, workers) if on_terminal(console) else None
-
-
 # ---- A training run
 
 

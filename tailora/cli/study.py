@@ -20,7 +20,7 @@ from tailora.cli.flags import (
     parse_settings,
     train_flags,
 )
-from tailora.cli.main import log, print_json, print_text, stderr, stdout
+from tailora.cli.main import log, on_terminal, print_json, print_text, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.core.config import StrictModel
 from tailora.errors import ConfigError, require_packages
@@ -217,7 +217,7 @@ def run_study(
     nproc_per_node: str | None,
 ) -> int:
     """Runs a study and prints its result. After Ctrl-C the message has the command that resumes."""
-    from tailora.cli.progress import step_counter
+    from tailora.cli.progress import StepCounter
 
     if world_size() > 1:
         raise ConfigError(
@@ -228,7 +228,7 @@ def run_study(
     fetch_sources(train.model)
     console = stderr()
     try:
-        progress = step_counter(console, getattr(study, "workers", 1))
+        progress = StepCounter(console, getattr(study, "workers", 1)) if on_terminal(console) else None
         result = run(train, study, log=partial(print_text, console), progress=progress, processes=processes)
     except KeyboardInterrupt:
         command = shlex.join(["tailora", *sys.argv[1:]])

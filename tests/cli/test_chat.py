@@ -67,7 +67,6 @@ def test_the_conversation_is_remembered_until_reset(
     [
         ("/adapter rum", "did you mean run"),
         ("/adapter", "available: run"),
-        ("/adapter run loud", "STRENGTH: expected one number such as 0.7"),
         ("/adapter run nan", "STRENGTH: expected one number such as 0.7"),
         ("/adapter run 1 2", "STRENGTH: expected one number such as 0.7"),
         ("/adpater run", "did you mean /adapter"),
@@ -177,21 +176,6 @@ def test_an_adapter_is_called_as_asked_or_as_its_run(adapter: Path, tmp_path: Pa
         parse_adapters(["nowhere", "x=nowhere"])
 
 
-def test_a_system_message_changes_the_answer_and_stays_after_a_reset(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = ["--model", str(tiny_model)]
-    assert talk(["hello", "/reset", "hello"], [*model, "--system", "be brief"], monkeypatch) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == second
-    assert talk(["hello"], model, monkeypatch) == 0
-    without = capsys.readouterr().out
-    assert without != f"{first}\n"
-    tokens = ["predict", *model, "--max-new-tokens", 6, "--prompt", "hello"]
-    assert call(*tokens, "--system", "be brief")[1] == f"{first}\n"
-    assert call(*tokens)[1] == without
-
-
 def test_the_system_message_of_the_training_is_used_and_said(
     tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,11 +247,7 @@ def test_prompts_of_a_file_are_answered_into_a_file(name: str, text: str, tiny_m
     [
         ("a.txt", b"\n \n", "no rows to predict"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
-        (
-            "a.jsonl",
-            b'{"prompt": "a"}\n{"text": "b"}\n{"prompt": 3}\n{',
-            "not JSON",
-        ),
+        ("a.jsonl", b'{"prompt": "a"}\n{', "not JSON"),
         ("absent.txt", None, "absent.txt: no such file"),
     ],
 )
@@ -279,15 +259,6 @@ def test_prompts_that_cannot_be_read_are_refused_before_the_model_is_loaded(
     output = tmp_path / "new" / "answers.jsonl"
     check_refused(hint, "predict", "--model", tiny_model, "--data", tmp_path / name, "--output", output)
     assert not output.parent.exists()
-
-
-def test_an_output_in_a_file_is_refused_in_words_of_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    output = tmp_path / "file" / "x" / "y.jsonl"
-    assert main(["predict", "--model", "absent", "--prompt", "a", "--output", str(output)]) != 0
-    shown = capsys.readouterr().err
-    assert f"{tmp_path / 'file'} is a file, not a folder; use a different path" in shown
-    assert "--output-dir" not in shown
 
 
 @pytest.mark.parametrize(

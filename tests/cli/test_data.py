@@ -134,7 +134,6 @@ def test_the_next_command_runs_as_it_stands(
         (["--validation-split", "0.5"], "", "12"),
         (["--validation-split", "0"], "per_device_train_batch_size: 1\n", None),
         (["--validation-split", "0"], "per_device_train_batch_size: 3\n", "3"),
-        ([], "num_train_epochs: 2\n", None),
         ([], "max_steps: 5\n", None),
     ],
 )
@@ -200,21 +199,6 @@ def test_a_mixture_is_shown_by_source(
     assert f"{chats}: 24 rows (messages), 24 training examples, 48 per epoch" in shown
     words = shlex.split(shown.strip().splitlines()[-1])
     assert words[:6] == ["tailora", "train", "--data", f"{chats}=2", "--data", str(notes)]
-
-
-@pytest.mark.parametrize(
-    ("content", "cause"),
-    [
-        ("", "expected at least one row"),
-        ("{]\n", "chats.jsonl:1: not JSON"),
-        ('{"messages": []}\n', "chats.jsonl:1: messages: expected a list"),
-        ('{"a": 1}\n', "match no known schema"),
-    ],
-)
-def test_data_that_cannot_be_learned_exits_with_2(content: str, cause: str, tmp_path: Path, tiny_model: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    path.write_text(content)
-    check_refused(cause, "data", path, "--model", tiny_model)
 
 
 def test_bad_rows_are_skipped_on_request_and_listed(chats: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -110,16 +110,13 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(run: Path, tiny_model: Pat
         (["RUN", "--to", "ggml"], 2, 'Invalid value "ggml" for --to. Choose from: "peft", "portable", "gguf"'),
         (["RUN", "--to", "vllm", "--output", "A=B"], 2, "vLLM treats = in paths as separators; rename the folder"),
         (["RUN", "--to", "gguf", "--output", "OUT"], 2, "already exists and contains mine.txt, but only"),
-        (["RUN", "--to", "gguf", "--output", "RUN"], 2, "already exists and contains adapter, but only"),
         (
             ["RUN", "--to", "gguf", "--output", "RUN/adapter"],
             2,
             "already exists and contains the input of this command",
         ),
-        (["absent", "--to", "gguf"], 2, "absent is not a folder"),
         (["NAMELESS", "--to", "gguf"], 2, "does not name its base model in adapter_config.json; set --model"),
         (["RUN", "--to", "gguf", "--model", "absent"], 2, "is not a local folder"),
-        (["RUN"], 2, "--to"),
     ],
 )
 def test_mistakes(

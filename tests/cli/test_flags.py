@@ -3,7 +3,7 @@
 import re
 from itertools import cycle
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from command_line import check_refused
@@ -11,7 +11,6 @@ from cyclopts import App
 
 from tailora.cli.flags import FIELDS, merge_settings
 from tailora.cli.main import main
-from tailora.cli.train import Flags
 from tailora.cli.train import train as command
 from tailora.core.config import LoRAConfig
 from tailora.core.setting_names import ALIASES, NAMES_OF_OTHER_TOOLS, OUR_NAMES, REMOVED_SETTINGS, WHY_NOT_NEEDED
@@ -33,12 +32,6 @@ def parsed(
         path = folder / "run.yaml"
         path.write_text(yaml)
     return merge_settings(bound.arguments.get("flags"), path, defaults=defaults)
-
-
-def test_every_setting_has_a_flag_and_every_flag_a_help_text() -> None:
-    (flags, _) = get_args(get_args(Flags)[0])
-    assert set(TrainConfig.model_fields) <= set(flags.__annotations__)
-    assert all(field.description for field in TrainConfig.model_fields.values())
 
 
 def test_without_flags_the_settings_are_the_defaults() -> None:
@@ -67,17 +60,11 @@ def test_the_data_of_the_demo_brings_its_held_out_part(tokens: list[str], eval_d
         (["--target-modules", "none"], "target_modules", []),
         (["--target-parameters", "down_proj,gate.weight"], "target_parameters", ["down_proj", "gate.weight"]),
         (["--target-modules", "q_proj", "--target-modules", "v_proj"], "target_modules", ["q_proj", "v_proj"]),
-        (["--target-modules", "q_proj"], "target_modules", ["q_proj"]),
         (["--target-modules", "all-linear"], "target_modules", "all-linear"),
-        (["--target-modules", r".*\.(q|v)_proj"], "target_modules", r".*\.(q|v)_proj"),
         (["--target-modules", r"layers\.\d{1,2}\.q_proj"], "target_modules", r"layers\.\d{1,2}\.q_proj"),
-        (["--layers-to-transform", "0,2"], "layers_to_transform", [0, 2]),
-        (["--layers-to-transform", "20-22"], "layers_to_transform", [20, 21, 22]),
         (["--layers-to-transform", "{0,20-22}"], "layers_to_transform", [0, 20, 21, 22]),
         (["--field", "prompt=q", "--field", "completion=a"], "field", {"prompt": "q", "completion": "a"}),
-        (["--field", "prompt=q,completion=a"], "field", {"prompt": "q", "completion": "a"}),
         (["--field", "prompt=question, in full"], "field", {"prompt": "question, in full"}),
-        (["--rank-pattern", "q_proj=8"], "rank_pattern", {"q_proj": 8}),
         (["--rank-pattern", "0.q_proj=8,v_proj=4"], "rank_pattern", {"0.q_proj": 8, "v_proj": 4}),
         (["--rank-pattern", r"\d{1,2}\.q_proj=8"], "rank_pattern", {r"\d{1,2}\.q_proj": 8}),
         (["--alpha-pattern", "(?=.*q)q_proj=8.5"], "alpha_pattern", {"(?=.*q)q_proj": 8.5}),
@@ -111,20 +98,10 @@ def test_values_that_other_tools_and_plan_write_are_read_as_meant(tmp_path: Path
         parsed(yaml="load_in_8bit: false", folder=tmp_path)
 
 
-@pytest.mark.parametrize("text", ["learning_rate: 1e-4", "learning-rate: 1e-4", "learning_rate: 0.0001"])
-def test_yaml_numbers_are_numbers(tmp_path: Path, text: str) -> None:
-    assert parsed(yaml=text, folder=tmp_path).learning_rate == 1e-4
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("lora_rnk: 8", r"lora_rnk.*did you mean"),
-        ("learning_rat: 1", "did you mean learning_rate"),
-        ("r: 8\nr: 9", "line 2: r is set twice"),
-        ("max-steps: 8\nmax_steps: 9", "max_steps is set twice, as max-steps and as max_steps"),
-        ("- r\n- 8", "got a list"),
-        ("r: [", "line 1 cannot be read as YAML"),
         ("r: -1\nlearning_rate: fast", r"2 problems(.|\n)*r = -1(.|\n)*learning_rate = 'fast'"),
         ("lora_rank: 8\nr: 4", "two names of r are set; use only r"),
     ],
@@ -213,23 +190,9 @@ PEERS = {  # what users of TRL, Axolotl, LLaMA-Factory, Unsloth, LitGPT and mlx-
     for ours, names in {
         "--learning-rate": "--lr",
         "--per-device-train-batch-size": "--batch-size --micro-batch-size",
-        "--num-train-epochs": "--epochs --num-epochs",
-        "--max-steps": "--iters",
-        "--r": "--rank",
-        "--lora-alpha": "--alpha",
-        "--lora-dropout": "--dropout",
-        "--target-modules": "--targets --lora-target",
-        "--max-length": "--seq-len --max-seq-length --sequence_len",
+        "--max-length": "--max-seq-length --sequence_len",
         "--quantize nf4": "--load-in-4bit",
-        "--quantize int8": "--load-in-8bit",
-        "--dtype bfloat16": "--bf16",
-        "--data": "--dataset",
-        "--model": "--base-model --model_name_or_path",
-        "--output-dir": "--output",
-        "--gradient-accumulation-steps": "--gradient-accumulation",
-        "--warmup-ratio": "--warmup",
-        "--lr-scheduler-type": "--scheduler",
-        "--validation-split": "--val-set-size",
+        "--model": "--base-model",
     }.items()
     for theirs in names.split()
 }

@@ -1,7 +1,6 @@
 """`tailora push` and `tailora pull`, with a stand-in for the Hub's server that huggingface_hub's own client uses."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from hashlib import sha256
@@ -12,13 +11,12 @@ import hub_server
 import pytest
 import torch
 from command_line import call, found
-from hub_server import FILES, READ_TOKEN, TOKEN, Repository, Server
+from hub_server import FILES, READ_TOKEN, TOKEN, Server
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 from tiny import chat_model
-from tiny_adapters import adapted, logits
-from transformers import LlamaForCausalLM
+from tiny_adapters import adapted
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
@@ -130,36 +128,13 @@ def test_the_card_says_what_the_run_measured(hub: Server, run: Path) -> None:
         assert f"| {result[f'eval_loss_{when}']:.3f} | {low:.3f} to {high:.3f} |" in text
     for line in (
         "# adapter",
-        "| rows | 24 |",
         f"| tokens | {report['run']['data']['tokens']} |",
-        "| task | causal-lm |",
-        "| r | 4 |",
-        "| lora_alpha | 32 |",
         "| learning_rate | 3e-3 |",
-        "| steps | 3 |",
-        "| seed | 0 |",
-        'AutoPeftModelForCausalLM.from_pretrained("user/adapter")',
         "tailora chat --adapter user/adapter\n",
         "tailora serve --model owner/base --adapter adapter=user/adapter",
-        "tailora export user/adapter --to vllm --output FOLDER",
         f"torch {torch.__version__}",
     ):
         assert line in text, line
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
-def test_the_lines_for_peft_in_the_card_compute_the_same(
-    hub: Server, run: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    base = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
-    hub.repositories["owner/base"] = Repository(branches={"main": base})
-    pushed(run, "user/adapter", "--model", "owner/base")
-    (lines,) = re.findall(r"```py\n(.*?)```", card_of(hub).text, re.DOTALL)
-    assert call("pull", "user/adapter", "--output-dir", tmp_path / "out")[0] == 0
-    names: dict[str, Any] = {}
-    exec(lines.replace("user/adapter", str(tmp_path / "out")), names)  # PEFT itself asks the Hub's own address
-    ours = LoRAModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), run)
-    torch.testing.assert_close(logits(names["model"]), logits(ours), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_private_is_uploaded(hub: Server, run: Path, finished: Path, tiny_model: Path) -> None:
@@ -298,17 +273,6 @@ def test_an_adapter_without_a_run_and_a_public_repository(hub: Server, tmp_path:
     assert "user/dora is still private" in call("push", tmp_path / "dora", "user/dora", "--public")[2]
 
 
-def test_ctrl_c_says_that_all_files_are_there_or_none(hub: Server, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", stop)
-    code, _, err = call("push", run, "user/adapter")
-    assert code == 130
-    assert "interrupted: user/adapter has received either all of the files or none; run the same command again" in err
-    assert no_files(hub)
-
-
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -329,14 +293,9 @@ def test_wrong_arguments_are_refused(tokens: list[str], message: str, run: Path,
     [
         (lambda f, _: (f / ADAPTER_WEIGHTS).unlink(), "has no adapter_model.safetensors"),
         (lambda f, t: save_file({**t, min(t): t[min(t)] * torch.nan}, f / ADAPTER_WEIGHTS), "is not finite"),
-        (
-            lambda f, t: save_file({**t, min(t): t[min(t)][:2].clone()}, f / ADAPTER_WEIGHTS),
-            "expected factors of rank 4",
-        ),
-        (lambda f, t: (t.pop(min(t)), save_file(t, f / ADAPTER_WEIGHTS)), "has no matching factor"),
         (lambda f, _: (f.parent / REPORT).write_text("{"), "report.json is not JSON"),
     ],
-    ids=["no weights", "not finite", "shape", "missing", "report"],
+    ids=["no weights", "not finite", "report"],
 )
 def test_a_folder_that_is_no_adapter_is_refused_before_anything_is_sent(
     damage: Callable[[Path, dict[str, Any]], Any], message: str, run: Path, hub: Server
@@ -407,9 +366,7 @@ FAILURES: list[tuple[list[str], Fail, int, str]] = [
         "uploading to the Hub needs an access token: log in with `hf auth login`, or set HF_TOKEN",
     ),
     (PUSH, lambda _, patch: patch.setenv("HF_TOKEN", READ_TOKEN), 1, "You don't have the rights to create a model"),
-    (PUSH, lambda _, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True), 1, "offline mode is enabled"),
     (PUSH, lambda hub, _: hub.fail.update({("POST", "/commit/"): None}), 1, "cannot upload the adapter"),  # broken off
-    (PUSH, lambda hub, _: hub.odd_answers.update({"/api/models/": b"{}"}), 1, "response is not from the Hub"),
     (
         PULL,
         lambda hub, _: hub.files.update({ADAPTER_WEIGHTS: with_infinity(hub.files[ADAPTER_WEIGHTS])}),
@@ -417,13 +374,6 @@ FAILURES: list[tuple[list[str], Fail, int, str]] = [
         "model.layers.0.mlp.down_proj.lora_A.weight is not finite",
     ),
     (PULL, lambda hub, _: hub.files.pop(ADAPTER_WEIGHTS), 1, "user/adapter on the Hub has no adapter"),
-    (
-        PULL,
-        lambda hub, _: hub.fail.update({("GET", f"/{ADAPTER_WEIGHTS}"): (500, "", "out of order")}),
-        1,
-        "cannot download 'user/adapter'",
-    ),
-    ([*PULL, "--revision", "none"], lambda *_: None, 1, "Revision Not Found"),
     (PULL, lambda hub, _: hub.odd_answers.update({"/api/models/": b"[1]"}), 1, "response is not from the Hub"),
 ]
 

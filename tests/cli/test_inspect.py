@@ -81,18 +81,6 @@ def test_data_is_read_with_the_columns_and_the_system_message_of_the_run(adapter
     assert "as in training" not in told  # no data is read
 
 
-def test_a_run_s_folder_and_other_formats_are_taken(adapter: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapter, tmp_path / "adapter")
-    code, said, _ = call("inspect", tmp_path)
-    assert code == 0
-    assert f"{tmp_path}/adapter: 14 updates" in said
-    assert call("export", tmp_path, "--to", "mlx", "--output", tmp_path / "mlx")[0] == 0
-    code, other, _ = call("inspect", tmp_path / "mlx")
-    assert code == 0
-    energy = [line.split()[3] for line in said.splitlines() if "%" in line and "_proj" in line]
-    assert energy == [line.split()[3] for line in other.splitlines() if "%" in line and "_proj" in line]
-
-
 MISTAKES = {
     "no adapter": (["BASE"], "adapter_model.safetensors"),
     "no data, base of the adapter": (["ONE", "--data", "absent.jsonl"], "the base model is BASE, as recorded in ONE"),

@@ -93,14 +93,12 @@ def test_the_demo_is_called_demo_where_tailora_takes_the_name_and_has_its_path_e
     shown = {}
     for name, command in {
         "inspect": ["inspect", run],
-        "shrink": ["shrink", run, "--r", "1", "--output-dir", str(tmp_path / "small")],
         "peft": ["export", run, "--to", "peft", "--output", str(tmp_path / "peft")],
         "mlx": ["export", run, "--to", "mlx", "--output", str(tmp_path / "mlx")],
     }.items():
         shown[name] = output(*command)
     assert "made for demo. " in shown["inspect"]
     assert "Add --model demo to see" in shown["inspect"]
-    assert "tailora chat --model demo --adapter" in shown["shrink"]
     assert "tailora chat --model demo --adapter" in shown["peft"]
     assert "With the exported files, the logits are equal to the live model's (" in shown["peft"]
     assert f"mlx_lm.server --model {folder} --adapter-path" in shown["mlx"]
@@ -139,7 +137,7 @@ def test_a_relative_base_is_found_from_any_folder(
     assert base_model_name(None, [moved / "run" / "adapter"]) == "models/base"
 
 
-@pytest.mark.parametrize("command", ["predict", "eval", "export", "inspect", "combine", "shrink", "train"])
+@pytest.mark.parametrize("command", ["predict", "eval", "train"])
 def test_every_command_says_where_the_name_of_a_missing_base_is_from(
     command: str, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,10 +146,6 @@ def test_every_command_says_where_the_name_of_a_missing_base_is_from(
     tokens = {
         "predict": ["--adapter", "run", *SHORT],
         "eval": ["run", "--data", "demo"],
-        "export": ["run", "--to", "peft", "--output", "out"],
-        "inspect": ["run", "--data", "demo"],
-        "combine": ["--adapter", "run", *out],
-        "shrink": ["--adapter", "run", "--r", "1", *out],
         "train": ["--adapter", "run/adapter", *out],
     }
     assert main([command, *tokens[command]]) == 2
@@ -174,11 +168,7 @@ COMMANDS_WITH_A_DEVICE = {
     "train": ["--model", "{model}", "--data", "{data}", "--output-dir", "{out}"],
     "plan": ["--model", "{model}"],
     "predict": ["--adapter", "{adapter}", "--prompt", "hello"],
-    "chat": ["--adapter", "{adapter}"],
-    "eval": ["{adapter}", "--data", "{data}"],
     "inspect": ["{adapter}", "--model", "{model}"],
-    "combine": ["--adapter", "{adapter}", "--output-dir", "{out}"],
-    "shrink": ["{adapter}", "--r", "1", "--output-dir", "{out}"],
     "extract": ["--model", "{model}", "--tuned", "{model}", "--r", "1", "--output-dir", "{out}"],
     "export": ["{adapter}", "--to", "peft", "--output", "{out}"],
 }

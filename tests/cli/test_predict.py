@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +109,6 @@ def test_a_question_has_the_tools_of_its_row_and_no_images() -> None:
     assert "images: predict does not support images" in str(with_image)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".JSON", ".parquet"])
-def test_a_file_of_another_format_is_not_filled_with_json_lines(suffix: str, tmp_path: Path) -> None:
-    output, rows = tmp_path / f"sorted{suffix}", write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}])
-    hint = f"--output {output}: expected a .jsonl file, got {suffix[1:].upper()}; use {tmp_path}/sorted.jsonl"
-    check_refused(hint, "predict", "--model", "absent", "--data", rows, "--output", output)
-
-
 def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
     hint = "unknown score pearson for sequence-classification on this data; available: loss, accuracy"
     check_refused(hint, "eval", folder / "run", "--data", folder / "rows.jsonl", "--metrics", "pearson")
@@ -144,24 +136,6 @@ def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path) -
     code, out, _ = call("predict", folder / "run", "--data", rows, "--output", output, "--limit", 3)
     assert (code, out) == (0, "")
     assert [json.loads(line)["label"] for line in output.read_text().splitlines()] == labels[:3]
-
-
-def test_eval_reads_the_columns_of_the_training(folder: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(folder / "run", run)
-    record = json.loads((run / "run.json").read_text())
-    record["settings"]["field"] = {"text": "body", "label": "queue"}
-    (run / "run.json").write_text(json.dumps(record))
-    renamed = write(tmp_path / "renamed.jsonl", [{"body": row["text"], "queue": row["label"]} for row in ROWS])
-    code, out, err = call("eval", run, "--data", renamed, "--json")
-    assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["data"]["mapping"] == {"text": "body", "label": "queue"}
-    usual = "text=text,label=label"
-    assert "using the column names from training: --field text=body,label=queue; " in err
-    assert f"; for the standard names, use --field {usual}\n" in err
-    code, out, err = call("eval", run, "--data", folder / "rows.jsonl", "--field", usual, "--json")
-    assert code == 0, err
-    assert "as in training" not in err
 
 
 @pytest.mark.parametrize(

@@ -222,14 +222,6 @@ def test_the_accuracy_is_compared_with_that_of_the_most_frequent_label(accuracy:
     assert beats_majority(accuracy, {})
 
 
-def test_a_model_as_sure_as_it_is_right_is_calibrated() -> None:
-    sure = np.repeat([[math.log(4), 0.0]], 10, axis=0)  # 80% for the first class, which 8 of 10 rows have
-    data = LabelOutputs(BINARY, sure, np.array([[0.0]] * 8 + [[1.0]] * 2), np.ones(10, dtype=np.int64))
-    assert label_details(data)["calibration"]["ece"] == pytest.approx(0)
-    wrong = LabelOutputs(BINARY, sure, np.array([[0.0]] * 3 + [[1.0]] * 7), data.counts)
-    assert label_details(wrong)["calibration"]["ece"] == pytest.approx(0.5)
-
-
 def test_the_calibration_error_counts_rows_not_bins() -> None:
     confidences, rows, right = (0.9, 0.6), (10, 30), (5, 24)  # distances of 0.4 and 0.2
     outputs = np.repeat([[math.log(p / (1 - p)), 0.0] for p in confidences], rows, axis=0)

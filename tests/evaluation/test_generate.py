@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import GROUPED
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaForCausalLM,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.samples import Conversation, Pair, Text
@@ -54,12 +47,6 @@ def test_greedy_pieces_add_up_to_the_likeliest_tokens(
     assert not set(expected) & set(stop_ids(model, tokenizer))
     assert "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
     assert "" not in pieces
-
-
-def test_earlier_turns_are_seen(tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = [*HELLO, {"role": "assistant", "content": "how are you"}, {"role": "user", "content": "today"}]
-    text = tokenizer.decode(chat_ids(turns, tokenizer))
-    assert text.endswith("how are you<|im_end|>\n<|im_start|>user\ntoday<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_texts_and_chats_without_a_template_are_continued_as_they_stand(
@@ -178,11 +165,6 @@ def test_base_and_tuned_each_say_their_own(tuned: LoRAModel, tiny: Make, tokeniz
         assert base != own
 
 
-def test_an_untrained_adapter_changes_no_word(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    (answer,) = compare_answers(LoRAModel(model, LoRAConfig(r=4)), tokenizer, ["hello"], max_new_tokens=12)
-    assert answer.base == answer.tuned != ""
-
-
 def test_the_model_is_left_as_it_was(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
     tuned.train()
     state = torch.get_rng_state()
@@ -253,14 +235,6 @@ def test_a_prompt_without_room_for_an_answer_is_left_out(tiny: Make, tokenizer: 
     assert [answer.prompt for answer in found] == ["hello"]
 
 
-SIZES = {**GROUPED, "initializer_range": 0.3}
-MODELS = {
-    "Mistral, window": MistralConfig(**SIZES, sliding_window=6),
-    "Qwen3": Qwen3Config(**SIZES, head_dim=8),
-    "GPT-2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.3),
-}
-
-
 @pytest.mark.parametrize(
     ("length", "new", "expected"), [(64, 64, "static"), (64, 65, None), (500, 20, "static"), (1, 0, "static")]
 )
@@ -270,10 +244,10 @@ def test_the_static_cache_is_for_prompts_as_long_as_the_answer(
     assert cache_implementation(tiny(), length, new) == expected
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_both_caches_give_the_same_tokens(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_both_caches_give_the_same_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[kind]).eval()
+    config = MistralConfig(**GROUPED, initializer_range=0.3, sliding_window=6)
+    model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     ids = torch.randint(300, (12,)).tolist()
     asked = generation_arguments(model, tokenizer, EncodedPrompt("", ids), max_new_tokens=10)

@@ -35,15 +35,6 @@ def quiz(tmp_path: Path) -> str:
     return str(write_rows(tmp_path / "quiz.jsonl", QUIZ))
 
 
-def test_the_demo_s_data_keeps_its_name(
-    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, quiz: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tailora.data.prepare.resolve_demo", lambda name, _: {"demo": quiz}[name])
-    facts = score(tuned, tokenizer, "demo").data
-    assert facts is not None
-    assert facts.source == "demo"
-
-
 def reference_loss(model: LoRAModel, data: str, tokenizer: PreTrainedTokenizerFast) -> float:
     """Nats per token of the right replies and their end of turn, by transformers' logits in evaluation mode."""
     model.eval()
