@@ -156,8 +156,8 @@ class MixedBatch:
         self.rows = self.head_rows = Rows(names)
         self.is_constant = is_packed
         self.repeats = 1
-        self.terms: dict[LoRALayer, LayerTerms] = {}
-        self.stacks: dict[MixedPart, tuple[tuple[str, ...], Stack]] = {}
+        self.terms: dict[LoRALayer, Terms] = {}
+        self.stacks: dict[MixedPart, tuple[tuple[str, ...], Terms]] = {}
         self._repeated = {1: self.rows}  # by how often `generate` repeats each row
 
     def set_rows(self, names: Sequence[str | None], head_names: Sequence[str | None]) -> None:
@@ -288,41 +288,30 @@ def mixed_parts(
 
 
 @dataclass(frozen=True, eq=False)
-class LayerTerms:
-    """What one adapter adds to a layer: B A x + rescaling * output + shift. B contains the scale and DoRA's gain."""
+class Terms:
+    """What one adapter adds to a layer: B A x + rescaling * output + shift. B contains the scale and DoRA's gain.
+
+    `stacked` terms of k adapters have one more dimension, (k + 1, ...): the last is a zero update, and lower ranks are
+    padded with zeros.
+    """
 
     A: Tensor  # (r, in)
     B: Tensor  # (r, out)
-    rescaling: Tensor | None  # (out,)
+    rescaling: Tensor | None  # (out,); None for zero
     shift: Tensor | None  # (out,)
 
 
-def layer_terms(part: LoRALayer, layer: nn.Module, dtype: torch.dtype) -> LayerTerms:
+def layer_terms(part: LoRALayer, layer: nn.Module, dtype: torch.dtype) -> Terms:
     gain = part.gain(layer)
     A, B = part.update_factors(gain)
     rescaling, shift = (None if term is None else term.to(dtype) for term in part.output_terms(layer, gain))
-    return LayerTerms(A.to(dtype), B.mT.to(dtype), rescaling, shift)
+    return Terms(A.to(dtype), B.mT.to(dtype), rescaling, shift)
 
 
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """The terms of k adapters, followed by a zero update."""
-
-    A: Tensor  # (k + 1, R, in): lower ranks are padded with zeros
-    B: Tensor  # (k + 1, R, out)
-    rescaling: Tensor | None  # (k + 1, out); None if no adapter has one
-    shift: Tensor | None
-
-    @classmethod
-    def of(cls, terms: Sequence[LayerTerms]) -> "Stack":
-        A, B = _stacked_factors([term.A for term in terms]), _stacked_factors([term.B for term in terms])
-        rescaling = _stacked_vectors([term.rescaling for term in terms])
-        return cls(A, B, rescaling, _stacked_vectors([term.shift for term in terms]))
-
-    def factors(self, blocks: Blocks) -> "Factors":
-        A, B = (factor.index_select(0, blocks.which) for factor in (self.A, self.B))
-        rescaling, shift = (None if v is None else v.index_select(0, blocks.rows) for v in (self.rescaling, self.shift))
-        return Factors(blocks, A, B, rescaling, shift)
+def stacked(terms: Sequence[Terms]) -> Terms:
+    A, B = _stacked_factors([term.A for term in terms]), _stacked_factors([term.B for term in terms])
+    rescaling = _stacked_vectors([term.rescaling for term in terms])
+    return Terms(A, B, rescaling, _stacked_vectors([term.shift for term in terms]))
 
 
 @dataclass(eq=False)
@@ -339,6 +328,14 @@ class Factors:
     shift: Tensor | None  # (n, out)
     state: Any = None
     sources: Sequence[Tensor] = ()
+
+    @classmethod
+    def of(cls, terms: Terms, blocks: Blocks) -> "Factors":
+        A, B = (factor.index_select(0, blocks.which) for factor in (terms.A, terms.B))
+        rescaling, shift = (
+            None if v is None else v.index_select(0, blocks.rows) for v in (terms.rescaling, terms.shift)
+        )
+        return cls(blocks, A, B, rescaling, shift)
 
 
 def _stacked_factors(factors: Sequence[Tensor]) -> Tensor:
@@ -421,32 +418,32 @@ class MixedPart(AdapterPart):
         blocks = rows.blocks(used, is_sorted, x.device)
         if torch.is_grad_enabled():
             self._kept = None
-            return self._stack(used, layer, dtype).factors(blocks)
+            return Factors.of(self._stack(used, layer, dtype), blocks)
         kept = self._kept
         if kept is not None and (kept.blocks is not blocks or kept.A.dtype != dtype):
             kept = None
         if self.batch.is_constant:
-            kept = kept or self._constant_stack(used, layer, dtype).factors(blocks)
+            kept = kept or Factors.of(self._constant_stack(used, layer, dtype), blocks)
         elif kept is None or not torch.is_inference_mode_enabled():
             sources = self._sources(used, layer)
             state = _state(sources), [self.parts[name].strength for name in used]
             if kept is None or kept.state != state:
-                kept = self._stack(used, layer, dtype).factors(blocks)
+                kept = Factors.of(self._stack(used, layer, dtype), blocks)
                 kept.state, kept.sources = state, [tensor.detach() for tensor in sources]
         self._kept = kept
         return kept
 
-    def _stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Stack:
-        return Stack.of([layer_terms(self.parts[name], layer, dtype) for name in names])
+    def _stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Terms:
+        return stacked([layer_terms(self.parts[name], layer, dtype) for name in names])
 
-    def _constant_stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Stack:
+    def _constant_stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Terms:
         """Computes the terms of each adapter once, and stacks them again when different adapters are used."""
         known, terms = self.batch.stacks.get(self), self.batch.terms
         if known is None or known[0] != names:
             for part in (self.parts[name] for name in names):
                 if part not in terms:
                     terms[part] = layer_terms(part, layer, dtype)
-            known = self.batch.stacks[self] = names, Stack.of([terms[self.parts[name]] for name in names])
+            known = self.batch.stacks[self] = names, stacked([terms[self.parts[name]] for name in names])
         return known[1]
 
     def _sources(self, used: tuple[str, ...], layer: nn.Module) -> list[Tensor]:
