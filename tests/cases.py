@@ -13,7 +13,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from packed_layers import AwqLinear, GptqLinear, HqqLinear
+from packed_layers import AwqLinear, GptqLinear
 from tiny import stirred_model
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, quantize_
@@ -173,7 +173,7 @@ BITSANDBYTES: dict[str, Any] = {
     "others": "bitsandbytes has linear layers; its embeddings override forward and cannot be saved",
 }
 TORCHAO: dict[str, Any] = {"layers": LINEARS, "others": "torchao quantises nn.Linear, and no other unless told so"}
-PACKED: dict[str, Any] = {"layers": LINEARS, "others": "gptqmodel and hqq have linear layers"}
+PACKED: dict[str, Any] = {"layers": LINEARS, "others": "gptqmodel has linear layers"}
 STORAGES = [
     StorageCase("nf4", bitsandbytes_4bit("nf4", double=True), **BITSANDBYTES),
     StorageCase("fp4", bitsandbytes_4bit("fp4", double=False), **BITSANDBYTES),
@@ -183,7 +183,6 @@ STORAGES = [
     StorageCase("torchao int4", torchao_weights(IntxWeightOnlyConfig(torch.int4, PerAxis(0))), **TORCHAO),
     StorageCase("gptq", GptqLinear, **PACKED),
     StorageCase("awq", AwqLinear, **PACKED),
-    StorageCase("hqq", HqqLinear, **PACKED),
 ]
 
 

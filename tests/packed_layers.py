@@ -1,6 +1,6 @@
-"""Layers that pack their weights in the same way as gptqmodel and hqq, for tests without these packages.
+"""Layers that pack their weights in the same way as gptqmodel, for tests without this package.
 
-They have the same attributes, and base classes of the same names, by which tailora recognizes them.
+They have the same attributes, and a base class of the same name, by which tailora recognizes them.
 """
 
 from collections.abc import Sequence
@@ -39,12 +39,11 @@ def unpacked(words: Tensor, dim: int, size: int, order: Sequence[int] = IN_ORDER
     return codes[..., :size].transpose(dim, -1)
 
 
-def imitated(module: str, name: str) -> Any:
-    """Returns a class of layers of this name."""
-    return type(name, (nn.Module,), {"__module__": module, "__qualname__": name})
+class BaseQuantLinear(nn.Module):
+    __module__ = "gptqmodel.nn_modules.qlinear"
 
 
-class GptqLinear(imitated("gptqmodel.nn_modules.qlinear", "BaseQuantLinear")):  # type: ignore[misc]
+class GptqLinear(BaseQuantLinear):
     """gptqmodel's layer for GPTQ; a subclass for AWQ."""
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -90,33 +89,15 @@ class InferenceLinear(GptqLinear):
         return super().forward(x.detach())
 
 
-class HqqLinear(imitated("hqq.core.quantize", "HQQLinear")):  # type: ignore[misc]
-    """hqq's layer: two codes in a byte; scales and zero points in a dictionary, the bias as an attribute."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        codes, scales, zeros = quantized(layer.weight.detach())
-        rows = codes.view(2, -1, self.in_features)
-        self.W_q = nn.Parameter((rows[0] << 4 | rows[1]).to(torch.uint8), requires_grad=False)
-        self.meta = {"shape": codes.shape, "scale": scales, "zero": zeros.to(scales)}
-        self.bias = None if layer.bias is None else layer.bias.detach().clone()
-
-    def dequantize(self) -> Tensor:
-        codes = torch.cat([self.W_q >> 4, self.W_q & 15]).unflatten(1, (self.meta["scale"].shape[1], -1))
-        return ((codes - self.meta["zero"][..., None]) * self.meta["scale"][..., None]).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
-
-
-class BlockLinear(HqqLinear):
+class BlockLinear(GptqLinear):
     """A layer that sums the products of its blocks, so that its weight is nowhere in one piece."""
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = torch.cat([self.W_q >> 4, self.W_q & 15]).unflatten(1, (self.meta["scale"].shape[1], -1))
-        weight = (codes - self.meta["zero"][..., None]) * self.meta["scale"][..., None]
-        return torch.einsum("...gi,ogi->...o", x.unflatten(-1, weight.shape[1:]), weight)
+        buffers: Any = self
+        zeros = unpacked(buffers.qzeros, 1, self.out_features) + 1
+        codes = unpacked(buffers.qweight, 0, self.in_features).unflatten(0, (len(zeros), -1))
+        weight = (codes - zeros[:, None]) * buffers.scales[:, None]  # (groups, inputs of a group, out)
+        return torch.einsum("...gi,gio->...o", x.unflatten(-1, weight.shape[:2]), weight)
 
 
 def gptq_tensors(weight: Tensor) -> dict[str, Tensor]:

@@ -182,7 +182,6 @@ LAYER_TYPES: dict[str, LayerType] = {
     "torch.nn.modules.conv.Conv2d": CONVOLUTION,
     "torch.nn.modules.conv.Conv3d": CONVOLUTION,
     "gptqmodel.nn_modules.qlinear.BaseQuantLinear": LINEAR,
-    "hqq.core.quantize.HQQLinear": LINEAR,
 }
 BUILT_IN = frozenset(LAYER_TYPES)
 

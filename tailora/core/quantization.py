@@ -3,7 +3,7 @@
     Storage         a plain weight, and the methods that differ between storages
     FourBit, Int8   bitsandbytes: blocks NF4 and FP4 (QLoRA, arXiv:2305.14314, sec. 3), rows (arXiv:2208.07339, sec. 2)
     TorchAO         tensors that can dequantize themselves
-    Packed          codes that only the layer itself can read: GPTQ, AWQ, HQQ
+    Packed          codes that only the layer itself can read: GPTQ, AWQ
     STORAGES        name of a class -> its storage, with functions for layers and models
     dense_weight    the dequantized weight of a layer
     dequantize_layer, dequantize_model
@@ -128,16 +128,14 @@ class TorchAO(Storage):
 
 
 class Packed(Storage):
-    """A layer without a weight: gptqmodel's for GPTQ and AWQ, hqq's. Its forward dequantizes W, which is then caught.
+    """A layer without a weight: gptqmodel's for GPTQ and AWQ. Its forward dequantizes W, which is then caught.
 
     Where it does not, its outputs for the unit vectors are W.
     """
 
     rounding = 0.5  # calibration moves numbers further than to the next code
+    weight_name = "qweight"
     keeps_dtype = False
-
-    def __init__(self, weight_name: str) -> None:
-        self.weight_name = weight_name
 
     def shape(self, layer: Any) -> torch.Size:
         return torch.Size((layer.out_features, layer.in_features))
@@ -156,10 +154,10 @@ class Packed(Storage):
         return columns.T.contiguous()
 
     def tensors(self, layer: Any) -> list[Tensor]:
-        """Also of attributes, and of the dictionary in which hqq keeps scales."""
-        attributes = {**vars(layer), **layer._parameters, **layer._buffers}
-        values = (*attributes.values(), *attributes.get("meta", {}).values())
-        weight = stored_weight(layer)
+        weight, values = (
+            stored_weight(layer),
+            (*vars(layer).values(), *layer._parameters.values(), *layer._buffers.values()),
+        )
         return [weight, *(value for value in values if isinstance(value, Tensor) and value is not weight)]
 
     def scales(self, layer: Any) -> Tensor:
@@ -219,8 +217,7 @@ STORAGES: dict[str, Storage] = {  # by the class of the weight, or of the layer:
     "bitsandbytes.nn.modules.Int8Params": INT8,
     "bitsandbytes.nn.modules.Linear8bitLt": INT8,
     "torchao.utils.TorchAOBaseTensor": TORCHAO,
-    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": Packed("qweight"),
-    "hqq.core.quantize.HQQLinear": Packed("W_q"),
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": Packed(),
 }
 
 

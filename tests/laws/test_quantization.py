@@ -23,7 +23,7 @@ from cases import (
     pairs_of,
     trained,
 )
-from packed_layers import AwqLinear, BlockLinear, GptqLinear, HqqLinear
+from packed_layers import AwqLinear, BlockLinear, GptqLinear
 from tiny import stir
 from torch import Tensor, nn
 
@@ -139,7 +139,7 @@ def test_merging_and_unloading_leaves_nothing_of_the_quantisation(case: LayerCas
 def test_the_merged_weight_has_the_precision_that_was_quantised(case: LayerCase) -> None:
     model = trained(case, dtype=torch.bfloat16)
     report = model.merge()
-    is_unknown = case.name == "linear without bias, int8" or case.name.endswith(("gptq", "awq", "hqq"))
+    is_unknown = case.name == "linear without bias, int8" or case.name.endswith(("gptq", "awq"))
     wanted = torch.float32 if is_unknown else torch.bfloat16  # no other parameter has it
     assert model.base_model.block["target"].weight.dtype == wanted  # type: ignore[union-attr, index]
     assert 0 <= report.worst < 0.2
@@ -219,14 +219,13 @@ def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: Stora
     assert stored_bytes(layer) < 0.6 * original.nbytes
 
 
-@pytest.mark.parametrize("cls", [GptqLinear, AwqLinear, HqqLinear, BlockLinear])
+@pytest.mark.parametrize("cls", [GptqLinear, AwqLinear, BlockLinear])
 @pytest.mark.parametrize("inputs", [64, 1344])  # more than one batch of unit vectors
 def test_the_dense_weight_is_caught_in_the_forward_or_computed_from_unit_vectors(cls: Any, inputs: int) -> None:
     layer = cls(nn.Linear(inputs, 64, bias=False))
     scales = storage_of(layer).tensors(layer)[-1]
     assert (caught_weight(layer, scales.float()) is None) == (cls is BlockLinear)
-    expected = layer.dequantize() if isinstance(layer, HqqLinear) else layer.dequantize_weight().T
-    assert torch.equal(dense_weight(layer), expected)
+    assert torch.equal(dense_weight(layer), layer.dequantize_weight().T)
 
 
 @pairs
