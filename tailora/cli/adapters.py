@@ -1,6 +1,5 @@
 """`tailora combine`, `tailora shrink` and `tailora extract`: new adapters from existing ones or from two models."""
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -205,7 +204,6 @@ def shrink_within(loaded: Loaded, config: TrainConfig, increase: float) -> tuple
 
 
 ExtractFlags: Any = flags_of(TrainConfig, ["target_modules", "exclude_modules", "modules_to_save"])
-LAYER_NUMBER = re.compile(r"\.\d+\.")
 MAX_LINES = 12  # for tensors that are not in the adapter
 POOR_FIT = 0.5  # median relative error from which the adapter lacks most of the difference
 
@@ -253,19 +251,12 @@ def extract(
 
 
 def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
-    """Returns one line per kind of tensor that is not in the adapter; layers share a line."""
     if not left_over:
         return []
-    groups: dict[str, list[float]] = {}
-    for name, change in left_over.items():
-        groups.setdefault(LAYER_NUMBER.sub(".*.", name), []).append(change)
-    largest_first = sorted(groups.items(), key=lambda group: -max(group[1]))
-    lines = [
-        f"  {name}{f' ({len(changes)})' if len(changes) > 1 else ''}: changed by up to {max(changes):.2%}"
-        for name, changes in largest_first[:MAX_LINES]
-    ]
-    if len(groups) > MAX_LINES:
-        lines.append(f"  ... and {len(groups) - MAX_LINES} more lines (use --json to see all)")
+    largest_first = sorted(left_over.items(), key=lambda item: -item[1])
+    lines = [f"  {name}: changed by {change:.2%}" for name, change in largest_first[:MAX_LINES]]
+    if len(left_over) > MAX_LINES:
+        lines.append(f"  ... and {len(left_over) - MAX_LINES} more (use --json to see all)")
     return [f"{len(left_over)} changed tensors are NOT in the adapter; to include them, use --modules-to-save:", *lines]
 
 

@@ -142,7 +142,6 @@ class Evaluation:
         return [gate for gate in self.gates if not (self.harness.names and gate.is_on_task)]
 
     def load(self, device: str, labels: "Labels | None" = None) -> tuple["LoRAModel", Any]:
-        """Returns the model and its tokenizer."""
         from tailora.evaluation.scores import without_adapter
 
         quantize, dtype = self.given.quantize, self.config.dtype
@@ -259,7 +258,6 @@ def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
 def data_scores(
     evaluation: Evaluation, options: "EvalOptions", model: "LoRAModel", tokenizer: Any, ranks: "PartialState | None"
 ) -> "Scores":
-    """Returns the scores of a language model on the data."""
     from tailora.cli.progress import counter
     from tailora.evaluation.scores import score
 
@@ -308,7 +306,6 @@ def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
 
 
 def find_target(adapter: str | None, model: str | None) -> EvalTarget:
-    """Returns what to evaluate. Raises ConfigError or FormatError."""
     if adapter is None:
         if model is None:
             raise ConfigError("no model; pass an ADAPTER, or use --model for a model without one")

@@ -11,10 +11,10 @@ from rich.console import Console
 from tailora.cli.flags import Json, Overwrite
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import (
-    METHODS,
     AdapterPath,
     BaseModel,
     Device,
+    Quantize,
     base_model_name,
     command_to_use,
     device_of_flag,
@@ -56,10 +56,6 @@ To = Annotated[
         help="format: peft, portable (PEFT for servers), gguf or merged (a full model); or a server, to also write "
         "the command that starts it"
     ),
-]
-Quantize = Annotated[
-    str | None,
-    Parameter(help=f"quantization of the base model: {METHODS}; default for merged: as in training"),
 ]
 Dtype = Annotated[
     Literal["stored", "float32", "bfloat16", "float16"],
@@ -219,7 +215,6 @@ def commands_of_format(result: "ExportReport", base: str, labels: "Labels | None
 
 
 def commands_to_verify(result: "ExportReport", url: str) -> list[Block]:
-    """url: of the server."""
     if PASSPORT not in result.files:
         return []
     ask = shlex.join(["tailora", "verify", url, "--adapter", str(result.folder)])

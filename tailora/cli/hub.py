@@ -119,7 +119,6 @@ def check_push(folder: Path, repository: str, message: str, model: str | None) -
 
 
 def check_repository_name(repo_id: str) -> None:
-    """Raises ConfigError unless it is a valid `owner/name`."""
     if not hub.could_be_repository(repo_id):
         raise ConfigError(
             f"invalid repository {repo_id!r}: expected owner/name, made of letters, digits, '-', '_' and '.', with at "

@@ -267,7 +267,6 @@ def labels_of(model: str, folders: Sequence[Path]) -> "Labels | None":
 
 
 def refuse_system(labels: "Labels | None", flags: Mapping[str, Any] | None) -> None:
-    """Raises ConfigError if --system is set for a model that predicts labels."""
     if labels is not None and "system" in (flags or {}):
         raise ConfigError(f"--system is for language models, but this model is for {labels.task}; remove --system")
 

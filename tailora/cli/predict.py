@@ -267,7 +267,6 @@ def label_predictions(
 
 
 def rounded(prediction: Any) -> Any:
-    """Returns the prediction with its numbers rounded to DIGITS."""
     return loads(dumps(prediction), parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
 
 

@@ -175,7 +175,6 @@ def key_from(variable: str) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a listening socket. Raises ConfigError if the address is not available."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

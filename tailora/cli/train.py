@@ -51,11 +51,6 @@ class RunFlags:
 NO_FLAGS = RunFlags()
 
 
-def train(*, given: RunFlags = NO_FLAGS, flags: Flags = None) -> int:
-    """Fine-tune a model on your data. Run `tailora data FILE` first to see what it would be trained on."""
-    return fit(merge_settings(flags, given.config), given)
-
-
 DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}
 DEMO_DEFAULTS = {**DEFAULTS, "output_dir": "outputs/demo"}
 DemoFlags: Any = train_flags(defaults=DEMO_DEFAULTS)
@@ -63,14 +58,17 @@ DemoFlags: Any = train_flags(defaults=DEMO_DEFAULTS)
 
 def demo(*, given: RunFlags = NO_FLAGS, flags: DemoFlags = None) -> int:
     """Fine-tune a small model on real chats and see what changed. Accepts the flags of `train`."""
-    return fit(merge_settings(flags, given.config, defaults=DEMO_DEFAULTS), given)
+    return train(given=given, flags=flags, defaults=DEMO_DEFAULTS)
 
 
-def fit(config: TrainConfig, given: RunFlags) -> int:
-    """Trains, answers held-out prompts with the base and the fine-tuned model, and prints the result.
-
-    Raises the same as `Trainer.train`. The message of KeyboardInterrupt contains the command to resume the run.
-    """
+def train(
+    *,
+    given: RunFlags = NO_FLAGS,
+    flags: Flags = None,
+    defaults: Annotated[Mapping[str, Any] | None, Parameter(parse=False)] = None,
+) -> int:
+    """Fine-tune a model on your data. Run `tailora data FILE` first to see what it would be trained on."""
+    config = merge_settings(flags, given.config, defaults=defaults)
     started = time.monotonic()
     if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # otherwise, the trainer checks
         run_log.check_run_folder(config, overwrite=given.overwrite)
@@ -164,8 +162,7 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     pairs = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
     columns = ["--field", pairs] if pairs and not is_lora else []  # an adapter's run records them
     evaluated = [str(folder)] if is_lora else tuned
-    prompt, images = first_prompt(folder)
-    answer = ["tailora", "predict", *evaluated, "--prompt", prompt, *(word for i in images for word in ("--image", i))]
+    answer = ["tailora", "predict", *evaluated, "--prompt", first_prompt(folder)]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
     system = ["--system", config.system] if config.system and not is_lora else []
     images_of_data = ["--image-folder", config.image_folder] if config.image_folder else []
@@ -176,35 +173,21 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     evaluation = [] if config.task == GRPO else [evaluate]  # prompts have no replies to evaluate
     commands = [["tailora", "chat", *tuned], answer, *evaluation]
     if is_lora:
-        target, name = ("merged", "merged") if _reads_images(folder) else ("llama-server", "llama")
+        run = json.loads((folder / RUN).read_text(encoding="utf-8")) if (folder / RUN).exists() else {}
+        reads_images = bool(run.get("parts"))  # of a vision-language model
+        target, name = ("merged", "merged") if reads_images else ("llama-server", "llama")
         commands.append(["tailora", "export", str(folder), "--to", target, "--output", f"{folder}-{name}"])
     if config.data == "demo":
         commands.append(["tailora", "data", "YOUR_DATA.jsonl", "--model", config.model])
     return commands
 
 
-def _reads_images(folder: Path) -> bool:
-    """Returns whether the run trained a vision-language model, whose parts it records."""
-    file = folder / RUN
-    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("parts"))
-
-
-def first_prompt(folder: Path) -> tuple[str, list[str]]:
-    """Returns the first short prompt that the run answered in one line, or the first one, shortened.
-
-    Also returns the paths of its images.
-    """
+def first_prompt(folder: Path) -> str:
+    """Returns the start of the first prompt that the run answered."""
     file = folder / SAMPLES  # missing with --samples 0, or if it could not be written
     samples = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    asked: list[tuple[str, list[str]]] = []
-    for sample in samples:
-        text, images = sample["prompt"], [image["path"] for image in sample.get("images", [])]
-        images = images[len(images) - text.count(IMAGE_TEXT) :]  # the others belong to earlier messages
-        asked.append((" ".join((text.replace(IMAGE_TEXT, " ") if images else text).split()), images))
-    asked = asked or [("", [])]
-    words, images = next((pair for pair in asked if 0 < len(pair[0]) <= PROMPT_LENGTH), asked[0])
-    shown = textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH]
-    return shown or ("Describe the image." if images else "Hello!"), images
+    words = " ".join(samples[0]["prompt"].replace(IMAGE_TEXT, " ").split()) if samples else ""
+    return textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH] or "Hello!"
 
 
 def is_worse(result: "TrainResult") -> bool:

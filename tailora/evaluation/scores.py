@@ -445,5 +445,4 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
 
 
 def token_budget(model: LoRAModel) -> int:
-    """Returns the most tokens of one forward pass."""
     return CPU_TOKENS if model.device.type == "cpu" else 8 * CPU_TOKENS

@@ -198,7 +198,6 @@ class ModuleReport:
 
     @property
     def use(self) -> float:
-        """Effective rank / rank."""
         return self.effective_rank / self.rank
 
     @property

@@ -58,10 +58,7 @@ def paired_difference(before: ArrayLike, after: ArrayLike, counts: ArrayLike) ->
 
     before, after: nats, counts: trained tokens; all (examples,). Raises ValueError as `mean_interval` does.
     """
-    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if first.shape != second.shape:
-        raise ValueError(f"expected the same examples, got before {first.shape} and after {second.shape}")
-    return mean_interval(second - first, counts)
+    return mean_interval(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), counts)
 
 
 def interval_over_seeds(sums: ArrayLike, counts: ArrayLike) -> Interval:
@@ -217,11 +214,9 @@ def share_difference(before: ArrayLike, after: ArrayLike) -> Interval:
     """Returns the change of the share, after - before, on the same examples (Agresti and Min, Stat. Med. 24, 2005).
 
     Only examples that one model got right and the other did not carry information; half an example is added to each
-    of the four outcomes. Raises ValueError as `wilson_interval` does, and for different numbers of examples.
+    of the four outcomes. Raises ValueError as `wilson_interval` does.
     """
     first, second = _checked_hits(before), _checked_hits(after)
-    if first.shape != second.shape:
-        raise ValueError(f"expected the same examples, got {len(first)} before and {len(second)} after")
     gained, lost = int((second > first).sum()), int((first > second).sum())
     n = len(first)
     up, down = (gained + 0.5) / (n + 2), (lost + 0.5) / (n + 2)

@@ -77,7 +77,6 @@ class ChildProcess:
         self.end()
 
     def send(self, message: Any) -> None:
-        """Raises ConnectionError if the child has ended."""
         self._output.send(message)
 
     def receive(self, seconds: float | None = None) -> Any:

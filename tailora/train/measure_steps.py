@@ -43,7 +43,6 @@ def measure_steps(config: TrainConfig, *, with_data: bool) -> StepsMeasured:
 
 
 def measure(folder: str, settings: str, *data: str) -> None:
-    """The separate process, which sends what it measured."""
     messages_of_parent()
     parent = connection_to_parent()
     try:

@@ -93,7 +93,6 @@ def _function_name(source: str) -> str:
 
 
 def load_reward(reward: Reward) -> RewardFunction:
-    """Returns the function of a reward. Raises ConfigError if there is none."""
     kind, colon, argument = reward.source.partition(":")
     if kind in BUILT_IN and bool(colon) == (kind in WITH_ARGUMENT):
         return BUILT_IN[kind](argument)

@@ -318,30 +318,15 @@ def test_a_change_that_may_be_chance_is_not_worse() -> None:
 
 
 def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:
-    assert first_prompt(tmp_path) == ("Hello!", [])
-    for prompt, shown in {"it's\n two": "it's two", "word " * 40: "word " * 11 + "word", "x" * 90: "x" * 60}.items():
+    assert first_prompt(tmp_path) == "Hello!"
+    for prompt, shown in {
+        "it's\n two": "it's two",
+        "word " * 40: "word " * 11 + "word",
+        "x" * 90: "x" * 60,
+        "[image]a": "a",
+    }.items():
         (tmp_path / "samples.json").write_text(json.dumps([{"prompt": prompt, "base": "", "tuned": ""}]))
-        assert first_prompt(tmp_path) == (shown, [])
-    samples = [{"prompt": prompt, "base": "", "tuned": ""} for prompt in ("word " * 40, "short")]
-    (tmp_path / "samples.json").write_text(json.dumps(samples))
-    assert first_prompt(tmp_path) == ("short", [])
-
-
-@pytest.mark.parametrize(
-    ("prompt", "shown", "images"),
-    [
-        ("[image]Which?", "Which?", ["b.png"]),
-        ("This [image] or [image]?", "This or ?", ["a.png", "b.png"]),
-        ("And then?", "And then?", []),
-        ("[image]", "Describe the image.", ["b.png"]),
-    ],
-)
-def test_a_suggested_prompt_comes_with_its_images(tmp_path: Path, prompt: str, shown: str, images: list[str]) -> None:
-    sample = {"prompt": prompt, "base": "", "tuned": "", "images": [{"path": "a.png"}, {"path": "b.png"}]}
-    (tmp_path / "samples.json").write_text(json.dumps([sample]))
-    assert first_prompt(tmp_path) == (shown, images)
-    command = next(command for command in next_commands(TrainConfig(), tmp_path) if command[1] == "predict")
-    assert command[-1 - 2 * len(images) :] == [shown, *(word for image in images for word in ("--image", image))]
+        assert first_prompt(tmp_path) == shown
 
 
 def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from tailora.errors import DivergedError, ProcessFailedError
 from tailora.train import trainer as trainer_file
 from tailora.train.launch import end_process
 from tailora.train.trainer import Trainer
-from tailora.cli.train import RunFlags, fit
+from tailora.cli.train import RunFlags, train as train_command
 
 warnings.simplefilter("error", UserWarning)
 torch.distributed.init_process_group("gloo")  # which the runs use, and leave
@@ -95,7 +95,7 @@ for name, settings in json.loads(sys.argv[1]).items():
     obstacles = (lambda *_: "the second machine has no compiler"), obstacle_to_compiling
     kernel_choice.obstacle_to_compiling = obstacles[0] if lacks_compiler else obstacles[1]
     if name in ("sharded", "full, sharded, resumed from one process"):
-        fit(config, RunFlags(json=True))
+        train_command(given=RunFlags(json=True), flags={}, defaults=settings)
     elif "broken" in name:
         with suppress(DivergedError, ProcessFailedError):
             Trainer(config, on_ready=break_norm).train()
