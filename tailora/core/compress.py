@@ -200,14 +200,11 @@ def extract(
     check(r, energy)
     base_shapes = {name: tuple(value.shape) for name, value in base.state_dict().items()}
     tuned_shapes = {name: tuple(value.shape) for name, value in tuned.state_dict().items()}
-    problems = [f"missing {name} {shape}" for name, shape in base_shapes.items() if name not in tuned_shapes]
-    problems += [f"unexpected {name} {shape}" for name, shape in tuned_shapes.items() if name not in base_shapes]
-    problems += [
-        f"{name} has shape {tuned_shapes[name]} in the tuned model, but {shape} in the base"
-        for name, shape in base_shapes.items()
-        if tuned_shapes.get(name, shape) != shape
-    ]
-    if problems:
+    if problems := [
+        f"{name} has shape {tuned_shapes.get(name)} in the tuned model, but {base_shapes.get(name)} in the base"
+        for name in {**base_shapes, **tuned_shapes}
+        if tuned_shapes.get(name) != base_shapes.get(name)
+    ]:
         raise BaseMismatchError(f"the tuned model does not match this base; use the matching base: {listing(problems)}")
     selection = select(base, config.replaced(r=1, rank_pattern={}, alpha_pattern={}))
     factors, errors = {}, {}

@@ -5,7 +5,7 @@ components with subspace iteration, without a full covariance matrix (arXiv:0909
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,29 +42,24 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
     variances = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
     if constant := [path for path, inputs in variances.items() if inputs.along[0] == 0]:
         raise DataError(
-            f"the inputs of {_first_five(constant)} are constant in these batches; use more batches, exclude these "
-            "layers, or set init_lora_weights='kaiming'"
+            f"the inputs of {', '.join(constant[:5])} ({len(constant)} in total) are constant in these batches; use "
+            "more batches, exclude these layers, or set init_lora_weights='kaiming'"
         )
     limits = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
     ranks = distribute_ranks(variances, {path: target.r for path, target in targets.items()}, limits)
-    config = with_ranks(adapter.config, adapter.low_rank, ranks)
+    alphas = {path: alpha_at_same_scale(adapter.low_rank[path], r) for path, r in ranks.items()}
+    config = adapter.config.replaced(
+        rank_pattern={exactly(path): r for path, r in ranks.items() if r != adapter.config.r},
+        alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != adapter.config.lora_alpha},
+    )
     layers = {}
     for path, target in targets.items():
         old, r = adapter.low_rank[path], ranks[path]
-        layer = low_rank_layer(replace(target, r=r, lora_alpha=alpha_at_same_scale(old, r)), config, fresh=False)
+        layer = low_rank_layer(replace(target, r=r, lora_alpha=alphas[path]), config, fresh=False)
         layer.lora_A.data.copy_(variances[path].directions[:r].reshape(layer.lora_A.shape))
         layer.lora_B.data.zero_()
         layers[path] = layer.train(old.training)
     return Adapter(config, layers, adapter.saved, adapter.extras)
-
-
-def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:
-    """Returns the config with the rank of each path in `ranks`, at its layer's configured scale."""
-    alphas = {path: alpha_at_same_scale(layers[path], r) for path, r in ranks.items()}
-    return config.replaced(
-        rank_pattern={exactly(path): r for path, r in ranks.items() if r != config.r},
-        alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
-    )
 
 
 def alpha_at_same_scale(layer: LoRALayer, r: int) -> float:
@@ -183,17 +178,12 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
             inputs.end_pass()
     if broken := [path for path, inputs in variances.items() if not inputs.projected.isfinite().all()]:
         raise DataError(
-            f"the inputs of {_first_five(broken)} contain NaN or infinity in these batches; check the loss of each "
-            "batch"
+            f"the inputs of {', '.join(broken[:5])} ({len(broken)} in total) contain NaN or infinity in these batches; "
+            "check the loss of each batch"
         )
     for inputs in variances.values():
         inputs.decompose()
     return variances
-
-
-def _first_five(paths: Sequence[str]) -> str:
-    first, more = ", ".join(paths[:5]), len(paths) - 5
-    return f"{first} and {more} more layer{'s' * (more > 1)}" if more > 0 else first
 
 
 def distribute_ranks(

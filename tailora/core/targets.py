@@ -176,10 +176,9 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     }
     if was_set:
         shown = ", ".join([f"{path} ({r})" for path, r in lowered.items()][:5])
-        more = f" and {len(lowered) - 5} more" if len(lowered) > 5 else ""
         warnings.warn(
-            f"r = {config.r} exceeds the smaller dimension of some layers; they get a lower rank and keep their scale "
-            f"(see rank_pattern and alpha_pattern in the adapter's config): {shown}{more}",
+            f"r = {config.r} exceeds the smaller dimension of some layers ({len(lowered)}), which get a lower rank at "
+            f"the same scale (see rank_pattern and alpha_pattern in the adapter's config): {shown}",
             TailoraWarning,
             stacklevel=3,
         )
@@ -303,9 +302,9 @@ def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) 
     saved = saved_modules(modules, config)
     candidates = module_candidates(modules, config)
     if config.target_modules in ALL_LAYERS:
-        selected = _all_linear(model, candidates)
-        if config.target_modules == LANGUAGE_MODEL:
-            selected = _in_language_model(model, selected)
+        path = language_model_path(model) if config.target_modules == LANGUAGE_MODEL else ""
+        linear = _all_linear(model, candidates)
+        selected = [candidate for candidate in linear if not path or patterns.inside(candidate.path, path)]
     else:
         names = config.target_modules
         selector = names if isinstance(names, str) else frozenset(names)  # there may be thousands
@@ -350,12 +349,6 @@ def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[T
         and candidate.use == "called"
         and _forward_obstacle(candidate.layer) is None
     ]
-
-
-def _in_language_model(model: Any, candidates: list[TargetCandidate]) -> list[TargetCandidate]:
-    """Returns the candidates in the decoder of a vision-language model; all candidates of other models."""
-    path = language_model_path(model)
-    return [candidate for candidate in candidates if patterns.inside(candidate.path, path)] if path else candidates
 
 
 def _without(

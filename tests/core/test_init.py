@@ -198,8 +198,8 @@ def test_unusable_data_is_refused_and_nothing_changes() -> None:
         with pytest.raises(DataError, match=words):
             model.start_from_data(given)
     for factor, words in (
-        (float("nan"), r"q_proj, .* and 9 more layers contain NaN"),
-        (0, r"and 9 more layers are constant"),
+        (float("nan"), r"q_proj, .* \(14 in total\) contain NaN"),
+        (0, r"\(14 in total\) are constant"),
     ):
         hook = embedding.register_forward_hook(lambda _, __, output, factor=factor: output * factor)
         with hook, pytest.raises(DataError, match=words):

@@ -148,7 +148,8 @@ def test_a_wildcard_lowers_the_rank_of_small_layers_at_the_same_scale(settings: 
         return nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
 
     with pytest.warns(
-        UserWarning, match=r"r = 16 exceeds the smaller dimension .* lower rank and keep their scale .*: 1 \(3\)$"
+        UserWarning,
+        match=r"r = 16 exceeds the smaller dimension .* \(1\), which get a lower rank .*: 1 \(3\)$",
     ):
         model = LoRAModel(base(), LoRAConfig(r=16, **settings))
     assert [layer.r for layer in model.adapter().low_rank.values()] == [16, 3]
