@@ -13,7 +13,7 @@ FILES = {  # room -> names of its files, between "test_" and ".py"
     "formats": "merged peft_model",
     "laws": "combine extras frozen_start laws",
     "papers": "dora",
-    "train": "adapter_init classification divergence full gradient_checkpointing loss loss_forms loss_scale "
+    "train": "adapter_init classification divergence full loss loss_forms loss_scale "
     "packing preference rollouts seq2seq trainer",
 }
 CHOSEN = ("train",)  # these make everything on the CPU; what they call chooses the device
@@ -26,10 +26,7 @@ LEFT_OUT = {  # a pattern of tests -> why they do not run there
     r"formats/test_merged\.py::.*(quantised_base|int8|quantization)": "bitsandbytes, torchao",
     r"laws/test_laws\.py::test_(one_graph|the_shapes|a_copy)": "the device changes nothing about it",
     r"papers/test_dora\.py::test_the_norm_comes": "on a device the norms have the precision of the weight",
-    r"train/(test_full\.py::test_the_header_says|test_trainer\.py::test_a_layer_that_is_not_called)": (
-        "the header names the CPU's kernels"
-    ),
-    r"train/test_gradient_checkpointing\.py::test_layers_below": (
+    r"train/test_trainer\.py::test_layers_below": (
         "a device's step is reported while the next one is queued, so that a listener stops it one step later"
     ),
     r"train/test_loss_scale\.py::test_gradients_of_64k": "makes an accelerator of the CPU",

@@ -12,7 +12,6 @@ from tiny import GROUPED, packed_row
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
 from tailora.kernels.attention import packed_rows
-from tailora.train.kernel_choice import choose_packing
 
 pytestmark = pytest.mark.device
 
@@ -56,10 +55,3 @@ def test_eight_documents_take_the_kernels_of_three(device: torch.device, name: s
     assert not many.synchronisations
     if name == "llama":
         assert many.kernels == counts([sum(LENGTHS)]).kernels
-
-
-def test_what_torch_cannot_compute_there_is_passed_over_with_its_reason(device: torch.device) -> None:
-    attention, note = choose_packing(made("llama", device), "auto")
-    assert attention == "sdpa"
-    assert note is not None
-    assert "varlen_attn is not used, because it does not support pretend" in note

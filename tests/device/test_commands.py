@@ -86,12 +86,8 @@ def test_a_command_gives_on_the_device_what_it_gives_on_the_cpu(
     assert on_device == (on_cpu if command in EXACT else pytest.approx(on_cpu, rel=1e-3))
 
 
-def test_a_run_on_the_device_resumes_to_the_bit(folder: Path, device: torch.device) -> None:
-    more = ["--device", device.type, "--lora-dropout", "0.3"]
-    assert main(train(folder, "whole", *more)) == 0
-    checkpoint = str(folder / "whole" / "checkpoint-2")
-    assert main(train(folder, "resumed", *more, "--resume-from-checkpoint", checkpoint)) == 0
-    assert adapter(folder, "resumed") == adapter(folder, "whole")
+def test_a_run_names_its_device(folder: Path, device: torch.device) -> None:
+    assert main(train(folder, "whole", "--device", device.type)) == 0
     record = json.loads((folder / "whole" / "run.json").read_text())
     assert (record["device"], record["device_name"]) == (str(device), "pretend accelerator")
     assert record["machine"]["gpus"] == ["pretend accelerator"]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import found, output
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from tailora.data.dataset import Example
@@ -91,15 +90,3 @@ def test_what_does_not_fit_names_the_device_and_its_memory(
     monkeypatch.setattr("tailora.train.estimate.available_bytes", lambda _: 1000)
     with pytest.raises(MemoryLimitError, match=r"1 kB are free on pretend:0 \(pretend accelerator, .* in total\)"):
         check_fits(config, LLAMA, CAUSAL_LM, examples_of([30]), device, "advice")
-
-
-def test_doctor_shows_the_device_and_what_would_work_there(device: torch.device) -> None:
-    result = found("doctor")
-    assert result["device"]["auto"] == str(device)
-    assert list(result["devices"]) == ["pretend:0", "cpu"]
-    shown = result["devices"]["pretend:0"]
-    assert shown["memory"] >= shown["available"] > 0
-    assert shown["attention"]["sdpa"] == "works"
-    assert "pretend" in shown["attention"]["varlen_attn"]
-    assert shown["compiled layers"]
-    assert f"training uses {device}" in " ".join(output("doctor").split())

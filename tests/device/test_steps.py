@@ -1,7 +1,6 @@
 """Steps on a device: the host waits once a step, whatever is in it, and what it reads late changes nothing."""
 
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pretend_accelerator import build, counted, no_synchronisation
-from runs import adapter, changed, losses, stopping_at
+from runs import adapter, losses, run_and_resume
 from tiny import chat_model
 
 from tailora.core.config import LoRAConfig
@@ -24,7 +23,6 @@ from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import one_ahead
 from tailora.train.events import Evaluated, Event, Stepped
-from tailora.train.failures import Interrupted
 from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
 from tailora.train.step import Step
 from tailora.train.trainer import Trainer, accumulate_gradients, run
@@ -134,16 +132,7 @@ def test_a_run_is_that_of_a_cpu(settings: Any, tmp_path: Path, case: str) -> Non
 
 
 def test_a_stopped_run_continues_to_the_same_bytes(settings: Any, tmp_path: Path) -> None:
-    whole, stopped = (
-        settings(output_dir=str(tmp_path / name), lora_dropout=0.1, dtype="float16") for name in ("whole", "stopped")
-    )
-    run(whole)
-    with pytest.raises(Interrupted) as caught:
-        run(stopped, stopping_at(2, signal.SIGINT))
-    assert caught.value.folder.name == "checkpoint-3"  # step 3 was queued when the report of step 2 was heard
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
-    assert losses(stopped) == losses(whole)
+    run_and_resume(settings, tmp_path, 2, lora_dropout=0.1, dtype="float16")
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])

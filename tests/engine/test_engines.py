@@ -5,6 +5,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import cache
 from logging.handlers import BufferingHandler
 from threading import Event
 from typing import Any
@@ -125,14 +126,17 @@ def prompts() -> list[tuple[str, list[int], str | None]]:
     return result
 
 
-def alone(name: str | None, prompt: list[int], tokens: int = 12) -> list[int]:
+def alone(name: str | None, prompt: list[int]) -> list[int]:
     """What the model generates with this adapter active, without any engine."""
+    return [*_alone(name, tuple(prompt))]
+
+
+@cache
+def _alone(name: str | None, prompt: tuple[int, ...]) -> list[int]:
     base = base_model()
     adapter_set = AdapterSet(base, {} if name is None else {name: adapter(base, name)})
     adapter_set.activate(name, training=False)
-    output = base.generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=tokens, eos_token_id=EOS, pad_token_id=0
-    )
+    output = base.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=0)
     return output[0, len(prompt) :].tolist()
 
 
@@ -180,9 +184,8 @@ def test_an_engine_that_is_stopped_at_once_logs_nothing() -> None:
     assert [record.getMessage() for record in handler.buffer if record.levelno >= logging.WARNING] == []
 
 
-@pytest.mark.parametrize("key_heads", [2, 4])
-def test_a_sliding_window(key_heads: int) -> None:
-    settings = {**GROUPED, "num_key_value_heads": key_heads, "initializer_range": 0.2, "max_position_embeddings": 1024}
+def test_a_sliding_window() -> None:
+    settings = {**GROUPED, "initializer_range": 0.2, "max_position_embeddings": 1024}
     torch.manual_seed(0)
     base = MistralForCausalLM(MistralConfig(**settings, sliding_window=9, head_dim=None)).eval()
     generator = torch.Generator().manual_seed(2)
@@ -300,17 +303,6 @@ def test_requests_that_fill_the_cache_start_together() -> None:
     assert batches == 1 + len(answers.tokens["seed 0"])
 
 
-def test_an_error_ends_a_whole_group(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = Answers(engine)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.adapter_set.base_model.get_submodule("model.norm"), "forward", None)
-        answers.submit_group(range(4), [9, 10, 11], "large")
-        answers.wait()
-    assert {finish.reason for finish in answers.finishes.values()} == {"error"}
-    answers.submit_group(range(4), [9, 10, 11], "large")
-    assert set(map(tuple, answers.wait().values())) == {tuple(alone("large", [9, 10, 11]))}
-
-
 def test_a_trial_leaves_no_cache_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     caches, base = weakref.WeakSet[Any](), base_model()
     create_cache = PagedAttentionCache.__init__
@@ -388,19 +380,6 @@ def test_stop_ends_what_runs(engine: Engine) -> None:
         engine.submit(Request("y", (9,), None, SamplingParams(1)), lambda _: None)
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_another_engine_can_follow_on_the_same_model(name: str) -> None:
-    base = base_model()
-    adapter_set = AdapterSet(base, {"large": adapter(base, "large")})
-    for _ in range(2):
-        with started(ENGINES[name](adapter_set, [EOS], max_positions=64)) as engine:
-            answers = Answers(engine)
-            answers.submit("x", [9, 10, 11], "large")
-            answers.submit("base", [9, 10, 11, 12], None)
-            tokens = answers.wait()
-        assert tokens["x"] == alone("large", [9, 10, 11])
-
-
 def test_a_forward_that_fails_ends_its_requests_and_no_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = engine.adapter_set.base_model.get_submodule("model.layers.0.mlp")
 
@@ -411,10 +390,13 @@ def test_a_forward_that_fails_ends_its_requests_and_no_others(engine: Engine, mo
     with monkeypatch.context() as patch:
         patch.setattr(layer, "forward", forward)
         answers.submit("fails", [9, 10], "small")
+        answers.submit_group(range(4), [9, 10, 11], "large")
         answers.wait()
-    assert "a kernel failed" in answers.finishes["fails"].message
-    answers.submit("x", [9, 10, 11], "large")
-    assert answers.wait()["x"] == alone("large", [9, 10, 11])
+    assert all("a kernel failed" in finish.message for finish in answers.finishes.values())
+    again = Answers(engine)
+    again.submit("x", [9, 10, 11], "large")
+    again.submit_group(range(4), [9, 10, 11], "large")
+    assert set(map(tuple, again.wait().values())) == {tuple(alone("large", [9, 10, 11]))}
 
 
 def test_the_engine_is_chosen_by_the_model() -> None:

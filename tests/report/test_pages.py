@@ -120,17 +120,6 @@ def test_the_command_that_trains_has_the_processes_of_the_study(tmp_path: Path) 
     assert "tailora train --config" not in text
 
 
-def test_the_page_of_a_plan_has_the_memory_that_is_needed_and_the_time_of_the_steps_alone(
-    written_page: Callable[[str], Path],
-) -> None:
-    page = written_page("plan").read_text(encoding="utf-8")
-    assert ">activations<" in page
-    assert ">gathered<" not in page
-    text = Outline(page).text
-    assert "53 GFLOP/s). Evaluations, answers and saving are not included." in text
-    assert "training time" in text
-
-
 def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"contains no report\.json; use the output of plan, train"):
         write_page(tmp_path)

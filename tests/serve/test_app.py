@@ -20,10 +20,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import schemathesis
 import torch
-from hypothesis import HealthCheck, given, settings
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tiny import CHATML
 from tiny_server import CHAT, TOKENIZER, Running, base_model, chat, held_forwards, running, write_adapters
 
@@ -36,7 +33,6 @@ from tailora.errors import AdapterNotFoundError
 from tailora.formats.run_folder import write_system_message
 from tailora.serve.app import EventStream
 from tailora.serve.schemas import ChatRequest
-from tailora.verify.probes import make_passport
 
 
 @pytest.fixture(scope="module")
@@ -165,17 +161,6 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
             late = [*CHAT, {"role": "system", "content": "away"}]
             body = ChatRequest.model_validate({"model": "legal", "messages": late})
             assert prompt(body).text == TOKENIZER.apply_chat_template(late, tokenize=False, add_generation_prompt=True)
-            passport = make_passport(
-                LoRAModel.from_pretrained(base_model(), root / "legal"), TOKENIZER, system="good morning"
-            )
-            chats = [list(probe.messages) for probe in passport.probes if probe.messages]
-            assert chats
-            for messages in chats:  # `tailora verify` knows the answers to these alone
-                assert messages[0] == {"role": "system", "content": "good morning"}
-                body = ChatRequest.model_validate({"model": "legal", "messages": messages})
-                assert prompt(body).text == TOKENIZER.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
             with pytest.raises(AdapterNotFoundError):
                 rendered("nobody")
             shutil.copytree(root / "legal", root / "twin")
@@ -435,21 +420,6 @@ def test_metrics_count(server: Running) -> None:
     names = metrics(server)
     assert names['tailora_requests_total{model="mixture",status="200"}'] >= 1  # clients can invent any number of names
     assert not any("@" in name for name in names)
-
-
-@pytest.mark.slow
-def test_schemathesis_finds_no_fault(server: Running) -> None:
-    schema = schemathesis.openapi.from_asgi("/openapi.json", server.app).exclude(path="/metrics")
-    for result in schema.get_all_operations():
-        operation = result.ok()
-
-        @given(case=operation.as_strategy())
-        @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-        def check(case: Any) -> None:
-            # A schema cannot tell how many tokens a text has, nor which adapters and templates there are
-            case.call_and_validate(base_url=server.url, excluded_checks=[positive_data_acceptance])
-
-        check()
 
 
 @pytest.mark.slow

@@ -178,17 +178,6 @@ def test_images_of_a_batch_have_a_limit(server: Running, root: Path, monkeypatch
     assert [answer.choices[0].message.content for answer in answers] == [alone(*question, root) for question in asked]
 
 
-def test_a_stream_and_several_samples(server: Running, root: Path) -> None:
-    messages = of_question(QUESTIONS[0], root)
-    whole = chat(server, "text", messages=messages, n=2, temperature=1, seed=3)
-    chunks = [*chat(server, "text", messages=messages, n=2, temperature=1, seed=3, stream=True)]
-    texts = ["", ""]
-    for choice in (choice for chunk in chunks for choice in chunk.choices):
-        texts[choice.index] += choice.delta.content or ""
-    assert texts == [choice.message.content for choice in whole.choices]
-    assert texts[0] != texts[1]
-
-
 def test_a_chat_with_tools_can_have_images(server: Running, root: Path) -> None:
     tool: Any = {"type": "function", "function": {"name": "a"}}
 

@@ -15,11 +15,9 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from playwright.sync_api import Browser, Page, expect
-from tiny import stir
 from tiny_server import on_loopback, running, write_adapters
-from tiny_vision import outspoken_llava, plain_answer, save_image
+from tiny_vision import save_image
 
-from tailora import LoRAConfig, LoRAModel
 from tailora.data.readers import Row
 from tailora.data.schemas import PREFERENCE, detect_schema
 from tailora.errors import ConfigError
@@ -306,28 +304,6 @@ class TestInBrowser:
             open_page(browser, url) as opened,
         ):
             assert opened.is_visible("#images") == ("image" in modalities)
-
-    @pytest.mark.slow
-    def test_our_own_server_answers_about_an_image(self, browser: Browser, tmp_path: Path) -> None:
-        save_image(tmp_path / "red.png", "red")
-        model, processor = outspoken_llava()
-        part = {"type": "image", "path": str(tmp_path / "red.png")}
-        chat = [{"role": "user", "content": [part, {"type": "text", "text": "which"}]}]
-        adapted = LoRAModel(outspoken_llava()[0], LoRAConfig(r=2, target_modules="language-model"))
-        stir(adapted)
-        adapted.save_adapter(tmp_path / "adapter")
-        expected = [plain_answer(each.eval(), processor, chat, 12) for each in (model, adapted)]
-        base = outspoken_llava()[0]
-        with (
-            running(
-                tmp_path, base=base, tokenizer=processor, adapters=["adapter"], allowed_hosts=LOCAL_HOSTS
-            ) as server,
-            open_page(browser, server.url) as opened,
-        ):
-            opened.set_input_files("#images", tmp_path / "red.png")
-            opened.fill("#max-tokens", "12")
-            ask(opened, "which")
-            assert [opened.locator(".answer").nth(side).text_content() for side in (0, 1)] == expected
 
     @pytest.mark.slow
     def test_our_own_server(self, browser: Browser, tmp_path: Path) -> None:

@@ -260,6 +260,8 @@ def requests_of_clients(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 def test_any_request_is_answered_or_refused_with_a_reason(server: Running, request: tuple[str, dict[str, Any]]) -> None:
     path, body = request
     response = server.http.post(f"/v1/{path}", content=json.dumps(body), headers=JSON)
+    documented = server.app.openapi()["paths"][f"/v1/{path}"]["post"]["responses"]
+    assert str(response.status_code) in documented
     if response.status_code != 200:
         assert response.status_code in (400, 404)
         error = response.json()["error"]

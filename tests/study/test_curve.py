@@ -22,7 +22,7 @@ from tailora.study.config import CurveConfig
 from tailora.study.curve import curve, curve_verdict
 from tailora.study.results import LearningCurve
 from tailora.study.study_store import StudySession
-from tailora.study.trial import DONE, OUT_OF_MEMORY, Listen, Trial, TrialEvent, TrialSpec, get_trial, run_here
+from tailora.study.trial import DONE, OUT_OF_MEMORY, Listen, Trial, TrialEvent, TrialSpec, get_trial
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData, read_data, read_subset
 
@@ -308,16 +308,3 @@ def test_the_command(
     assert [change["value"] < 0 for change in result["doublings"]] == [True] * 3
     assert result["settings"]["train"]["num_train_epochs"] == 2
     assert main(["report", str(tmp_path / "out")]) == 0
-
-
-@pytest.mark.exhaustive  # by default, the page tests run the command
-def test_a_curve_of_a_tiny_model(small_run: TrainConfig, tmp_path: Path) -> None:
-    train = small_run.replaced(output_dir=str(tmp_path / "out"), learning_rate=1e-2)
-    real = curve(train, SMALL, run_trial=run_here)
-    assert [point.examples for point in real.points] == [5, 10, 21, 42] * 2
-    assert real.steps == 22
-    assert real.judged_examples == 9
-    for point in real.points:
-        assert point.eval_loss < real.base_loss
-        assert point.seed_losses[0] != point.seed_losses[1]
-    assert len({point.eval_loss for point in real.points}) == 8

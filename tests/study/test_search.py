@@ -181,10 +181,6 @@ def test_no_trial_starts_after_the_minutes(
     assert len(ran) == 6
 
 
-def not_run(*_: Any) -> Trial:
-    raise AssertionError("nothing is run")
-
-
 def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
     small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,6 @@
 """One trial: in a process of its own, in several and in this one, ended early, failed, and read again."""
 
 import json
-import os
 import signal
 import sys
 from dataclasses import asdict, replace
@@ -13,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tailora.errors import ConfigError, DataError, ProcessFailedError, TargetError
+from tailora.errors import ConfigError, DataError
 from tailora.report.pages.train import write_train_report
 from tailora.study import trial as trial_module
 from tailora.study.config import trial_settings
@@ -233,71 +232,6 @@ def test_two_processes_give_the_trial_of_one(
     assert (tmp_path / "others.json").read_text() == (tmp_path / "texts.json").read_text()
     assert not (tmp_path / "two" / "ranks").exists()
     assert not (tmp_path / "two" / "log.txt").read_text()
-
-
-FAILING = """
-import os, runpy, signal
-from tailora.errors import DataError
-from tailora.train import trainer
-
-def failing_step(self, *arguments, step=trainer.Trainer.step):
-    if os.environ["RANK"] == "1" and self.submitted_steps == 1:
-        FAILURE
-    return step(self, *arguments)
-
-trainer.Trainer.step = failing_step
-runpy.run_module("tailora.study.trial", run_name="__main__")
-"""
-LAUNCHER = """
-import sys
-from tailora.study import trial
-trial.MODULE = "failing"
-sys.exit(trial.main(sys.argv[1]))
-"""
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("failure", "outcome", "message"),
-    [
-        ("raise MemoryError", "out of memory", "out of memory while training"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "out of memory", "process 1 was killed (SIGKILL)"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", ProcessFailedError, "process 1 was terminated by SIGSEGV"),
-        ("raise DataError('row 7 is broken')", DataError, "^row 7 is broken$"),
-        ("1 / 0", RuntimeError, r"(?s)exited with code 1: .*in failing_step.*ZeroDivisionError: div"),
-    ],
-)
-def test_a_process_that_fails_ends_the_trial_with_its_cause(
-    failure: str, outcome: Any, message: str, small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "failing.py").write_text(FAILING.replace("FAILURE", failure))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
-    monkeypatch.setattr(trial_module, "command_of", lambda _: [sys.executable, "-c", LAUNCHER])
-    others = psutil.Process().children()  # of other tests
-    if isinstance(outcome, str):
-        trial = get_trial(of_two(small_run, max_steps=3), tmp_path / "trial")
-        assert trial.outcome == outcome
-        assert message in trial.message
-        assert len(trial.losses) == 1  # of the step before
-    else:
-        with pytest.raises(outcome, match=message):
-            get_trial(of_two(small_run, max_steps=3), tmp_path / "trial")
-    assert psutil.Process().children() == others
-    assert not (tmp_path / "trial" / "ranks").exists()
-
-
-@pytest.mark.exhaustive
-def test_a_mistake_that_all_processes_notice_keeps_its_type(small_run: TrainConfig, tmp_path: Path) -> None:
-    """While the first waits for the others to notice, torch's launcher sends it SIGTERM."""
-    with pytest.raises(TargetError, match="nosuch"):
-        get_trial(of_two(small_run, target_modules="nosuch"), tmp_path)
-
-
-@pytest.mark.exhaustive
-def test_several_processes_that_diverge_are_a_result(small_run: TrainConfig, tmp_path: Path) -> None:
-    trial = get_trial(of_two(small_run, learning_rate=1e30, max_steps=4), tmp_path)
-    assert (trial.outcome, trial.processes) == ("diverged", 2)
-    assert "training diverged in step" in trial.message
 
 
 RANKS = """

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, difference_over_seeds
 from tailora.report.files import page_of
 from tailora.report.html import html
@@ -235,7 +234,7 @@ def test_each_finding_has_its_words(low: float, high: float, start: str) -> None
     assert ("100x fewer parameters" in verdict) == ("Use lora" in verdict)
 
 
-@pytest.mark.parametrize(("others", "seeds"), [(1, 2), (1, 3), (6, 2), (6, 3)])
+@pytest.mark.parametrize(("others", "seeds"), [(1, 2), (6, 3)])
 def test_of_equal_arms_hardly_any_is_called_better(others: int, seeds: int) -> None:
     """300 studies of runs that differ by examples, seeds and chance alone."""
     rng, claims = np.random.default_rng(others * 10 + seeds), 0
@@ -333,15 +332,6 @@ def test_what_it_would_take_is_of_the_larger_source_if_anybody_can_run_it(
     low: float, examples: int, seeds: int, from_examples: float, text: str
 ) -> None:
     assert sample_size_advice(Difference(0, low, -low, 0.5, examples, seeds, from_examples), 0.02) == text
-
-
-def test_a_failed_run_has_a_summary() -> None:
-    assert Trial("diverged", "nan").summary == "diverged"
-
-
-def test_arms_are_evaluated_on_the_same_tokens() -> None:
-    with pytest.raises(ConfigError, match="variant 'short' changes max_length, which must be the same"):
-        CompareConfig(arms={"lora": {}, "short": {"max_length": 64}})
 
 
 def test_of_two_equal_arms_the_smaller_one_is_recommended() -> None:

@@ -171,25 +171,6 @@ def test_runs_that_were_made_alone_stay_so(train: TrainConfig, template: Path, m
     assert compare(train, study.replaced(workers=WORKERS), run_trial=not_run).notes == []
 
 
-@pytest.mark.slow
-@pytest.mark.ranks
-@pytest.mark.usefixtures("four_cards")
-def test_workers_with_a_device_each_share_a_comparison_of_some_minutes(
-    train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_made_up_trials(monkeypatch, template)
-    study = CompareConfig(arms={"a": {"r": 2}, "b": {"r": 4}}, seeds=3, rate_tries=3, workers=4, minutes=10)
-    found = compare(train, study)
-    runs = facts_of(tmp_path / "study", "runs/*/seed-*")
-    assert (len(runs), most_at_a_time(runs)) == (2 * 3, 4)
-    assert {tuple(fact["device"]) for fact in runs} <= {(f"cuda:{number}",) for number in range(4)}
-    assert found.seeds == [1, 2, 3]
-    monkeypatch.setattr(StudySession, "is_over", True)
-    more = compare(train, study.replaced(seeds=9), run_trial=not_run)
-    assert more.arms == found.arms
-    assert any(note.startswith("--minutes 10 left time for 3 of 9 seeds") for note in more.notes)
-
-
 @pytest.fixture
 def four_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [torch.device("cuda", index) for index in range(4)]

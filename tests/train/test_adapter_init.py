@@ -63,20 +63,7 @@ def test_a_start_from_data_sees_no_padding(settings: Any, monkeypatch: pytest.Mo
     assert any(data % 16 for _, data in sizes)
 
 
-def test_training_goes_on_from_a_started_adapter(settings: Any, tmp_path: Path) -> None:
-    first = settings(output_dir=str(tmp_path / "first"), init_lora_weights="pissa", **SHORT)
-    before = run(first)
-    again = run(settings(output_dir=str(tmp_path / "again"), adapter=f"{first.output_dir}/adapter", r=16, max_steps=4))
-    assert again.eval_loss_before == pytest.approx(before.eval_loss_after, rel=1e-5)
-    assert all(layer.has_start for layer in again.model.lora_layers.values())
-
-
 def test_a_stream_is_read_as_far_as_the_start_needs(settings: Any) -> None:
     config = settings(init_lora_weights="eva", streaming=True, max_steps=2, init_batches=3, validation_split=0)
     result = run(config)
     assert len({layer.r for layer in result.model.lora_layers.values()}) > 1
-
-
-def loaded(config: Any) -> dict[str, torch.Tensor]:
-    base = AutoModelForCausalLM.from_pretrained(config.model)
-    return LoRAModel.from_pretrained(base, f"{config.output_dir}/adapter").lora_layers.state_dict()

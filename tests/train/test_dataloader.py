@@ -182,14 +182,6 @@ def test_batches_of_labels_do_not_hold_one_length_alone(task: Task, is_mixed: bo
 LENGTHS = np.random.default_rng(0).integers(4, 200, size=1003)
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 64, 2000])
-def test_every_example_comes_exactly_once_an_epoch(batch_size: int) -> None:
-    batches = plan_batches(LENGTHS, batch_size=batch_size, seed=0, epoch=1)
-    assert sorted(np.concatenate(batches)) == list(range(len(LENGTHS)))
-    assert len(batches) == -(-len(LENGTHS) // batch_size)
-    assert max(map(len, batches)) <= batch_size
-
-
 def test_batches_hold_similar_lengths_in_random_order() -> None:
     batches = plan_batches(LENGTHS, batch_size=8, seed=0, epoch=0)
     padded = sum(LENGTHS[batch].max() * len(batch) for batch in batches)

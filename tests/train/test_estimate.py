@@ -58,29 +58,20 @@ def shape_of(vocabulary: int, width: int, inner: int, layers: int, heads: int, k
 
 
 LLAMA_2_7B = LlamaConfig(**shape_of(32000, 4096, 11008, 32, 32, 32))
-LLAMA_3_1B = LlamaConfig(**shape_of(128256, 2048, 8192, 16, 32, 8), tie_word_embeddings=True)
 QWEN_HALF_B = Qwen2Config(**shape_of(151936, 896, 4864, 24, 14, 2), tie_word_embeddings=True)
-SMOLLM2 = LlamaConfig(**shape_of(49152, 576, 1536, 30, 9, 3), tie_word_embeddings=True)
-GPT_3 = LlamaConfig(**shape_of(64, 12288, 64, 96, 32, 32))  # its q and v
 ROBERTA = RobertaConfig(is_decoder=True)
-QV = ["q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize(
     ("shape", "settings", "count"),
     [  # reference/science.md, "Exact counts of trainable parameters"
-        (LLAMA_2_7B, {"r": 8, "target_modules": QV}, 4_194_304),
-        (LLAMA_2_7B, {"r": 16}, 39_976_960),
-        (LlamaConfig(**LLAMA_3_8B, num_hidden_layers=32), {"r": 16}, 41_943_040),
+        (LLAMA_2_7B, {"r": 8, "target_modules": ["q_proj", "v_proj"]}, 4_194_304),
         (LlamaConfig(**LLAMA_3_8B, num_hidden_layers=32), {"r": 16, "use_dora": True}, 43_319_296),
-        (LLAMA_3_1B, {"r": 16}, 11_272_192),
         (QWEN_HALF_B, {"r": 16}, 8_798_208),
-        (SMOLLM2, {"r": 8}, 2_442_240),
         (ROBERTA, {"r": 8, "target_modules": ["query", "value"]}, 294_912),
         (GPT2Config(), {"r": 8, "target_modules": ["c_attn"]}, 294_912),
-        (GPT_3, {"r": 4, "target_modules": QV}, 18_874_368),
     ],
-    ids=["2-7B qv", "2-7B", "3-8B", "3-8B dora", "3.2-1B", "qwen", "smol", "roberta", "gpt-2", "gpt-3"],
+    ids=["2-7B qv", "3-8B dora", "qwen", "roberta", "gpt-2"],
 )
 @pytest.mark.slow
 def test_counts_are_the_known_ones(shape: PretrainedConfig, settings: dict[str, Any], count: int) -> None:
@@ -89,9 +80,13 @@ def test_counts_are_the_known_ones(shape: PretrainedConfig, settings: dict[str, 
         assert model.summary().trainable_parameters == count
 
 
-def example(length: int, start: int = 0) -> Example:
-    ids = (np.arange(start, start + length) % 300).astype(np.int32)
-    return Example.of_text(ids)
+def example(length: int) -> Example:
+    return Example.of_text((np.arange(length) % 300).astype(np.int32))
+
+
+def save_model(shape: LlamaConfig, dtype: torch.dtype, folder: Path) -> None:
+    AutoModelForCausalLM.from_config(shape, dtype=dtype).save_pretrained(folder)
+    chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +95,7 @@ def example(length: int, start: int = 0) -> Example:
     ids=str,
 )
 def test_what_a_forward_keeps_is_what_the_real_one_keeps(tmp_path: Path, changes: dict[str, Any]) -> None:
-    shape = LlamaConfig(**shape_of(320, 128, 256, 2, 4, 2))
-    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(tmp_path)
-    chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
+    save_model(LlamaConfig(**shape_of(320, 128, 256, 2, 4, 2)), torch.float32, tmp_path)
     config = TrainConfig(model=str(tmp_path), r=4, dtype="float32", **changes)
     with fake_model(config, read_config(config.model), CPU) as fake:
         step = simulate_step(fake, [example(100)], checkpointed=False)
@@ -116,7 +109,7 @@ def test_what_a_forward_keeps_is_what_the_real_one_keeps(tmp_path: Path, changes
     assert step.kept < step.activations + step.logits  # with temporaries
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"method": "full"}], ids=str)
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"method": "full"}], ids=str)
 def test_a_run_is_refused_if_its_largest_step_needs_more_than_is_free(
     settings: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,10 +181,8 @@ def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
     [(None, False), (None, True), ("nf4", False), ("nf4", True), ("int8", False), ("torchao-int8", False)],
 )
 def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quantize: str | None, tied: bool) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape = LlamaConfig(vocab_size=320, **sizes, tie_word_embeddings=tied)
-    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
+    shape = LlamaConfig(**shape_of(320, 128, 256, 2, 4, 4), tie_word_embeddings=tied)
+    save_model(shape, torch.bfloat16, tmp_path)
     config = TrainConfig(model=str(tmp_path), quantize=quantize, dtype="bfloat16", r=4)
     with fake_tensors():
         model, weights = fake_trainable(config, read_config(config.model), CPU)
@@ -205,10 +196,7 @@ def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quant
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_the_bytes_of_a_rank_are_those_of_the_sharded_base(tmp_path: Path, quantize: str | None) -> None:
     """Scales stay whole, and a base is whole until it is quantized; of a plain one a rank reads its own rows."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
-    shape = LlamaConfig(vocab_size=320, **sizes)
-    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    chat_tokenizer(["one"], eos_token="<|im_end|>").save_pretrained(tmp_path)
+    save_model(LlamaConfig(**shape_of(320, 128, 256, 6, 4, 4)), torch.bfloat16, tmp_path)
     config = TrainConfig(model=str(tmp_path), quantize=quantize, dtype="bfloat16", r=4)
     with fake_model(config, read_config(config.model), AbsentDevice("cuda", torch.bfloat16)) as fake:
         step = simulate_step(fake, [example(20)], checkpointed=False)

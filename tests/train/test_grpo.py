@@ -10,9 +10,7 @@ import torch
 from datasets import Dataset
 from tiny import chat_model, chat_tokenizer
 
-from tailora.errors import ConfigError
 from tailora.kernels.loss import OWN
-from tailora.train.config import TrainConfig
 from tailora.train.grpo import GRPO, ScoredCompletion
 from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.step import Step
@@ -116,24 +114,6 @@ def test_ten_steps_are_those_of_trl(loss: str, beta: float, masked: int | None, 
             assert (q.grad - p.grad).norm() <= 1e-5 * p.grad.norm(), name
         for optimizer in optimizers:
             optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"beta": 0.1, "adapter": "old"}, "--beta compares with the base model, so it needs a new adapter"),
-        ({"beta": 0.1, "method": "full", "learning_rate": 1e-5}, "--beta compares with the base model"),
-        ({"init_lora_weights": "eva"}, "--init-lora-weights eva needs examples with replies"),
-        ({"task": "preference", "reward": [], "beta": 0.0}, "--beta 0: expected more than 0"),
-    ],
-)
-def test_settings_that_would_be_ignored_or_fail_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        TrainConfig(**{"task": "grpo", "reward": ["exact_match"], **settings})
-
-
-def test_no_penalty_may_be_named() -> None:
-    assert TrainConfig(task="grpo", reward=["exact_match"], beta=0.0).beta == 0
 
 
 def test_a_rank_whose_completions_are_all_masked_adds_nothing_to_the_divisor() -> None:

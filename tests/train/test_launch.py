@@ -176,9 +176,6 @@ def test_a_signal_to_the_launcher_stops_all_and_the_printed_command_goes_on(
     ("way", "flag", "value"),
     [
         pytest.param("tailora", "target_modules", "nosuch", marks=pytest.mark.slow),
-        pytest.param("tailora", "data", "missing.jsonl", marks=pytest.mark.exhaustive),
-        pytest.param("tailora", "model", "nosuchfolder", marks=pytest.mark.exhaustive),
-        pytest.param("tailora", "resume_from_checkpoint", "nosuch/checkpoint-9", marks=pytest.mark.exhaustive),
         pytest.param("torchrun", "target_modules", "nosuch", marks=pytest.mark.exhaustive),
     ],
 )
@@ -199,7 +196,6 @@ def patch(case):
     trainer = sys.modules["tailora.train.trainer"]
     owner, name, last = {
         "folder": (trainer.run_log, "check_run_folder", 1),  # in the main process alone
-        "loading": (sys.modules["tailora.train.setup"], "attach", 1),
         "step": (trainer, "clip_gradients", 3),
         "save": (trainer.checkpoint, "damage" if os.environ["RANK"] == "0" else "not_finite", 3),
         "evaluation": (trainer, "evaluate", 3),
@@ -234,7 +230,7 @@ def failing(folder: Path, case: str, rank: int, raises: str | None = None) -> di
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("way", "more"), [("tailora", []), ("tailora", ["--fsdp"]), ("torchrun", [])])
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("case", ["loading", "step", "save", "evaluation"])
+@pytest.mark.parametrize("case", ["step", "save", "evaluation"])
 def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
     case: str, rank: int, way: str, more: list[str], settings: Any, tmp_path: Path
 ) -> None:
@@ -246,15 +242,6 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
     code, text = run.end(SECONDS_TO_END + 30)  # 30 s until it dies
     assert code == 1
     message = one_error_in(text)
-    if case == "loading":
-        assert not checkpoints(out)
-        none = "; no checkpoint was saved yet; use --save-steps N to save one every N steps"
-        if way == "tailora":
-            assert message == f"error: process {rank} was killed (SIGKILL), probably out of memory{none}"
-        else:  # the other process notices it, unless the signal of torchrun is earlier
-            assert message == "interrupted" or message.endswith(none)
-            assert re.search(rf"rank +: {rank} .*\n +exitcode +: -9 .*SIGKILL", text)
-        return
     assert "because memory ran out" in message or f"process {rank} was killed (SIGKILL)" in message
     (command,) = {line.strip() for line in re.findall(r"; to resume it.*:\n(.*)", text)}  # torchrun repeats it
     steps = checkpoints(out)[-1] + 4
@@ -262,24 +249,6 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
     assert code == 0, text
     assert json.loads((out / "run.json").read_text())["finished"]
     assert not [path.name for path in out.iterdir() if path.name.startswith(".") and path.name != ".lock"]
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("case", ["loading", "step"])
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("way", ["tailora", "torchrun"])
-def test_a_bug_in_one_process_is_shown_once_with_its_traceback(
-    way: str, rank: int, case: str, settings: Any, tmp_path: Path
-) -> None:
-    words, environment = flags(settings(**LONG)), failing(tmp_path, case, rank, "ZeroDivisionError")
-    code, text = Start(launcher(way, words), tmp_path, **environment).end()
-    assert code == 1
-    assert text.count("This is a bug in tailora") == 1
-    prefix = "" if way == "tailora" else rf"\[rank{rank}\]: "  # torch's
-    assert len(re.findall(rf"^{prefix}ZeroDivisionError: row 7 is broken$", text, re.M)) == 1
-    if way == "tailora":
-        message = f"error: process {rank} failed: ZeroDivisionError: row 7 is broken"
-        assert errors_in(text) == ["Traceback (most recent call last):", message]
 
 
 @pytest.mark.ranks

@@ -12,7 +12,7 @@ from runs import token_losses
 from tiny import GROUPED, chat_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 
 from tailora.core.config import LoRAConfig
 from tailora.data.collate import collate_packed, collate_padded
@@ -86,14 +86,6 @@ def test_an_example_of_weight_2_counts_as_two(model: LoRAModel, rows: BatchLayou
     assert not torch.allclose(one, other, rtol=0, atol=1e-4)
 
 
-def test_packed_rows_give_the_gradient_of_padded_ones(model: LoRAModel) -> None:
-    padded_loss, padded = gradient(model, [examples()], PADDED)
-    with packed_rows(model.base_model):
-        packed_loss, packed = gradient(model, [examples()], PACKED)
-    assert packed_loss == pytest.approx(padded_loss, abs=1e-5)
-    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
-
-
 def test_the_loss_is_the_mean_over_all_tokens_and_not_the_mean_of_means(model: LoRAModel) -> None:
     data = examples()
     by_example = [token_losses(model, [example], PADDED)[0] for example in data]
@@ -147,16 +139,6 @@ def test_dropout_of_a_trained_adapter_does_not_change_what_is_chosen(
     rows = choose_layout(settings(fast=fast), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
     assert (rows.packed, rows.loss, notes) == (True, form, [])
     assert all(layer.training for layer in model.lora_layers.values())
-
-
-def test_a_model_that_keeps_its_logits_is_named_in_a_note(settings: Any, model_folder: Path) -> None:
-    sizes = {**GROUPED, "vocab_size": 320, "head_dim": 8}
-    model = LoRAModel(AutoModelForCausalLM.from_config(Gemma2Config(**sizes)), LoRAConfig(r=4))
-    notes: list[str] = []
-    rows = choose_layout(settings(), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
-    assert (rows.packed, rows.loss) == (False, OWN)
-    assert "the loss is computed from the model's own logits" in notes[-1]
-    assert "Gemma2ForCausalLM scales or caps the logits" in notes[-1]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -216,22 +198,6 @@ def texts(*lengths: int) -> Examples:
 # ---- Batches of tensors
 
 PAIR = [Example.of_text(np.array(ids, np.int32)) for ids in ([1, 2, 3], [4, 5])]
-
-
-def test_packed_documents_keep_their_own_positions_and_borders() -> None:
-    packed = collate_packed(PAIR)
-    assert packed["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert packed["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 5]]
-    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 3, 5]
-    assert packed["max_length_q"] == packed["max_length_k"] == 3
-    assert {name: tensor.dtype for name, tensor in packed.items() if isinstance(tensor, torch.Tensor)} == {
-        "input_ids": torch.int64,
-        "position_ids": torch.int64,
-        "labels": torch.int64,
-        "cu_seq_lens_q": torch.int32,
-        "cu_seq_lens_k": torch.int32,
-    }
 
 
 SYSTEM = np.arange(10, 18, dtype=np.int32)  # the beginning of each conversation

@@ -184,18 +184,6 @@ def test_a_run_records_what_computes_its_attention(offered: Callable[..., None],
     assert "torch's SDPA, documents padded to the longest one" in str(headers[0])
 
 
-def test_a_model_that_is_not_packed_still_trains(settings: Any, tmp_path: Any, model_folder: Any) -> None:
-    from transformers import AutoTokenizer
-
-    made(Gemma2Config(**{**GROUPED, "vocab_size": 320}, head_dim=8)).save_pretrained(tmp_path / "gemma")
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "gemma")
-    notes: list[str] = []
-    config = settings(model=str(tmp_path / "gemma"), max_steps=6)
-    result = run(config, on_event=lambda event: notes.append(event.text) if isinstance(event, events.Note) else None)
-    assert any("softcap" in note for note in notes)
-    assert result.eval_loss_after < result.eval_loss_before
-
-
 def test_a_model_of_text_and_images_is_tried_on_documents_longer_than_its_window() -> None:
     config = Gemma3Config(text_config={"sliding_window": 40, "vocab_size": 50})
     assert all(len(document.input_ids) > 40 for document in random_documents(config))

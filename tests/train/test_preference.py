@@ -85,18 +85,6 @@ def gradient_of(model: LoRAModel) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.lora_layers.parameters() if p.grad is not None])
 
 
-def test_the_scores_of_an_evaluation_are_in_the_order_of_the_examples() -> None:
-    model, examples, layout = lora_model(), pairs(6), BatchLayout(packed=False, loss=WHOLE, pad_id=0)
-    assert np.argsort(-examples.lengths).tolist() != list(range(6))  # they are computed in another order
-    task = Pairs("simpo", BETA)
-
-    def scores(part: Examples) -> Any:
-        return evaluate(model, part, layout=layout, token_budget=40, task=task).scores
-
-    alone = np.concatenate([scores(Examples.of([example])) for example in examples])
-    assert scores(examples) == pytest.approx(alone, abs=1e-4)
-
-
 def test_equal_rewards_are_half_right() -> None:
     task = Pairs("dpo", BETA)
     scores = np.array([[0, 0, chosen, rejected] for chosen, rejected in ((2.0, 1.0), (1.0, 1.0), (1.0, 2.0))])
@@ -455,20 +443,6 @@ def test_rows_and_settings_that_do_not_fit_are_refused(
     file = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises((DataError, ConfigError), match=message):
         Trainer(settings(data=str(file), validation_split=0, **changes)).train()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"task": "causal-lm", "beta": 0.3}, "beta: requires --task preference or grpo, got causal-lm"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: requires --loss dpo or simpo, got ipo"),
-        ({"simpo_gamma": 0.5}, "simpo_gamma: requires --loss simpo; add it, or remove simpo_gamma"),
-        ({"reward": ["math"]}, "reward: requires --task grpo; add it, or remove reward"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(changes: Any, message: str, settings: Any) -> None:
-    with pytest.raises(ConfigError, match=message):
-        settings(**changes)
 
 
 def test_a_share_of_all_pairs_is_not_certain() -> None:

@@ -56,11 +56,7 @@ def test_a_killed_run_continues_to_the_same_bytes(settings: Any, tmp_path: Path)
 
 DROPOUT = {"max_steps": 5, "lora_dropout": 0.1}
 SECOND_PASS = {"streaming": True, "max_steps": 9, "save_steps": 8, "per_device_train_batch_size": 4}  # over 30 rows
-FULL_LAYER = {"learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "learned scales and a whole module": FULL_LAYER,
-    "dora from a frozen start": {"use_dora": True, "init_lora_weights": "pissa", "lora_dropout": 0.1},
-}
+FULL_LAYER = {**DROPOUT, "learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1, "use_dora": True}
 
 
 @pytest.mark.parametrize(
@@ -70,10 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         pytest.param(3, signal.SIGTERM, DROPOUT, id="SIGTERM"),
         pytest.param(0, signal.SIGINT, {"max_steps": 2}, id="before the first step"),
         pytest.param(8, signal.SIGINT, SECOND_PASS, id="a stream"),
-        *(
-            pytest.param(2, signal.SIGINT, {"max_steps": 4, **changes}, id=name, marks=pytest.mark.slow)
-            for name, changes in VARIANTS.items()
-        ),
+        pytest.param(2, signal.SIGINT, FULL_LAYER, id="all that can be trained"),
     ],
 )
 def test_an_interrupted_run_saves_says_where_and_continues_to_the_same_bytes(
@@ -227,10 +220,7 @@ def test_a_resume_on_other_weights_at_the_same_path_is_refused_with_both_values(
     assert adapter(two_checkpoints) == before
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"learning_rate": 5e-3}, {"seed": 1}, {"per_device_train_batch_size": 2}, {"max_steps": 6}, {"packing": "off"}],
-)
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"per_device_train_batch_size": 2}, {"packing": "off"}])
 def test_a_resume_with_other_settings_is_refused_by_name(two_checkpoints: TrainConfig, changes: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=next(iter(changes))):
         run(changed(two_checkpoints, **changes))

@@ -210,9 +210,6 @@ def test_weights_and_names() -> None:
     assert [reward.name for reward in judging] == ["b.py:same", "rewards.py:reward"]  # "reward" is the sum
     with pytest.raises(ConfigError, match="exact_match appears twice"):
         parse_rewards(["exact_match=2"], ["exact_match"])
-
-
-def test_a_final_number_is_a_weight() -> None:
     trained, _ = parse_rewards(["regex:x=2", "regex:x[=]2", "json_schema:a.json=0.5"], [])
     assert [(reward.source, reward.weight) for reward in trained] == [
         ("regex:x", 2),

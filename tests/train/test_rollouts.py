@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_run import write_rows
 
 from tailora.data.dataset import Example, Examples, Mixture
-from tailora.errors import ConfigError, DataError, DivergedError, MemoryLimitError
+from tailora.errors import DataError, DivergedError, MemoryLimitError
+from tailora.report.pages.train import write_train_report
 from tailora.train.events import Evaluated, Note
 from tailora.train.grpo import DRIFT_LIMITS, advantages_of
 from tailora.train.rewards import RewardError
@@ -38,6 +40,12 @@ def never(completions, **kwargs):
 
 def fails(completions, **kwargs):
     raise ValueError("no")
+
+def keyword(completions, **kwargs):
+    return [float("one" in text) for text in completions]
+
+def has_digit(completions, **kwargs):
+    return [float("1" in text) for text in completions]
 """
 
 
@@ -118,21 +126,6 @@ def test_drift_above_the_limit_is_reported_once(grpo: Any, monkeypatch: pytest.M
     assert re.match(r"sampling and training differ by \S+e-\d+ nats per token", text)
 
 
-def test_a_resumed_run_gives_the_same_bytes(grpo: Any, tmp_path: Path) -> None:
-    shared = {"save_steps": 2, "num_iterations": 2, "beta": 0.01}
-    whole, parts = (
-        grpo(output_dir=str(tmp_path / "whole"), **shared),
-        grpo(output_dir=str(tmp_path / "parts"), **shared),
-    )
-    run(whole)
-    run(parts.replaced(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
-    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-    assert ["drift_mean" in step for step in metrics(whole.output_dir)] == [True, False] * 2
-    groups = [line for line in completions(whole.output_dir) if "advantage" in line]
-    assert [line["step"] for line in groups] == [1, 3]
-
-
 def test_the_adapter_with_the_best_held_out_reward_is_kept(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = Rollouts.evaluate
 
@@ -157,23 +150,51 @@ def test_the_adapter_with_the_best_held_out_reward_is_kept(grpo: Any, monkeypatc
     assert any(not value.equal(weights[8][name]) for name, value in weights[4].items())
 
 
-def test_samples_are_logged_and_logged_again_after_a_resume(grpo: Any) -> None:
-    config = grpo(eval_steps=2, save_steps=2, save_total_limit=4, max_steps=8, learning_rate=2e-2)
+def test_a_resumed_run_gives_the_same_bytes_and_logs_the_same_samples(grpo: Any) -> None:
+    shared = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 3, "num_iterations": 2, "beta": 0.01}
+    config = grpo(max_steps=6, learning_rate=2e-2, **shared)
     run(config)
-    file = Path(config.output_dir) / "completions.jsonl"
-    whole, lines = file.read_text(), completions(config.output_dir)
+    files = [Path(config.output_dir) / name for name in ("completions.jsonl", "adapter/adapter_model.safetensors")]
+    whole, lines = [file.read_bytes() for file in files], completions(config.output_dir)
+    assert ["drift_mean" in step for step in metrics(config.output_dir)] == [True, False] * 3
     run(config.replaced(resume_from_checkpoint=f"{config.output_dir}/checkpoint-2"))
-    assert file.read_text() == whole
+    assert [file.read_bytes() for file in files] == whole
     held_out = [line for line in lines if "held_out" in line]
-    assert [line["step"] for line in held_out] == [*range(0, 9, 2)]
+    assert [line["step"] for line in held_out] == [0, 2, 4, 6]
     prompts = [[sample["prompt"] for sample in line["held_out"]] for line in held_out]
     assert prompts == [prompts[0]] * len(prompts)
     assert len(prompts[0]) == SHOWN_PROMPTS
     groups = [line for line in lines if "advantage" in line]
-    assert [line["step"] for line in groups] == [*range(1, 9)]
+    assert [line["step"] for line in groups] == [1, 3, 5]
     for line in groups:
         best, worst = (text.count("1") / max(len(text), 1) for text in (line["best"], line["worst"]))
         assert (best, worst) == (max(line["rewards"]), min(line["rewards"]))
+
+
+@pytest.mark.parametrize(
+    ("reward", "start", "says"),
+    [
+        (
+            "keyword",
+            "The reward may be gamed (keyword): these rewards that only judge did not rise with it: ",
+            "The held-out reward rose by",
+        ),
+        pytest.param(
+            "ones",
+            "The held-out reward rose by",
+            "These rewards that only judge rose with it: has_digit",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_the_verdict_names_a_gamed_reward(grpo: Any, reward: str, start: str, says: str, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "many.jsonl", ({"prompt": f"Count to {i}.", "answer": str(i)} for i in range(60)))
+    config = with_reward(grpo(max_steps=8, learning_rate=2e-2, num_generations=8, max_completion_length=8), reward)
+    judge = [config.reward[0].replace(reward, "has_digit")]
+    run(config.replaced(data=str(data), eval_reward=judge, validation_split=0.5))
+    verdict = str(write_train_report(Path(config.output_dir))["verdict"])
+    assert verdict.startswith(start)
+    assert says in verdict
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -350,9 +371,7 @@ def test_a_run_that_can_no_longer_sample_keeps_its_last_good_weights(
     assert (tmp_path / "out" / "adapter").is_dir()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "split", "sampled"), [("float32", 0.1, 8), ("bfloat16", 0.5, 40), ("float32", 0.9, 64)]
-)
+@pytest.mark.parametrize(("dtype", "split", "sampled"), [("bfloat16", 0.5, 40), ("float32", 0.9, 64)])
 def test_the_cache_is_as_large_as_planned(grpo: Any, dtype: str, split: float, sampled: int) -> None:
     config = grpo(dtype=dtype, validation_split=split, per_device_train_batch_size=2, max_completion_length=40)
     trainer = Trainer(config)
@@ -388,22 +407,6 @@ def test_advantages() -> None:
         np.testing.assert_array_equal(advantages_of(rewards, loss)[1], 0)
         for scale in ("group", "batch", "none"):  # the mean of six times 0.1 is rounded
             np.testing.assert_array_equal(advantages_of(np.full((1, 6), 0.1), loss, scale), 0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"reward": []}, "--task grpo needs a --reward, such as --reward rewards.py:score"),
-        ({"loss": "dpo"}, "--task grpo does not support --loss dpo; use one of grpo, dr_grpo, dapo, rloo"),
-        ({"loss": "rloo", "beta": 0.1}, "--loss rloo does not support --beta"),
-        ({"num_iterations": 2, "save_steps": 3}, "--save-steps 3 must be a multiple of --num-iterations 2"),
-        ({"task": "auto"}, "reward"),
-        ({"fsdp": True}, "fsdp"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(grpo: Any, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        grpo(**changes)
 
 
 @pytest.mark.parametrize(

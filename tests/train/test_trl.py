@@ -154,16 +154,6 @@ def test_a_trainer_of_ones_own_gets_the_reference_too(tmp_path: Path) -> None:
     assert isinstance(tuner.ref_model, ReferenceModel)
 
 
-@pytest.mark.exhaustive
-def test_reference_log_probabilities_can_be_computed_before_training(tmp_path: Path) -> None:
-    runs = []
-    for early in (False, True):
-        tuner = trainer(adapting, "DPO", lora_model("DPO", trained=True), tmp_path, precompute_ref_log_probs=early)
-        tuner.train()
-        runs.append(logged(tuner))
-    same(runs[1], runs[0])
-
-
 def test_what_a_trainer_of_trl_would_do_wrong_is_refused(tmp_path: Path) -> None:
     def refused(match: str, name: str = "DPO", model: LoRAModel | None = None, **settings: Any) -> None:
         with pytest.raises(ConfigError, match=match):

@@ -71,20 +71,12 @@ def test_an_adapter_that_changes_little_may_differ_by_what_16_bits_change(passpo
 
 TEMPLATES = {
     "no start of the reply": TOKENIZER.chat_template.replace("{% if add_generation_prompt %}", "{% if false %}"),
-    "Alpaca": "### Instruction:\n{{ messages[0]['content'] }}\n\n### Response:\n",
     "a second BOS": "<|im_start|>" + TOKENIZER.chat_template,
-    "a system message": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + TOKENIZER.chat_template,
     "something else": "Human: {{ messages[0]['content'] }} Bot:",
 }
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        pytest.param(name, marks=pytest.mark.exhaustive if name in ("Alpaca", "a system message") else ())
-        for name in TEMPLATES
-    ],
-)
+@pytest.mark.parametrize("wrong", TEMPLATES)
 def test_a_wrong_template_is_found(root: Path, passport: Passport, wrong: str) -> None:
     with running(root, template=TEMPLATES[wrong]) as url:
         result = verdict_of(url, passport, "legal")
