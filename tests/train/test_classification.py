@@ -249,7 +249,7 @@ def test_a_head_knows_more_labels_than_the_data_in_its_own_order(tmp_path: Path)
         assert fitted_labels(other, config) == other
 
 
-def test_a_head_for_other_labels_is_made_anew_with_the_seed(tmp_path: Path) -> None:
+def test_a_head_for_other_labels_is_made_anew_with_the_seed(encoder: Path, tmp_path: Path) -> None:
     model = tiny_model("BertForSequenceClassification", vocab_size=300, id2label={0: "x", 1: "y", 2: "z"})
     model.save_pretrained(tmp_path)
     word_tokenizer(row["text"] for row in ROWS).save_pretrained(tmp_path)
@@ -261,6 +261,7 @@ def test_a_head_for_other_labels_is_made_anew_with_the_seed(tmp_path: Path) -> N
     torch.rand(1)
     assert torch.equal(new, head_of(tmp_path, SINGLE))
     assert not torch.equal(new, head_of(tmp_path, SINGLE, seed=1))
+    assert not torch.equal(head_of(encoder, SINGLE), head_of(encoder, SINGLE, seed=1))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for

@@ -217,6 +217,7 @@ def test_a_beginning_that_documents_share_is_in_the_row_once() -> None:
     longest = 8 + 20 // 3 - 1  # up to the first trained token
     assert row["input_ids"].numel() == 20 + (28 - 8) + (28 - longest)
     assert row["cu_seq_lens_q"].tolist() == [0, 20, 48, 76]
+    assert row["cu_seq_lens_q"].dtype == torch.int32
     whole = torch.cat([torch.from_numpy(document.input_ids) for document in documents])
     assert torch.equal(row["input_ids"][0][row["document_tokens"]], whole.long())
     assert torch.equal(whole[row["row_tokens"]].long(), row["input_ids"][0])
