@@ -52,7 +52,7 @@ Energy = Annotated[
 
 
 Weights = Annotated[
-    list[str] | None, Parameter(negative=(), metavar="NAME=NUMBER", help="weight of an adapter; default: 1; repeatable")
+    list[str] | None, Parameter(metavar="NAME=NUMBER", help="weight of an adapter; default: 1; repeatable")
 ]
 Method = Annotated[
     Literal["cat", "svd", "ties", "dare"],

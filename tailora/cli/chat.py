@@ -36,7 +36,6 @@ Images = Annotated[
     list[Path] | None,
     Parameter(
         name="--image",
-        negative=(),
         help="image to add to every prompt, at its image placeholders or before its text; repeatable",
     ),
 ]

@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
 
-from tailora.cli.flags import Json, NprocPerNode, flags_of, log_columns, merge_with_run
+from tailora.cli.flags import SWITCH, Json, NprocPerNode, flags_of, log_columns, merge_with_run
 from tailora.cli.main import ARGUMENTS, GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import (
     BaseModel,
@@ -68,14 +68,10 @@ Adapter = Annotated[str | None, Parameter(help="folder of an adapter or of its t
 class HarnessFlags:
     """Flags with the names that lm_eval uses."""
 
-    tasks: Annotated[
-        list[str] | None, Parameter(negative=(), metavar="A,B", help="tasks to run, such as hellaswag,arc_easy")
-    ] = None
+    tasks: Annotated[list[str] | None, Parameter(metavar="A,B", help="tasks, such as hellaswag,arc_easy")] = None
     include_path: Annotated[Path | None, Parameter(help="folder with your own tasks")] = None
     num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="few-shot examples before each question")] = None
-    apply_chat_template: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="format questions with the chat template")
-    ] = False
+    apply_chat_template: Annotated[bool, SWITCH, Parameter(help="format questions with the chat template")] = False
     batch_size: Annotated[PositiveInt, Parameter(help="questions per forward pass")] = 8
 
     @property
@@ -93,8 +89,8 @@ class EvalFlags:
         str | None, Parameter(help="held-out data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")
     ] = None
     model: BaseModel = None
-    metrics: Annotated[list[str] | None, Parameter(negative=(), metavar="A,B", help=METRICS_HELP)] = None
-    gate: Annotated[list[str] | None, Parameter(negative=(), metavar="METRIC<N", help=GATE_HELP)] = None
+    metrics: Annotated[list[str] | None, Parameter(metavar="A,B", help=METRICS_HELP)] = None
+    gate: Annotated[list[str] | None, Parameter(metavar="METRIC<N", help=GATE_HELP)] = None
     base: Annotated[bool, Parameter(help="also evaluate the base model, for comparison")] = True
     normalize: Annotated[str, Parameter(metavar="A,B", help=NORMALIZE_HELP)] = "strip"
     max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens per answer, for exact_match")] = 128

@@ -47,17 +47,11 @@ REPEATED = {"data": "DATA[=WEIGHT]", "reward": "REWARD[=WEIGHT]", "eval_reward":
 NEXT_PAIR = re.compile(r",(?=[\w.-]+=)")  # a comma before the next KEY=; any other comma is part of a value
 MODULE_NAMES = re.compile(r"[\w.,-]+")  # anything else is a regular expression
 
-Json = Annotated[
-    bool, Parameter(negative=(), help="print one JSON object as the last line of stdout", show_default=False)
-]
+SWITCH = Parameter(negative=(), show_default=False)
+Json = Annotated[bool, SWITCH, Parameter(help="print one JSON object as the last line of stdout")]
 # Not for compare and search, which resume in their folder, nor for eval, which replaces its own report
 Overwrite = Annotated[
-    bool,
-    Parameter(
-        negative=(),
-        help="replace an existing result; the old one is deleted once the new one is complete",
-        show_default=False,
-    ),
+    bool, SWITCH, Parameter(help="replace an existing result; the old one is deleted once the new one is complete")
 ]
 NprocPerNode = Annotated[
     str | None, Parameter(help="number of processes to start; 'gpu' or 'auto' starts one per device")
@@ -104,8 +98,8 @@ def _flag(name: str, field: FieldInfo, group: Group | str, defaults: Mapping[str
     if first is bool or get_origin(first) is Literal:
         value_type = first
     elif get_origin(first) in (list, dict):
-        value_type, metavar = list[str], "A,B" if get_origin(first) is list else "KEY=VALUE,..."
-        metavar = REPEATED.get(name, metavar)
+        value_type = list[str]
+        metavar = REPEATED.get(name, "A,B" if get_origin(first) is list else "KEY=VALUE,...")
     else:
         metavar = first.__name__.upper()
     parameter = Parameter(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from tailora.cli.flags import Json, Overwrite
+from tailora.cli.flags import SWITCH, Json, Overwrite
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import base_of, command_to_use
 from tailora.errors import ConfigError, FetchError, FormatError, nearest_path
@@ -53,9 +53,7 @@ def push(
     repository: Repository,
     /,
     *,
-    public: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="create a public repository instead of a private one")
-    ] = False,
+    public: Annotated[bool, SWITCH, Parameter(help="create a public repository instead of a private one")] = False,
     message: Annotated[str, Parameter(help="commit message")] = MESSAGE,
     revision: Annotated[str | None, Parameter(help="branch to commit to, created if needed; default: main")] = None,
     model: Annotated[
@@ -63,10 +61,7 @@ def push(
         Parameter(help="Hub id of the base model, written into the files; set it if training used a local folder"),
     ] = None,
     license: Annotated[str | None, Parameter(help="license for the model card, such as apache-2.0")] = None,
-    samples: Annotated[
-        bool,
-        Parameter(negative=(), show_default=False, help="include the answers to held-out prompts in the model card"),
-    ] = False,
+    samples: Annotated[bool, SWITCH, Parameter(help="include answers to held-out prompts in the card")] = False,
     json: Json = False,
 ) -> int:
     """Upload an adapter to the Hugging Face Hub, with a model card.

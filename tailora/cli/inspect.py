@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
+from tailora.cli.flags import SWITCH, Json, Overwrite, flags_of, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr, stdout
 from tailora.cli.models import (
     AdapterPath,
@@ -50,7 +50,7 @@ def inspect(
     intruders: Annotated[bool, Parameter(help="count intruder dimensions (by far the slowest part)")] = True,
     quantize: Quantize = None,
     device: Device = "auto",
-    all_: Annotated[bool, Parameter(name="--all", negative=(), help="show a row for every module")] = False,
+    all_: Annotated[bool, SWITCH, Parameter(name="--all", help="show a row for every module")] = False,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
     json: Json = False,

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter, HelpPanel
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -142,6 +142,7 @@ def app(tokens: Sequence[str] = ()) -> App:
         help_formatter=HelpFormatter(column_specs=HELP_COLUMNS),
         help_flags=HELP_FLAGS,
         version=__version__,
+        default_parameter=Parameter(negative_iterable=()),
         suppress_keyboard_interrupt=False,  # `main` prints how to resume
     )
     for order, (name, (file, summary)) in enumerate(COMMANDS.items()):

@@ -55,7 +55,6 @@ BaseModel = Annotated[
 ]
 ADAPTER_FLAG = Parameter(
     name="--adapter",
-    negative=(),
     metavar="NAME=FOLDER",
     help="adapter: folder or Hub id, optionally with a name; repeatable",
 )

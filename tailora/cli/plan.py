@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from tailora.cli.flags import ConfigFile, Json, merge_settings, train_flags
+from tailora.cli.flags import SWITCH, ConfigFile, Json, merge_settings, train_flags
 from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
 from tailora.cli.models import DEVICE_NAME, check_sources, fetch_sources
 from tailora.data.readers import source_names
@@ -22,7 +22,7 @@ Flags: Any = train_flags(without=EXCLUDED)
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)
 
-Measure = Annotated[bool, Parameter(negative=(), help="also run and measure a few steps", show_default=False)]
+Measure = Annotated[bool, SWITCH, Parameter(help="also run and measure a few steps")]
 Memory = Annotated[str | None, Parameter(help="memory limit, such as 8GB; default: the free memory")]
 Nproc = Annotated[
     PositiveInt, Parameter(help="number of training processes, with one device each; memory and time are per process")

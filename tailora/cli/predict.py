@@ -15,7 +15,7 @@ from cyclopts.types import PositiveInt
 
 from tailora.cli.chat import MEMORY_ADVICE, Images, check_accepts_images, read_images, training_systems
 from tailora.cli.eval import Adapter, find_target
-from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
+from tailora.cli.flags import SWITCH, Json, Overwrite, flags_of, log_columns, merge_with_run
 from tailora.cli.main import STDIN, log, note, print_json, stderr, write_stdout
 from tailora.cli.models import (
     Adapters,
@@ -61,14 +61,12 @@ DIGITS = 6  # of predicted numbers; float32 has about 7
 @dataclass(frozen=True, kw_only=True)
 class PredictFlags:
     prompt: Annotated[
-        list[str] | None, Parameter(negative=(), help="prompt instead of --data; repeatable; - reads one from stdin")
+        list[str] | None, Parameter(help="prompt instead of --data; repeatable; - reads one from stdin")
     ] = None
     adapter: Adapters = None
     model: BaseModel = None
     image: Images = None
-    ignore_chat_template: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="continue prompts as text, without a chat template")
-    ] = False
+    ignore_chat_template: Annotated[bool, SWITCH, Parameter(help="continue prompts without a chat template")] = False
     output: Annotated[Path | None, Parameter(help="JSONL file for rows and predictions, instead of stdout")] = None
     limit: Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")] = None
     quantize: Quantize = None

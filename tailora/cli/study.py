@@ -48,7 +48,6 @@ StudyFlags: Any = flags_of(CompareConfig, CompareConfig.model_fields.keys() - {"
 Arms = Annotated[
     list[str] | None,
     Parameter(
-        negative=(),
         group=STUDY,
         help="variant to compare, as NAME:setting=value,...; repeatable; default: lora with the settings from "
         "the other flags",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, merge_settings, train_flags
+from tailora.cli.flags import SWITCH, ConfigFile, Json, NprocPerNode, Overwrite, merge_settings, train_flags
 from tailora.cli.main import ARGUMENTS, WORSE, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
@@ -43,9 +43,7 @@ class RunFlags:
     json: Json = False
     overwrite: Overwrite = False
     nproc_per_node: NprocPerNode = None
-    verbose: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="also show precision, kernels and batches")
-    ] = False
+    verbose: Annotated[bool, SWITCH, Parameter(help="also show precision, kernels and batches")] = False
 
 
 NO_FLAGS = RunFlags()

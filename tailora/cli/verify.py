@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveFloat
 from rich.console import Console
 
-from tailora.cli.flags import Json
+from tailora.cli.flags import SWITCH, Json
 from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
 from tailora.cli.models import base_of, find_adapter, load_model
 from tailora.cli.progress import counter
@@ -61,9 +61,7 @@ def verify(
     /,
     *,
     adapter: Adapter,
-    prepare: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="only write the verification file; URL is not needed")
-    ] = False,
+    prepare: Annotated[bool, SWITCH, Parameter(help="only write the verification file; URL is not needed")] = False,
     model: ModelName = None,
     base: BaseName = None,
     timeout: Annotated[PositiveFloat, Parameter(help="seconds to wait for each response")] = 120.0,

@@ -6,10 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import call, check_refused, found
-from tiny import stir
 from tiny_vision import COLORS, outspoken_llava, plain_answer, save, save_image, tiny_llava
 
-from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
 from tailora.evaluation.generate import image_obstacle
 
@@ -155,14 +153,3 @@ def test_why_a_model_gets_no_images() -> None:
     assert image_obstacle(model, processor) == "it has no chat template"
     encoder = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True))
     assert image_obstacle(encoder, processor) == "it is an encoder-decoder, whose prompts are plain text"
-
-
-def test_an_adapter_answers_about_an_image(folder: Path) -> None:
-    model = LoRAModel(outspoken_llava()[0], LoRAConfig(r=2, target_modules="all-linear"))
-    stir(model)
-    model.save_adapter(folder / "adapter")
-    parts = [{"type": "image", "path": str(folder / "red.png")}, {"type": "text", "text": "which"}]
-    tokens = ["--adapter", folder / "adapter", "--image", folder / "red.png", "--prompt", "which"]
-    (row,) = found("predict", "--model", folder / "model", *tokens, "--max-new-tokens", TOKENS)["predictions"]
-    tuned = plain_answer(model.eval(), outspoken_llava()[1], [{"role": "user", "content": parts}], TOKENS)
-    assert row["answer"] == tuned != expected(folder, "red.png", "which")

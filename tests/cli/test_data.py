@@ -40,14 +40,6 @@ def test_with_colour_the_learned_text_is_green_and_no_color_wins_over_force_colo
     assert ("[[It is " in shown) == no_color
 
 
-def test_json_has_the_report_and_the_examples(chats: Path, tiny_model: Path) -> None:
-    report = found("data", chats, "--model", tiny_model, "--rows", 2)
-    assert report["rows"] == 24
-    assert report["supervised_share"] == pytest.approx(report["supervised_tokens"] / report["tokens"])
-    assert len(report["examples"]) == 2
-    assert any(piece["learned"] for piece in report["examples"][0])
-
-
 def test_without_a_file_it_says_that_the_data_is_the_demos(
     chats: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,11 +83,6 @@ def test_data_and_the_run_agree_on_what_is_enough_to_judge_by(
     assert is_few == (distinct < 100)
     assert ("enough to evaluate the result" in shown) != is_few
     assert (f"It holds out about {report['eval']} examples. {TOO_FEW}" in shown) == is_few
-
-
-def test_the_file_can_come_from_a_config(chats: Path, tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(f"data: {chats}\nmodel: {tiny_model}\nmax_length: 28\n")
-    assert found("data", "--config", tmp_path / "run.yaml")["truncated"] > 0
 
 
 def test_the_next_command_repeats_the_flags(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

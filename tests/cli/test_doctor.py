@@ -1,7 +1,5 @@
 """`tailora doctor`."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from command_line import found, output
@@ -24,15 +22,6 @@ def test_json_describes_this_machine_and_what_works_on_every_device() -> None:
         assert set(device["quantize"]) >= {"nf4", "int8"}
         assert "works" in device["attention"].values()
     assert facts["devices"]["cpu"]["memory"] == facts["memory"]["total"]
-
-
-def test_memory_is_what_training_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"memory.max": "3000000\n", "memory.current": "1000000\n", "memory.stat": "inactive_file 0\n"}
-    for name, content in {**files, "groups": "0::/\n"}.items():
-        (tmp_path / name).write_text(content)
-    monkeypatch.setattr("tailora.train.memory.CGROUP", tmp_path / "groups")
-    monkeypatch.setattr("tailora.train.memory.CGROUPS", tmp_path)
-    assert found("doctor")["memory"]["available"] == 2_000_000
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", "2.0B"), ("float16", "2.0B"), ("float32", "1.0B")])

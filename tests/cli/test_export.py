@@ -165,22 +165,6 @@ def test_the_system_message_of_training_goes_along_or_is_missed(to: str, run: Pa
         assert f'SYSTEM """{system}"""\n' in (out / "Modelfile").read_text()
 
 
-def test_overwrite_replaces_an_exported_adapter(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert main(["export", str(run), "--to", "gguf", "--output", str(out)]) == 0
-    check_refused("replace it (--overwrite)", "export", run, "--to", "mlx", "--output", out)
-    assert main(["export", str(run), "--to", "mlx", "--output", str(out), "--overwrite"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [
-        "adapter_config.json",
-        "adapters.safetensors",
-        "passport.json",
-        "serve.sh",
-    ]
-    assert main(["export", str(run), "--to", "ollama", "--output", str(out), "--overwrite"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "adapter.gguf", "passport.json", "serve.sh"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
-
-
 def test_overwrite_never_deletes_what_is_no_exported_adapter(run: Path, tiny_model: Path, tmp_path: Path) -> None:
     model, mine, source = tmp_path / "model", tmp_path / "mine", tmp_path / "source"
     copy = shutil.copytree(run, tmp_path / "copy")

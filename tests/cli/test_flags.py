@@ -224,10 +224,8 @@ def test_lora_config_in_python_names_the_setting_too() -> None:
     assert "unknown setting 'lr'; other commands call this learning_rate, but this one does not support it" in str(
         caught.value
     )
-    for name, ours in {"load_in_4bit": "call this quantize: nf4", "learning_rate": "have it"}.items():
-        with pytest.raises(ConfigError, match=f"other commands {ours}, but") as caught:
-            LoRAConfig(**{name: 1})
-        assert "did you mean" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"other commands have it, but this one does not support it$"):
+        LoRAConfig(learning_rate=1)
 
 
 def test_a_flag_that_is_not_needed_says_why() -> None:

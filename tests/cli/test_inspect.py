@@ -86,9 +86,7 @@ MISTAKES = {
     "no data, base of the adapter": (["ONE", "--data", "absent.jsonl"], "the base model is BASE, as recorded in ONE"),
     "another base": (["ONE", "--model", "OTHER"], "a different base model"),
     "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
-    "taken folder": (["ONE", "--output-dir", "ONE"], "already exists"),
     "no report": (["ONE", "--output-dir", "ONE", "--overwrite"], "but only report.json, report.html would be replaced"),
-    "column": (["ONE", "--field", "prompt"], "field"),
 }
 
 

@@ -111,7 +111,6 @@ def test_the_header_shows_what_is_trained_on_what(changes: dict[str, object], pa
     [
         ({}, "precision bfloat16, the fastest dtype on this machine"),
         ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16, set by --dtype"),
-        ({}, "batches packed"),
         ({"packed": False}, "batches padded"),
         ({}, "decoder layers those of transformers, because --fast off asks for them"),
         ({}, "loss from the model's own logits"),

@@ -25,13 +25,6 @@ def stirred(model: LoRAModel, size: float) -> LoRAModel:
     return model
 
 
-def test_what_was_not_trained_has_forgotten_nothing(model: LoRAModel) -> None:
-    found = forgetting(model, [[1, 2, 3, 4], [5, 6]])
-    assert found.kl == pytest.approx(0, abs=1e-6)
-    assert found.loss_after == pytest.approx(found.loss_before)
-    assert found.tokens == 4
-
-
 def test_it_is_the_mean_over_tokens_of_the_definition(model: LoRAModel) -> None:
     stirred(model, 0.3)
     texts: list[list[int]] = [[1, 2, 3, 4], [9, 8, 7, 6, 5]]

@@ -161,15 +161,6 @@ def test_normalizations_are_applied_in_one_order() -> None:
         normalizer(["strp", "xyz"])
 
 
-def test_data_without_what_a_metric_needs_is_refused(
-    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "hello how are you"}\n')
-    with pytest.raises(DataError, match="exact_match needs a reply to compare with and accuracy needs choices"):
-        score(tuned, tokenizer, str(path), EvalOptions(("exact_match", "accuracy")))
-
-
 def test_scores_become_json_without_nan_and_are_merged() -> None:
     one = Scores({"loss": Score(1.0, float("nan"), float("nan"), 1)}, None, None)
     other = Scores({"t/acc": Score(float("inf"), 0.0, 1.0, 2)}, None, None, tasks={"lm_eval": "0"})

@@ -80,20 +80,6 @@ def test_what_cannot_be_answered_is_refused(sums: list[float], counts: list[int]
 # ---- The difference of two arms over seeds and examples: known truths, and how often the interval holds them
 
 
-def simulated(rng: np.random.Generator, seeds: int, examples: int, effects: tuple[float, float, float], mu: float):
-    """Losses of two arms, (seeds, examples) each, and token counts: examples, seeds and rest all vary."""
-    counts = rng.integers(5, 60, size=examples).astype(float)
-    by_example, by_seed, rest = effects
-    apart = (
-        mu
-        + by_example * rng.standard_normal(examples)
-        + by_seed * rng.standard_normal((seeds, 1))
-        + rest * rng.standard_normal((seeds, examples))
-    )
-    first = (3 + rng.standard_normal(examples)) * counts * np.ones((seeds, 1))
-    return first, first + apart * counts, counts
-
-
 EFFECTS = [(0.3, 0.0, 0.1), (0.3, 0.15, 0.15), (0.05, 0.2, 0.1)]  # sizes of examples, seeds and rest
 
 
@@ -161,25 +147,6 @@ def test_a_long_example_counts_by_its_distance_from_the_others() -> None:
     without = [np.delete(apart, i).sum() / np.delete(counts, i).sum() for i in range(5)]
     error = np.sqrt(4 / 5 * np.sum((np.array(without) - found.value) ** 2))
     assert found.high - found.value == pytest.approx(2.776445 * error)
-
-
-def test_what_limits_the_certainty_is_named() -> None:
-    rng = np.random.default_rng(2)
-    assert difference_over_seeds(*simulated(rng, 5, 50, (0.5, 0.001, 0.01), 0)).from_examples > 0.9
-    assert difference_over_seeds(*simulated(rng, 5, 50, (0.001, 0.5, 0.01), 0)).from_examples < 0.1
-
-
-def test_one_seed_is_the_paired_t_test_of_the_examples() -> None:
-    from scipy import stats
-
-    rng = np.random.default_rng(3)
-    first, second, _ = simulated(rng, 1, 30, (0.2, 0, 0.1), 0.05)
-    found = difference_over_seeds(first, second, np.ones(30))
-    expected = stats.ttest_rel(second[0], first[0])
-    assert found.p_value == pytest.approx(expected.pvalue)
-    low, high = expected.confidence_interval()
-    assert (found.low, found.high) == pytest.approx((low, high))
-    assert found.seeds == 1
 
 
 def test_examples_without_tokens_do_not_count_over_seeds() -> None:
