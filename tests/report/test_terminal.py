@@ -128,13 +128,10 @@ WIDE = Table(
 )
 
 
-def test_a_wide_table_keeps_its_columns_where_there_is_room() -> None:
+def test_a_narrow_terminal_has_the_least_important_columns_in_one_and_a_wide_one_keeps_them() -> None:
     text = section_shown(Section("", "", [WIDE]), 100)
     assert "setting_4" in text.splitlines()[2]
     assert "settings" not in text
-
-
-def test_a_narrow_terminal_has_the_least_important_columns_in_one() -> None:
     text = section_shown(Section("", "", [WIDE]), 60)
     head = text.splitlines()[2]
     assert "setting_1" in head

@@ -7,6 +7,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 from accelerate import Accelerator
@@ -14,7 +15,6 @@ from pydantic import TypeAdapter
 from report.contents import CONTENTS
 from transformers import AutoTokenizer
 
-from tailora.cli.main import main
 from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference
 from tailora.report.files import write_page
@@ -295,16 +295,13 @@ def test_the_verdict(
         assert f"Over all sizes, the loss {sign} with more data" in text
 
 
-def test_the_command(
-    small_run: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def get_made_up(spec: TrialSpec, path: Path, **options: Any) -> Trial:
         return get_trial(spec, path, **{**options, "run_trial": MadeUp()})
 
     monkeypatch.setattr("tailora.study.study_store.get_trial", get_made_up)
-    words = ["--model", small_run.model, "--data", str(small_run.data), "--r", "4", "--seeds", "2"]
-    assert main(["curve", *words, "--output-dir", str(tmp_path / "out"), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    words = ["--model", small_run.model, "--data", small_run.data, "--r", 4, "--seeds", 2]
+    result = command_line.found("curve", *words, "--output-dir", tmp_path / "out")
     assert [change["value"] < 0 for change in result["doublings"]] == [True] * 3
     assert result["settings"]["train"]["num_train_epochs"] == 2
-    assert main(["report", str(tmp_path / "out")]) == 0
+    command_line.output("report", tmp_path / "out")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import changed
+from runs import changed, run_and_collect
 from tiny_vision import save_image, save_tiny_llava, tiny_llava
 from transformers import LlamaForCausalLM
 
@@ -22,11 +22,11 @@ from tailora.study.plan import batch_size_that_fits, plan, quantization
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import FakeModel, Memory, fake_trainable, largest_step
+from tailora.train.events import Prepared
 from tailora.train.image_text_to_text import ImageTextToText
 from tailora.train.loss import CAUSAL_LM
 from tailora.train.memory import fake_tensors
 from tailora.train.model_loading import read_config
-from tailora.train.trainer import run
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,8 @@ def planned(small_run: TrainConfig) -> Plan:
 
 @pytest.mark.slow
 def test_counts_steps_and_forward_are_those_of_the_run(planned: Plan, small_run: TrainConfig, tmp_path: Path) -> None:
-    headers: list[dict[str, Any]] = []
-    run(
-        changed(small_run, output_dir=str(tmp_path / "run"), samples=0),
-        on_event=lambda event: headers.append(event.header) if hasattr(event, "header") else None,
-    )
-    (header,) = headers
+    _, (prepared,) = run_and_collect(changed(small_run, output_dir=str(tmp_path / "run"), samples=0), Prepared)
+    header = prepared.header
     assert planned.trainable_parameters == header["trainable_parameters"]
     assert planned.total_parameters == header["total_parameters"]
     assert len(planned.modules) == header["adapted_layers"]
@@ -178,9 +174,8 @@ def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainCo
 def test_pairs_are_planned_as_they_are_trained(loss: str, small_run: TrainConfig, pairs: Path, tmp_path: Path) -> None:
     config = small_run.replaced(data=str(pairs), loss=loss, max_steps=1, output_dir=str(tmp_path))
     planned = plan(config)
-    headers: list[dict[str, Any]] = []
-    run(config, on_event=lambda event: headers.append(event.header) if hasattr(event, "header") else None)
-    (header,) = headers
+    _, (prepared,) = run_and_collect(config, Prepared)
+    header = prepared.header
     assert planned.largest_forward["tokens"] == header["largest_forward_tokens"]
     assert planned.trainable_parameters == header["trainable_parameters"]
     has_reference = any("log-probabilities of all replies" in note for note in planned.notes)

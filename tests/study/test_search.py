@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import check_refused
+from command_line import check_refused, found
 from optuna.exceptions import StorageInternalError
 from search_worker import GRACE, HEARTBEAT, work
 from sqlalchemy.exc import OperationalError
@@ -89,9 +89,7 @@ def test_workers_share_trials_and_that_of_a_killed_one_is_run_again(shared: Shar
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_a_finished_search_is_read_and_its_yaml_trains(
-    shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_search_is_read_and_its_yaml_trains(shared: Shared, tmp_path: Path) -> None:
     folder, results, _ = shared
     report = json.loads((folder / "report.json").read_text())
     assert report["kind"] == "search"
@@ -105,9 +103,8 @@ def test_a_finished_search_is_read_and_its_yaml_trains(
     chosen = read_config_file(folder / "best.yaml")
     assert chosen["learning_rate"] == best["settings"]["learning_rate"]
     assert chosen["r"] == best["settings"]["r"]
-    command = ["train", "--config", str(folder / "best.yaml"), "--max-steps", "2", "--samples", "0", "--json"]
-    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["trainable_parameters"] == best["trainable_parameters"]
+    command = ["train", "--config", folder / "best.yaml", "--max-steps", 2, "--samples", 0]
+    assert found(*command, "--output-dir", tmp_path / "run")["trainable_parameters"] == best["trainable_parameters"]
 
 
 @pytest.mark.slow
@@ -134,7 +131,7 @@ def test_an_interrupted_trial_is_tried_again_when_the_search_goes_on(small_run: 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["labels", pytest.param("seq2seq", marks=pytest.mark.exhaustive)])
 def test_labels_and_sequence_to_sequence_are_searched(
-    task: str, labels_run: TrainConfig, seq2seq_run: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str, labels_run: TrainConfig, seq2seq_run: TrainConfig, tmp_path: Path
 ) -> None:
     train = {"labels": labels_run, "seq2seq": seq2seq_run}[task]
     train = TrainConfig(**train.model_dump(exclude_unset=True, exclude={"learning_rate"}))
@@ -148,9 +145,8 @@ def test_labels_and_sequence_to_sequence_are_searched(
     assert result.loss_unit in page
     chosen = read_config_file(tmp_path / "study" / "best.yaml")
     assert chosen["task"] == train.task
-    command = ["train", "--config", str(tmp_path / "study" / "best.yaml"), "--samples", "0", "--json"]
-    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 0
-    assert "eval_loss_after" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    command = ["train", "--config", tmp_path / "study" / "best.yaml", "--samples", 0]
+    assert "eval_loss_after" in found(*command, "--output-dir", tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import run_and_collect
 from tiny import GROUPED, SIZES
 from torch import Tensor
 from transformers import (
@@ -27,7 +28,6 @@ from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, Op
 from tailora.train import events
 from tailora.train.kernel_choice import choose_packing, predicted_provider
 from tailora.train.kernel_comparison import obstacle_to_sharing, random_documents
-from tailora.train.trainer import run
 
 PACKS = {
     "llama": LlamaConfig(**GROUPED),
@@ -176,12 +176,9 @@ def test_a_provider_without_dropout_is_taken_for_models_without(dropout: float, 
 
 def test_a_run_records_what_computes_its_attention(offered: Callable[..., None], settings: Any) -> None:
     offered(missing=NotHere)
-    seen: list[events.Event] = []
-    run(settings(max_steps=2), on_event=seen.append)
-    notes = [event.text for event in seen if isinstance(event, events.Note)]
-    assert any("missing is not used, because the package is not installed" in note for note in notes)
-    headers = [event.header for event in seen if isinstance(event, events.Prepared)]
-    assert "torch's SDPA, documents padded to the longest one" in str(headers[0])
+    _, seen = run_and_collect(settings(max_steps=2), events.Note | events.Prepared)
+    assert any("missing is not used, because the package is not installed" in str(event) for event in seen)
+    assert any("torch's SDPA, documents padded to the longest one" in str(event) for event in seen)
 
 
 def test_a_model_of_text_and_images_is_tried_on_documents_longer_than_its_window() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import adapter, changed, losses
+from runs import changed, losses
 from tiny import chat_model
 from tiny_run import write_rows
 from torch import Tensor
@@ -24,7 +24,7 @@ from tailora.errors import CheckpointError, ConfigError, DataError
 from tailora.evaluation.statistics import describe_preferences, preference_metrics
 from tailora.kernels.loss import FROZEN, WHOLE
 from tailora.model import LoRAModel
-from tailora.report.blocks import Figure, Table
+from tailora.report.blocks import Table
 from tailora.report.files import read_page
 from tailora.report.pages.train import write_train_report
 from tailora.train import events
@@ -324,9 +324,6 @@ def test_a_run_on_pairs_begins_at_log_2_and_learns_the_order(settings: Any, pair
     (table,) = blocks["Metrics"]
     assert isinstance(table, Table)
     assert all(f"{name}: " in table.note for name, *_ in table.rows)  # what each means
-    figures = [block.name for section in blocks.values() for block in section if isinstance(block, Figure)]
-    assert "changes" in figures
-    assert "examples" not in figures  # all losses begin at log 2
     rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     changes = [row["scores_after"]["chosen"] - row["scores_before"]["chosen"] for row in rows]
     rewards = [row["scores_after"]["chosen_reward"] for row in rows]
@@ -345,17 +342,6 @@ def test_runs_with_the_other_losses_learn_the_order(
     assert numbers["eval_accuracy_after"] > max(0.6, numbers["eval_accuracy_before"] - 0.1)
     assert numbers["eval_margin_after"] > numbers["eval_margin_before"]
     assert (Path(config.output_dir) / "reference.npz").exists() == (loss in ("ipo", "kto"))
-
-
-@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.exhaustive)])
-def test_a_run_that_goes_on_gives_the_same_bytes(
-    loss: str, settings: Any, pairs_file: Path, feedback_file: Path
-) -> None:
-    config = settings(data=str(feedback_file if loss == "kto" else pairs_file), **LONG)
-    run(config)
-    before = adapter(config), losses(config)
-    run(changed(config, resume_from_checkpoint=f"{config.output_dir}/checkpoint-8"))
-    assert (adapter(config), losses(config)) == before
 
 
 def test_what_the_model_was_is_the_reference_of_an_adapter_that_is_trained_further(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import run_and_collect
 from tiny import chat_model, chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,6 @@ from tailora.kernels.loss import FROZEN
 from tailora.train.events import Prepared
 from tailora.train.model_loading import load_base
 from tailora.train.quantize import METHODS, obstacle, settings_for
-from tailora.train.trainer import run
 
 CPU = torch.device("cpu")
 methods = pytest.mark.parametrize("method", METHODS)
@@ -45,11 +45,10 @@ def test_a_weight_that_bitsandbytes_misreads_is_refused(tmp_path: Path, model_fo
 
 @methods
 def test_a_run_on_a_quantised_base(settings: Any, model_folder: Path, method: str) -> None:
-    headers: list[dict[str, Any]] = []
     config = settings(quantize=method, max_steps=6, eval_steps=3, gradient_checkpointing=method == "nf4")
-    result = run(config, on_event=lambda event: headers.append(event.header) if isinstance(event, Prepared) else None)
+    result, (prepared,) = run_and_collect(config, Prepared)
     assert result.eval_loss_after < result.eval_loss_before  # type: ignore[operator]
-    kernels = headers[0]["kernels"]
+    kernels = prepared.header["kernels"]
     assert "decoder layers: plain" in kernels
     # LLM.int8 finds outliers over all rows of an evaluation, so that packed and padded rows differ
     assert ("with a padding mask" in kernels) == (method == "int8")

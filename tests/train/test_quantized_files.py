@@ -15,6 +15,7 @@ import torch
 from packed_layers import AwqLinear, GptqLinear, InferenceLinear
 from peft import PeftModel
 from quantized_files import Dense, awq, compressed, fp8, gptq, linear_layers, mxfp4
+from runs import run_and_collect
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -108,9 +109,8 @@ def test_a_run_trains_it_and_files_and_merges_compute_the_same(
 ) -> None:
     written(name, tmp_path / "model")
     config = settings(model=str(tmp_path / "model"), max_steps=3, eval_steps=3, learning_rate=1e-2)
-    headers: list[dict[str, Any]] = []
-    result = run(config, on_event=lambda event: headers.append(event.header) if isinstance(event, Prepared) else None)
-    assert (f"linear layers in {name} (" in format_header(headers[0])) == (name in PACKED)
+    result, (prepared,) = run_and_collect(config, Prepared)
+    assert (f"linear layers in {name} (" in format_header(prepared.header)) == (name in PACKED)
     assert result.eval_loss_after < result.eval_loss_before  # type: ignore[operator]
     adapter, ids = Path(config.output_dir) / "adapter", torch.arange(20)[None]
     base, _ = load_base(config.model, "float32")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import run_and_collect
 from tiny_run import write_rows
 
 from tailora.data.dataset import Example, Examples, Mixture
@@ -108,20 +109,15 @@ def test_the_reward_rises_and_sampling_agrees_with_training(grpo: Any) -> None:
     assert all(0 < step["drift_mean"] < step["drift_max"] < 1e-4 for step in steps)  # nats
 
 
-def test_a_model_without_continuous_batching_is_sampled_in_padded_batches(
+def test_padded_batches_where_there_are_no_others_and_drift_above_the_limit_are_reported_once(
     grpo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tailora.engine.continuous_batching.obstacle", lambda _: "not this model")
-    config, notes = grpo(max_steps=2), list[str]()
-    run(config, on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    monkeypatch.setitem(DRIFT_LIMITS, torch.float32, 1e-9)
+    config = grpo(max_steps=2)
+    notes = [note.text for note in run_and_collect(config, Note)[1]]
     assert "using padded batches: continuous batching is not possible (not this model)" in notes
     assert all(0 < step["drift_mean"] < step["drift_max"] < 1e-4 for step in metrics(config.output_dir))
-
-
-def test_drift_above_the_limit_is_reported_once(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DRIFT_LIMITS, torch.float32, 1e-9)
-    notes: list[str] = []
-    run(grpo(max_steps=2), on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
     (text,) = [note for note in notes if "sampling and training differ" in note]
     assert re.match(r"sampling and training differ by \S+e-\d+ nats per token", text)
 

@@ -1,19 +1,17 @@
 """Sequence to sequence: the losses are those of transformers, and a trained adapter answers in every command."""
 
 import json
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from command_line import found
 from tiny import tiny_model, word_tokenizer
 from tiny_run import write_rows
 from transformers import PreTrainedTokenizerFast
 
-from tailora.cli.main import main
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED
 from tailora.data.samples import Pair
@@ -76,19 +74,10 @@ def test_a_trained_adapter_is_evaluated_and_answers(tmp_path: Path) -> None:
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(model)
     tiny_model("BartForConditionalGeneration", vocab_size=300, forced_eos_token_id=None, **IDS).save_pretrained(model)
-    settings = ["--validation-split", "0.3", "--learning-rate", "1e-2", "--max-steps", "8", "--output-dir", str(run)]
-    lines = [
-        ["train", "--task", "seq2seq", "--model", str(model), "--data", str(data), *settings, "--samples", "1"],
-        ["eval", str(run), "--data", str(data), "--metrics", "loss,exact_match", "--max-new-tokens", "4"],
-        ["predict", str(run), "--data", str(data), "--limit", "2", "--max-new-tokens", "4"],
-    ]
-    results = []
-    for line in lines:
-        out, err = StringIO(), StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            assert main([*line, "--json"]) == 0, err.getvalue()
-        results.append(json.loads(out.getvalue().splitlines()[-1]))
-    trained, scores, predictions = results
+    settings = ["--validation-split", 0.3, "--learning-rate", 1e-2, "--max-steps", 8, "--samples", 1]
+    trained = found("train", "--task", "seq2seq", "--model", model, "--data", data, *settings, "--output-dir", run)
+    scores = found("eval", run, "--data", data, "--metrics", "loss,exact_match", "--max-new-tokens", 4)
+    predictions = found("predict", run, "--data", data, "--limit", 2, "--max-new-tokens", 4)
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
     assert scores["change"]["loss"]["value"] < 0
     assert "exact_match" in scores["metrics"]
