@@ -312,22 +312,6 @@ FIVE_REPLIES = row(
     assistant("six"),
     tools=[TOOL],
 )
-SPLIT = {"qwen3": 5, "mistral": 5}  # how many examples it becomes, of one
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_reply_of_a_tool_conversation_is_trained(tokenizer_of, name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    texts = trained_texts(FIVE_REPLIES, tokenizer)
-    for text, part in zip(texts, ("Rome", "two", "four", "Bonn", "six"), strict=True):
-        assert part in text
-    rendered = render_sample(FIVE_REPLIES, ChatTokenizer.of(tokenizer))
-    assert len(rendered) == SPLIT.get(name, 1)
-    for part in rendered:
-        assert "Returns the weather." in part.text
-        assert "be brief" in part.text or name == "mistral"  # which has it before a question without a reply
-
-
 CALL_TEXT = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 
 
@@ -447,42 +431,6 @@ WITH_THOUGHT = {
 @pytest.mark.parametrize("name", WITH_THOUGHT)
 def test_the_reasoning_of_the_last_reply_is_trained_under_each_of_its_names(tokenizer_of, name: str, key: str) -> None:
     assert trained_texts(row(user("a"), thought("b", name=key)), tokenizer_of(name)) == [WITH_THOUGHT[name]]
-
-
-@pytest.mark.parametrize("name", WITH_THOUGHT)
-def test_earlier_replies_whose_reasoning_is_dropped_are_examples_of_their_own(tokenizer_of, name: str) -> None:
-    chat = row(user("a"), thought("b", "zz"), user("c"), thought("b"))
-    first, last = render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))
-    assert "zz" not in last.text
-    assert [last.text[start:end] for start, end in last.trained_spans] == [WITH_THOUGHT[name]]
-    assert [first.text[start:end] for start, end in first.trained_spans] == [WITH_THOUGHT[name].replace("hm", "zz")]
-
-
-@pytest.mark.parametrize(
-    ("name", "reasoning", "examples"),
-    [
-        ("qwen3", False, 3),
-        ("qwen3", True, 2),
-        ("glm4_5", True, 2),
-        ("glm4_5", False, 1),
-        ("gpt_oss", False, 1),
-        ("gpt_oss", True, 3),
-        ("mistral", False, 2),
-    ],
-)
-def test_replies_that_are_rewritten_are_examples_of_their_own(
-    tokenizer_of, name: str, reasoning: bool, examples: int
-) -> None:
-    """A reply to the first question; after the second one a call and a reply."""
-    keys = {"reasoning_content": "hm"} if reasoning else {}
-    last = {} if name == "gpt_oss" else keys  # its template drops the reasoning of a call before a reply
-    second = [assistant(None, tool_calls=[call({"city": "Rome"})], **keys), RESULT, assistant("zz", **last)]
-    chat = row(user("a"), assistant("yy", **keys), user("c"), *second, tools=[TOOL])
-    texts = trained_texts(chat, tokenizer_of(name))
-    for text, word in zip(texts, ("yy", "Rome", "zz"), strict=True):
-        assert word in text
-        assert ("hm" in text) == (reasoning and not (word == "zz" and not last))
-    assert len(render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))) == examples
 
 
 def test_a_reply_after_a_call_with_reasoning_follows_the_prompt_of_generation_in_gpt_oss(tokenizer_of) -> None:

@@ -30,7 +30,7 @@ from tailora.data.readers import Row, read_hub
 from tailora.data.tokenize import EncodedSample, preview
 from tailora.errors import DataError, WriteError
 
-TEXT_PART = {"type": "text", "text": "Which?"}
+TEXT_PART, IMAGE_PART = {"type": "text", "text": "Which?"}, {"type": "image"}
 REPLY = {"role": "assistant", "content": "green"}
 
 
@@ -61,6 +61,7 @@ def data_url(content: bytes) -> str:
 
 
 RED = content_of(PIL.Image.new("RGB", (SIDE, SIDE), COLORS["red"]))
+RED_URL = data_url(RED)
 
 
 def write_rows(folder: Path, rows: list[Any]) -> str:
@@ -97,20 +98,19 @@ def chat(content: Any, **columns: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}, REPLY], **columns}
 
 
+SHAREGPT = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "green"}]
+
+
 @pytest.mark.parametrize(
     ("row", "text", "names"),
     [
         (chat([{"type": "image", "image": "red.png"}, TEXT_PART]), "{}Which?", "red"),
         (chat([{"type": "image", "path": "./red.png"}, TEXT_PART]), "{}Which?", "red"),
         (chat([TEXT_PART, {"type": "image", "url": "blue.png"}]), "Which?{}", "blue"),
-        (chat([{"type": "image_url", "image_url": {"url": data_url(RED)}}, TEXT_PART]), "{}Which?", "red"),
-        (chat([{"type": "image_url", "image_url": data_url(RED)}, TEXT_PART]), "{}Which?", "red"),
-        (
-            chat([{"type": "image"}, TEXT_PART, {"type": "image"}], images=["red.png", "blue.png"]),
-            "{}Which?{}",
-            "red blue",
-        ),
-        (chat([{"type": "image"}, {"type": "image", "path": "blue.png"}], images=["red.png"]), "{}{}", "red blue"),
+        (chat([{"type": "image_url", "image_url": {"url": RED_URL}}, TEXT_PART]), "{}Which?", "red"),
+        (chat([{"type": "image_url", "image_url": RED_URL}, TEXT_PART]), "{}Which?", "red"),
+        (chat([IMAGE_PART, TEXT_PART, IMAGE_PART], images=["red.png", "blue.png"]), "{}Which?{}", "red blue"),
+        (chat([IMAGE_PART, {"type": "image", "path": "blue.png"}], images=["red.png"]), "{}{}", "red blue"),
         (chat("Which?", images=["red.png", "blue.png"]), "{}{}Which?", "red blue"),
         (chat("Which?", image="red.png"), "{}Which?", "red"),
         (chat("Which?", image={"path": "red.png"}), "{}Which?", "red"),
@@ -119,20 +119,12 @@ def chat(content: Any, **columns: Any) -> dict[str, Any]:
         ({"prompt": "<image>Which?", "completion": "green", "image": "red.png"}, "{}Which?", "red"),
         ({"prompt": "Which?", "completion": "green", "images": ["red.png"]}, "{}Which?", "red"),
         (
-            {"prompt": [{"role": "user", "content": "Which?"}], "completion": [REPLY], "images": [data_url(RED)]},
+            {"prompt": chat("Which?")["messages"][:1], "completion": [REPLY], "images": [RED_URL]},
             "{}Which?",
             "red",
         ),
         ({"instruction": "Which?", "output": "green", "image": "red.png"}, "{}Which?", "red"),
-        (
-            {
-                "id": "7",
-                "image": "blue.png",
-                "conversations": [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "green"}],
-            },
-            "{}\nWhich?",
-            "blue",
-        ),
+        ({"id": "7", "image": "blue.png", "conversations": SHAREGPT}, "{}\nWhich?", "blue"),
     ],
 )
 def test_images_are_read_in_every_format(
@@ -228,12 +220,6 @@ def test_images_in_tables_are_paths_or_lists_of_paths(colors: Path, processor: P
     assert as_read(str(path), processor) == [SHOWN[1]]
 
 
-def test_a_column_of_another_name_is_mapped(colors: Path, processor: ProcessorMixin) -> None:
-    row = {**ROWS[0], "photo": data_url(RED)}
-    del row["images"]
-    assert as_read(write_rows(colors, [row]), processor, field={"image": "photo"}) == SHOWN[:1]
-
-
 def test_an_image_is_one_piece_of_a_preview(colors: Path, processor: ProcessorMixin) -> None:
     save_image(colors / "wide.png", "red", (64, 48))
     data = write_rows(colors, [chat("<image><image>?", images=["red.png", "wide.png"])])
@@ -276,9 +262,9 @@ def test_a_stream_has_the_same_examples(colors: Path, processor: ProcessorMixin)
 
 
 def test_only_images_leave_the_rows_for_the_cache(colors: Path, processor: ProcessorMixin) -> None:
-    row = chat([{"type": "text", "text": data_url(RED)}, {"type": "image", "path": "red.png"}])
+    row = chat([{"type": "text", "text": RED_URL}, {"type": "image", "path": "red.png"}])
     ((text, names),) = as_read(write_rows(colors, [row]), processor)
-    assert data_url(RED) in text
+    assert RED_URL in text
     assert names == ["red"]
 
 
@@ -329,17 +315,13 @@ def animation(format: str) -> bytes:
 NOISE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "text": (lambda: b"GIF of a cat", "is not an image; expected one of PNG, JPEG, WEBP, GIF, BMP"),
-    "pdf": (lambda: b"%PDF-1.7\n", "is not an image"),
-    "svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
     "tiff": (lambda: content_of(NOISE, "TIFF"), "is not an image; expected one of PNG, JPEG, WEBP, GIF, BMP"),
     "empty": (lambda: b"", "is not an image: it is empty"),
     "bomb": (lambda: png_header(50_000, 50_000), "has too many pixels; expected at most 64,000,000"),
     "large": (lambda: png_header(9_000, 9_000), "has 9,000 x 9,000 pixels; expected at most 64,000,000"),
     "half a PNG": (lambda: content_of(NOISE)[:3000], "cannot be decoded: .*; repair or remove it"),
     "half a JPEG": (lambda: content_of(NOISE, "JPEG")[:1000], "cannot be decoded: image file is truncated"),
-    "half a WEBP": (lambda: content_of(NOISE, "WEBP")[:1000], "cannot be decoded"),
     "GIF": (lambda: animation("GIF"), "is an animation of 3 frames; save one of them as an image"),
-    "animated WEBP": (lambda: animation("WEBP"), "is an animation of 3 frames"),
     "APNG": (lambda: animation("PNG"), "is an animation of 3 frames"),
     "long": (lambda: RED + bytes(64 << 20), "has more than 64 MiB; save it with a smaller size"),
 }
@@ -389,7 +371,6 @@ def test_all_problems_of_all_rows_are_reported_at_once(colors: Path, processor: 
         ("data:image/png;base64,a", "is not a base64 data URL"),
         ("data:image/png;base64,!!!!", "is not a base64 data URL"),
         (7, "expected a path, a data: URL or bytes, got 7"),
-        (None, "expected 1, one for each <image> in the messages, got 0"),
     ],
 )
 def test_a_path_or_url_that_must_not_be_read_is_refused(
@@ -605,7 +586,7 @@ def test_a_cache_that_cannot_be_written_is_reported(
     colors: Path, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TAILORA_HOME", str(colors / "red.png"))
-    data = write_rows(colors, [chat("?", image=data_url(RED))])
+    data = write_rows(colors, [chat("?", image=RED_URL)])
     with pytest.raises(
         WriteError, match=r"cannot be kept in .*red.png/images: .*; set TAILORA_HOME to a folder that you"
     ):

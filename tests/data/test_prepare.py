@@ -433,18 +433,6 @@ def test_a_stream_without_trained_tokens_is_refused(bytes_tokenizer, jsonl, rows
         list(stream(jsonl(rows), bytes_tokenizer(), max_length=1))
 
 
-def test_chats_in_every_schema_become_the_same_examples(bytes_tokenizer, jsonl, chatml) -> None:
-    forms = [
-        chat_row("hello", "you"),
-        {"prompt": "hello", "completion": "you"},
-        {"instruction": "hello", "output": "you"},
-        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "you"}]},
-        {"prompt": chat_row("hello")["messages"], "completion": [{"role": "assistant", "content": "you"}]},
-    ]
-    hashes = {prepare(jsonl([form]), bytes_tokenizer(chatml), validation_split=0).report.sha256 for form in forms}
-    assert len(hashes) == 1
-
-
 def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenizer, jsonl, chatml) -> None:
     rows = [{"question": f"hello {n}", "choices": ["you", "me"], "answer": 0} for n in range(4)]
     for path in (jsonl(rows, "choices.jsonl"), jsonl([chat_row(f"hello {n}", "you") for n in range(4)], "chats.jsonl")):
@@ -458,6 +446,7 @@ def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenize
         assert sample.messages[0] == {"role": "system", "content": "be"}
 
 
+TEXT = {"text": "a b"}
 FEEDBACK_ROWS = [{"prompt": f"{n}", "completion": f"b {n}", "label": n % 2 == 0} for n in range(3)]
 
 
@@ -465,32 +454,24 @@ FEEDBACK_ROWS = [{"prompt": f"{n}", "completion": f"b {n}", "label": n % 2 == 0}
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
+        ([TEXT], {"system": "be"}, "--system only applies to conversations, but the data has text rows; remove it"),
         (
-            [{"text": "a b"}],
-            {"system": "be"},
-            "--system only applies to conversations, but the data has text rows; remove it",
-        ),
-        (
-            [{"text": "a b"}],
+            [TEXT],
             {"assistant_only_loss": True},
-            "--assistant-only-loss only applies to conversations, but the data has text rows",
+            "--assistant-only-loss only applies to conversations, but the data",
         ),
         (
-            [{"text": "a b"}],
+            [TEXT],
             {"completion_only_loss": True},
-            "--completion-only-loss only applies to completions, but the data has .* rows",
+            "--completion-only-loss only applies to completions, but the data",
         ),
-        (
-            [chat_row("a", "b")],
-            {"completion_only_loss": True},
-            "--completion-only-loss only applies to completions, but the data has .* rows",
-        ),
+        ([chat_row("a", "b")], {"completion_only_loss": True}, "--completion-only-loss only applies to completions"),
         (
             PAIRS,
             {"documents": "concatenated"},
-            "--documents concatenated only applies to plain texts, but the data has p",
+            "--documents concatenated only applies to plain texts, but the data",
         ),
-        ([{"text": "a b"}], {"completion_only_loss": True, "system": "be"}, "2 problems"),
+        ([TEXT], {"completion_only_loss": True, "system": "be"}, "2 problems"),
     ],
 )
 def test_options_that_no_row_can_follow_are_refused(

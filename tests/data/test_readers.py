@@ -71,8 +71,6 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', 2, "not JSON: Expecting value at column 9"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8: byte 10 is 0xff"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "x": {"y": 1, "y": 2}}', 2, "an object contains the key y twice"),
-        ("a.json", b'[{"text": "a", "text": "b"}]', 0, "an object contains the key text twice"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', 2, "expected a JSON object {...}, got a list"),
         ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "unreadable JSON: Exceeds the limit"),
         ("a.jsonl", b"[" * 100_000, 1, "unreadable JSON: maximum recursion depth"),
@@ -85,12 +83,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
         ("a.csv", b'prompt\n"a', 0, "line 2: not CSV: unexpected end of data"),
         ("a.csv", b"prompt\na\n\xff\n", 0, "line 3: not UTF-8: byte 0 is 0xff"),
         ("a.csv", "prompt\nnaïve\n".encode("cp1252"), 0, "from Windows, convert it with `iconv -f WINDOWS-1252"),
-        (
-            "a.jsonl",
-            '{"text": "a"}'.encode("utf-16"),
-            1,
-            "byte 0 is 0xff; if the text is from Windows, convert it with",
-        ),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), 1, "0 is 0xff; if the text is from Windows, convert it with"),
         ("a.csv", "text\na\n".encode("utf-16"), 0, "`iconv -f UTF-16 -t UTF-8"),
         ("a.txt", b"\xff", 0, "not UTF-8: byte 0 is 0xff"),
         ("a.jsonl", b"\0" * 100, 1, "not JSON"),
@@ -152,36 +145,26 @@ def bad_utf8() -> pyarrow.Array:
 
 
 @pytest.mark.parametrize(
-    ("columns", "number", "cause"),
+    ("columns", "cause"),
     [
-        ({"text": bad_utf8()}, 2, "unreadable value ('utf-8' codec can't decode"),
-        (
-            {"text": ["a", "b"], "at": pyarrow.array([0, 10**15], pyarrow.timestamp("s"))},
-            2,
-            "unreadable value (Python int too large",
-        ),
+        ({"text": bad_utf8()}, "'utf-8' codec can't decode"),
+        ({"text": ["a", "b"], "at": pyarrow.array([0, 10**15], pyarrow.timestamp("s"))}, "Python int too large"),
     ],
 )
 def test_values_of_parquet_that_python_cannot_hold_are_problems_of_their_row(
-    tmp_path: Path, columns, number: int, cause: str
+    tmp_path: Path, columns, cause: str
 ) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     first, problem = read_file(path)
     assert first.fields["text"] == "a"
-    assert str(problem).startswith(f"{path}, item {number}: {cause}")
+    assert str(problem).startswith(f"{path}, item 2: unreadable value ({cause}")
 
 
 def test_columns_of_the_same_name_are_refused_in_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
     assert list(read_file(path)) == [RowProblem(str(path), 0, "duplicate columns text; rename all but one")]
-
-
-def test_good_lines_around_a_bad_one_are_still_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\nbad\n{"text": "b"}\nworse\n')
-    assert [type(item) for item in read_file(path)] == [Row, RowProblem, Row, RowProblem]
 
 
 def test_one_conversation_in_a_json_file_is_one_row(tmp_path: Path) -> None:

@@ -179,70 +179,64 @@ def converted(fields: dict[str, object]) -> object:
     return convert_row(Row("rows.jsonl", 7, fields), detect_schema([fields]))
 
 
+def chat(*messages: object, **columns: object) -> dict[str, object]:
+    return {"messages": [USER, *messages], **columns}
+
+
+def reply(**keys: object) -> dict[str, object]:
+    return {**REPLY, **keys}
+
+
+def shared(sender: str, value: str, **keys: object) -> dict[str, object]:
+    return {"from": sender, "value": value, **keys}
+
+
+BE = {"role": "system", "content": "be"}
+G = {"name": "g", "parameters": {}}
+PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+OLD_CALL = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+CALL_ALONE = {"role": "assistant", "content": None, "tool_calls": [CALL]}  # content may be null beside calls
+BARE_CALLS = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}, {"name": "g"}]}
+RESULT = {"name": "f", "content": "1"}
+SHARED_CALL = shared("function_call", '{"name": "f", "arguments": {"a": 1}}')
+
+
 @pytest.mark.parametrize(
     ("fields", "sample"),
     [
-        ({"messages": [USER, REPLY]}, Conversation([USER, REPLY])),
+        (chat(REPLY), Conversation([USER, REPLY])),
+        ({"messages": [{**USER, "content": PARTS}, REPLY]}, Conversation([USER, REPLY])),
+        (chat(reply(reasoning_content="hm", tool_calls=None)), Conversation([USER, reply(reasoning_content="hm")])),
+        (chat(CALL_ALONE), Conversation([USER, calling(CALL)])),
+        (chat(BARE_CALLS), Conversation([USER, calling(called("f", {"a": 1}), called("g", {}))])),
+        (chat(OLD_CALL), Conversation([USER, calling(called("f", "{}"))])),
         (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
-                    REPLY,
-                ]
-            },
-            Conversation([USER, REPLY]),
-        ),
-        (
-            {"messages": [USER, {**REPLY, "reasoning_content": "hm", "tool_calls": None}]},
-            Conversation([USER, {**REPLY, "reasoning_content": "hm"}]),
+            chat(calling(CALL), {"role": "function", **RESULT}, REPLY),
+            Conversation([USER, calling(CALL), {"role": "tool", **RESULT}, REPLY]),
         ),
         (
-            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "system": "be"},
-            Conversation([{"role": "system", "content": "be"}, USER, REPLY]),
+            chat(REPLY, tools=[TOOL, G]),
+            Conversation([USER, REPLY], tools=[TOOL, {"type": "function", "function": G}]),
         ),
-        ({"conversations": [USER, REPLY]}, Conversation([USER, REPLY])),
-        (  # content may be null beside calls
-            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-            Conversation([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}]),
-        ),
-        (  # without the object around the function, and with arguments that are an object or absent
-            {
-                "messages": [
-                    USER,
-                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}, {"name": "g"}]},
-                ]
-            },
-            Conversation([USER, calling(called("f", {"a": 1}), called("g", {}))]),
-        ),
-        (  # OpenAI's older form
-            {
-                "messages": [
-                    USER,
-                    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
-                ]
-            },
-            Conversation([USER, calling(called("f", "{}"))]),
+        (chat(REPLY, tools=json.dumps([TOOL])), Conversation([USER, REPLY], tools=[TOOL])),
+        (chat(REPLY, tools=[]), Conversation([USER, REPLY])),
+        (
+            {"messages": [{**USER, "train": False}, reply(train=False), USER, reply(weight=1)]},
+            Conversation([USER, REPLY, USER, REPLY], untrained=frozenset({0, 1})),
         ),
         (
-            {"messages": [USER, calling(CALL), {"role": "function", "name": "f", "content": "1"}, REPLY]},
-            Conversation([USER, calling(CALL), {"role": "tool", "name": "f", "content": "1"}, REPLY]),
+            {"conversations": [shared("human", "hi"), shared("gpt", "hello")], "system": "be"},
+            Conversation([BE, USER, REPLY]),
         ),
+        ({"conversations": [shared("user", "hi"), shared("assistant", "hello")]}, Conversation([USER, REPLY])),
         (
-            {"messages": [USER, REPLY], "tools": [TOOL, {"name": "g", "parameters": {}}]},
-            Conversation(
-                [USER, REPLY], tools=[TOOL, {"type": "function", "function": {"name": "g", "parameters": {}}}]
-            ),
+            {"conversations": [{**USER, "id": 7}, reply(thinking="hm")]},
+            Conversation([{**USER, "id": 7}, reply(reasoning_content="hm")]),
         ),
-        ({"messages": [USER, REPLY], "tools": json.dumps([TOOL])}, Conversation([USER, REPLY], tools=[TOOL])),
-        ({"messages": [USER, REPLY], "tools": []}, Conversation([USER, REPLY])),
-        ({"prompt": "hi", "completion": "hello", "tools": [TOOL]}, Conversation([USER, REPLY], first=1, tools=[TOOL])),
         (
             {
                 "conversations": [
-                    {"from": "human", "value": "hi"},
-                    {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
-                    {"from": "observation", "value": "1"},
-                    {"from": "gpt", "value": "hello", "weight": 0},
+                    *(shared("human", "hi"), SHARED_CALL, shared("observation", "1"), shared("gpt", "hello", weight=0))
                 ],
                 "tools": json.dumps([TOOL]),
             },
@@ -252,20 +246,7 @@ def converted(fields: dict[str, object]) -> object:
                 tools=[TOOL],
             ),
         ),
-        (
-            {"messages": [{**USER, "train": False}, {**REPLY, "train": False}, USER, {**REPLY, "weight": 1}]},
-            Conversation([USER, REPLY, USER, REPLY], untrained=frozenset({0, 1})),
-        ),
-        (
-            {"conversations": [{**USER, "id": 7}, {**REPLY, "thinking": "hm"}], "system": "be"},
-            Conversation(
-                [{"role": "system", "content": "be"}, {**USER, "id": 7}, {**REPLY, "reasoning_content": "hm"}]
-            ),
-        ),
-        (
-            {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]},
-            Conversation([USER, REPLY]),
-        ),
+        ({"prompt": "hi", "completion": "hello", "tools": [TOOL]}, Conversation([USER, REPLY], first=1, tools=[TOOL])),
         ({"prompt": "hi", "completion": " there"}, Pair("hi", " there")),
         ({"prompt": [USER], "completion": [REPLY]}, Conversation([USER, REPLY], first=1)),
         ({"prompt": [USER, REPLY, USER], "completion": "hello"}, Conversation([USER, REPLY, USER, REPLY], first=3)),
@@ -312,115 +293,56 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
     assert not isinstance(converted({**row, key: "[1] and ['role']"}), RowProblem)
 
 
+OBJECT = "expected an object with role and content, or with from and value, got "
+
+
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
         ({"messages": []}, "messages: expected a list of messages, got []"),
         ({"messages": "hi"}, "messages: expected a list of messages, got 'hi'"),
+        (chat("hi"), f"messages[1]: {OBJECT}'hi'"),
+        (chat({"content": "x"}), f"messages[1]: {OBJECT}{{'content': 'x'}}"),
+        (chat(reply(role="asistant")), "messages[1]: unknown role 'asistant'; did you mean assistant"),
+        (chat(reply(role={})), "messages[1]: unknown role {}; known roles are"),
+        (chat({"role": "assistant"}), "messages[1].content: expected text, got None"),
+        (chat(reply(tool_calls=[1])), "messages[1].tool_calls[0]: expected a function with name and arguments, got 1"),
+        (chat(reply(tool_calls={"name": "f"})), "tool_calls: expected a list of calls, got {'name': 'f'}"),
+        (chat(calling({"name": "f", "arguments": "{"})), "tool_calls[0].arguments: expected JSON text, got "),
+        (chat(calling({"name": "f", "arguments": "[1]"})), "arguments: expected an object or its JSON text, got '[1]'"),
         (
-            {"messages": ["hi"]},
-            "messages[0]: expected an object with role and content, or with from and value, got 'hi'",
+            chat({**USER, "tool_calls": [CALL]}, REPLY),
+            "[1]: only assistant messages can have tool calls, got",
         ),
-        (
-            {"messages": [{"role": "asistant", "content": "x"}]},
-            "messages[0]: unknown role 'asistant'; did you mean assistant",
-        ),
-        (
-            {"messages": [{"content": "x"}]},
-            "messages[0]: expected an object with role and content, or with from and value, got {'content': 'x'}",
-        ),
-        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content: expected text, got None"),
-        (
-            {"messages": [USER, {**REPLY, "tool_calls": [1]}]},
-            "messages[1].tool_calls[0]: expected a function with name and arguments, got 1",
-        ),
-        (
-            {"messages": [USER, {**REPLY, "tool_calls": {"name": "f"}}]},
-            "tool_calls: expected a list of calls, got {'name': 'f'}",
-        ),
-        (
-            {"messages": [USER, calling({"name": "f", "arguments": "{"})]},
-            "tool_calls[0].arguments: expected JSON text, got ",
-        ),
-        (
-            {"messages": [USER, calling({"name": "f", "arguments": "[1]"})]},
-            "arguments: expected an object or its JSON text, got '[1]'",
-        ),
-        (
-            {"messages": [{**USER, "tool_calls": [CALL]}, REPLY]},
-            "messages[0]: only assistant messages can have tool calls, got role user",
-        ),
-        (
-            {"messages": [USER, {"role": "tool", "content": "1", "tool_calls": [CALL]}, REPLY]},
-            "messages[1]: only assistant messages can have tool calls, got role tool",
-        ),
-        (
-            {"messages": [USER, REPLY], "tools": {"f": 1}},
-            "tools: expected a list of functions or its JSON text, got {'f': 1}",
-        ),
-        ({"messages": [USER, REPLY], "tools": "f"}, "tools: expected JSON text, got 'f' (Expecting value"),
-        (
-            {"messages": [USER, REPLY], "tools": [{"f": 1}]},
-            "tools[0]: expected a function with name and parameters, got {'f': 1}",
-        ),
-        (
-            {"messages": [USER, {**REPLY, "weight": 0.5}]},
-            "messages[1]: expected 0 or 1 for the weight of a message, got 0.5",
-        ),
-        ({"messages": [USER, {**REPLY, "train": 0}]}, "messages[1]: expected true or false for train, got 0"),
-        ({"messages": [USER, {**REPLY, "train": True, "weight": 0}]}, "messages[1]: train and weight contradict"),
-        ({"messages": [{**USER, "train": True}, REPLY]}, "messages[0]: only assistant messages can be trained"),
-        (
-            {"messages": [USER, {**REPLY, "train": False}]},
-            "expected a trained assistant message with content, got none",
-        ),
-        (
-            {"messages": [USER, {**REPLY, "reasoning_content": ["hm"]}]},
-            "messages[1].reasoning_content: expected text, got ['hm']",
-        ),
-        (
-            {"conversations": [{"from": "function_call", "value": "f()"}]},
-            "conversations[0].value: expected JSON text, got 'f()'",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "audio"}]}, REPLY]},
-            "messages[0].content[0]: only text and images are supported, got ",
-        ),
-        (
-            {"messages": [USER]},
-            "expected an assistant message with content, got none; to train on prompts without replies, use",
-        ),
-        (
-            {"chosen": [USER, REPLY], "rejected": [USER, REPLY]},
-            "chosen and rejected are the same, so there is nothing to learn",
-        ),
-        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "expected an assistant message with content"),
+        (chat(REPLY, tools={"f": 1}), "tools: expected a list of functions or its JSON text, got {'f': 1}"),
+        (chat(REPLY, tools="f"), "tools: expected JSON text, got 'f' (Expecting value"),
+        (chat(REPLY, tools=[{"f": 1}]), "tools[0]: expected a function with name and parameters, got {'f': 1}"),
+        (chat(reply(weight=0.5)), "messages[1]: expected 0 or 1 for the weight of a message, got 0.5"),
+        (chat(reply(train=0)), "messages[1]: expected true or false for train, got 0"),
+        (chat(reply(train=True, weight=0)), "messages[1]: train and weight contradict"),
+        (chat({**USER, "train": True}, REPLY), "messages[1]: only assistant messages can be trained"),
+        (chat(reply(train=False)), "expected a trained assistant message with content, got none"),
+        (chat(reply(reasoning_content=["hm"])), "messages[1].reasoning_content: expected text, got ['hm']"),
+        (chat({**USER, "content": [{"type": "audio"}]}, REPLY), "[1].content[0]: only text and images are supported"),
+        (chat(), "expected an assistant message with content, got none; to train on prompts without replies, use"),
+        (chat(reply(content=" ")), "expected an assistant message with content"),
         ({"prompt": [USER, REPLY], "completion": [USER]}, "expected an assistant message with content"),
-        (
-            {"conversations": [{"from": "alien", "value": "x"}]},
-            "conversations[0].from: unknown sender 'alien'; use one of",
-        ),
-        (
-            {"conversations": [{"value": "x"}]},
-            "conversations[0]: expected an object with role and content, or with from and value, got {'value': 'x'}",
-        ),
+        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "chosen and rejected are the same, so there is nothing"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "[0].value: expected JSON text, got 'f()'"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "[0].from: unknown sender 'alien'; use one of"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "[0].from: unknown sender ['gpt']; use one of"),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "system": {}}, "system: expected text, got {}"),
         ({"prompt": "a", "completion": " \n"}, "completion is empty, so there is nothing to learn"),
         ({"prompt": "a", "completion": 42}, "completion: expected text, got 42"),
         ({"instruction": "a", "output": ""}, "completion is empty, so there is nothing to learn"),
+        ({"instruction": "a", "output": "b", "input": 0}, "input: expected text, got 0"),
         ({"text": ""}, "text is empty, so there is nothing to learn"),
         ({"text": "\ud83d"}, "text contains half of a surrogate pair"),
-        (
-            {"conversations": [{"from": ["gpt"], "value": "a"}]},
-            "conversations[0].from: unknown sender ['gpt']; use one of",
-        ),
-        ({"conversations": [{"from": "gpt", "value": "a"}], "system": {}}, "system: expected text, got {}"),
-        ({"instruction": "a", "output": "b", "input": 0}, "input: expected text, got 0"),
-        ({"messages": [{"role": {}, "content": "a"}]}, "messages[0]: unknown role {}; known roles are"),
+        ({"text": ["x" * 99]}, "text: expected text, got ['" + "x" * 55 + "..."),
         (
             {"question": "a", "choices": {"text": ["b", "c"], "label": [1.5, None]}, "answer": 0},
             "choices: expected text or integers as labels, got 1.5",
         ),
-        ({"text": ["x" * 99]}, "text: expected text, got ['" + "x" * 55 + "..."),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_reported_with_file_and_number(fields, cause) -> None:

@@ -139,30 +139,25 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
     assert model.lora_layers["down_blocks/0/to_out/0"].scaling == 1
 
 
+Q_NAME = f"lora_te1_{Q.replace('.', '_')}"
+
+
+def put(key: str, tensor: torch.Tensor) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.update({key: tensor})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"lora_te1_{Q.replace('.', '_')}.lora_up.weight"), rf"{Q}: missing factor B"),
-        (
-            lambda t: t.update({"lora_te1_nowhere.lora_down.weight": torch.ones(2, 2)}),
-            "lora_te1_nowhere: the model has no",
-        ),
-        (lambda t: t.update({"lora_te1_x.hada_w1_a": torch.ones(2)}), r"not plain LoRA: lora_te1_x\.hada_w1_a"),
-        (lambda t: t.update({"lora_te1_x.dora_scale": torch.ones(2)}), r"not plain LoRA: lora_te1_x\.dora_scale"),
-        (
-            lambda t: t.update({"something.weight": torch.ones(2)}),
-            r"not plain LoRA: something\.weight \(1 of 13 keys\)",
-        ),
-        (
-            lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.ones(2)}),
-            "expected a single number as alpha, got 2",
-        ),
-        (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.tensor(torch.nan)}), "alpha"),
-        (
-            lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.lora_up.weight": torch.ones(5, 4)}),
-            "wrong shape of .*lora_B",
-        ),
-        (lambda t: t.clear(), "the model has none of the layers in the file"),
+        (lambda t: t.pop(f"{Q_NAME}.lora_up.weight"), rf"{Q}: missing factor B"),
+        (put("lora_te1_nowhere.lora_down.weight", torch.ones(2, 2)), "lora_te1_nowhere: the model has no"),
+        (put("lora_te1_x.hada_w1_a", torch.ones(2)), r"not plain LoRA: lora_te1_x\.hada_w1_a"),
+        (put("lora_te1_x.dora_scale", torch.ones(2)), r"not plain LoRA: lora_te1_x\.dora_scale"),
+        (put("something.weight", torch.ones(2)), r"not plain LoRA: something\.weight \(1 of 13 keys\)"),
+        (put(f"{Q_NAME}.alpha", torch.ones(2)), "expected a single number as alpha, got 2"),
+        (put(f"{Q_NAME}.alpha", torch.tensor(torch.nan)), "alpha"),
+        (put(f"{Q_NAME}.lora_up.weight", torch.ones(5, 4)), "wrong shape of .*lora_B"),
+        (dict.clear, "the model has none of the layers in the file"),
     ],
 )
 def test_keys_that_are_not_lora_or_fit_no_layer_are_refused(

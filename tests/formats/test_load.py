@@ -90,13 +90,7 @@ def test_missing_unexpected_misshapen_and_non_finite_tensors_are_reported_at_onc
 
 LARGE = r"not finite in torch.float32: lora_B of model\.layers"
 NOT_FINITE: dict[str, tuple[dict[str, Any], str, float, torch.dtype, str]] = {
-    "a head trained in full": (
-        {"modules_to_save": ["lm_head"]},
-        "lm_head",
-        torch.inf,
-        torch.float32,
-        "not finite: lm_h",
-    ),
+    "a whole head": ({"modules_to_save": ["lm_head"]}, "lm_head", torch.inf, torch.float32, "not finite: lm_h"),
     "token rows": ({"trainable_token_indices": [1]}, "delta", torch.nan, torch.float32, r"not finite: .*tokens_delta"),
     "magnitudes": ({"use_dora": True}, "magnitude", torch.nan, torch.float32, r"not finite: .*magnitude_vector"),
     "too large for float32": ({}, "lora_B", 1e200, torch.float64, LARGE),
@@ -198,10 +192,7 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights"),
         ({"r": 0}, "r = 0"),
         ({"lora_alpha": 8}, "lora_alpha = 8.0, not 32.0"),
-        (
-            {"target_modules": ["q_proj", "down_proj", "v_proj"]},
-            "missing the factors of model.layers.0.self_attn.v_proj",
-        ),
+        ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, r"missing the factors of model\.layers\.0\..*v_proj"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern = .'q_proj': 3., not"),
     ],
 )
@@ -276,8 +267,6 @@ DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (write_config("{"), "is not JSON"),
     (write_config(""), "is not JSON"),
     (write_config("[]"), "expected a JSON object, got a list"),
-    (write_config("null"), "expected a JSON object, got null"),
-    (write_config("3"), "expected a JSON object, got a number"),
     (write_config('{"r": ' + "9" * 5000 + "}"), "is not JSON"),
     (write_config('{"peft_type": "LORA", "lora_alpha": NaN}'), "lora_alpha"),
     (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is not JSON"),
@@ -347,10 +336,7 @@ def test_an_adapter_of_a_resized_base_is_refused_on_the_original_one(tmp_path: P
     resized.resize_token_embeddings(310)
     model = adapted({"target_modules": ["q_proj"]}, resized)
     model.save_adapter(tmp_path)
-    message = (
-        r"(?s)vocabulary of 310 tokens.*a base model with 300.*resize_token_embeddings\(310\).*allow_base_mismatch"
-    )
-    with pytest.raises(BaseMismatchError, match=message):
+    with pytest.raises(BaseMismatchError, match=r"(?s)310 tokens.* with 300.*resize_token_embeddings\(310\).*allow_"):
         LoRAModel.from_pretrained(chat_model(), tmp_path)
     assert len(LoRAModel.from_pretrained(chat_model(), tmp_path, allow_base_mismatch=True).lora_layers) == 2
     expected = logits(model)

@@ -221,7 +221,7 @@ def test_a_file_that_holds_the_base_s_embedding_is_read_where_it_is_this_base_s(
     torch.testing.assert_close(logits(ours, ids()), logits(theirs, ids()), **TOLERANCE)
     other = llama(False)
     other.model.embed_tokens.weight.data[21:23] += 1
-    with pytest.raises(FormatError, match=r"2 rows of the file's model.embed_tokens.weight \(21..22\) differ"):
+    with pytest.raises(FormatError, match=r"the file's model\.embed_tokens\.weight differs"):
         LoRAModel.from_pretrained(other, tmp_path)
     with pytest.raises(FormatError, match=r"resize_token_embeddings\(24\)"):
         LoRAModel.from_pretrained(llama(False, 20), tmp_path)
@@ -261,7 +261,7 @@ def test_a_file_with_trained_and_saved_embeddings_loads(
     other = base()
     layer = other.lm_head if "lm_head" in names else other.model.embed_tokens
     layer.weight.data[21:23] += 1
-    with pytest.raises(FormatError, match=r"2 rows of .*\(21..22\) differ.*original_module.weight into"):
+    with pytest.raises(FormatError, match=r"differs from this base's.*original_module.weight into"):
         LoRAModel.from_pretrained(other, folder)
 
 

@@ -269,13 +269,8 @@ HOSTILE: dict[str, tuple[Callable[[], list[str]], str]] = {
         lambda: [data_url(saved(PIL.Image.new("1", (6_000, 6_000))))] * 2,
         "messages.0.content.1: the images have more than 64,000,000 pixels in total; send smaller ones",
     ),
-    "broken base64": (lambda: [f"{GOOD}*"], "messages.0.content.0: image "),
-    "no base64": (lambda: ["data:image/png,hello"], "does not begin with data:image/...;base64,"),
-    "empty": (lambda: ["data:image/png;base64,"], "is not an image"),
     "text": (lambda: [data_url(b"hello")], "is not an image; expected one of PNG, JPEG, WEBP, GIF"),
     "other format": (lambda: [data_url(saved(square(), kind="BMP"))], "is not an image; expected one of PNG, JPEG,"),
-    "truncated": (lambda: [data_url(saved(square(600))[:900])], "cannot be decoded"),
-    "animation": (lambda: [data_url(saved(square(), square(color="blue"), kind="GIF"))], "an animation of 2 frames"),
     "large file": (lambda: [data_url(bytes(11 << 20))], "messages.0.content.0: the image has more than 10 MiB"),
     "file": (lambda: ["file:///etc/passwd"], "send the image as a data: URL (data:image/png;base64,...); this server"),
     "http": (lambda: ["http://127.0.0.1/a.png"], "messages.0.content.0.image_url.url: send the image as a data: URL"),
@@ -323,13 +318,6 @@ def test_a_text_with_the_token_of_an_image_or_video_is_refused(family: str, toke
         for prompt in (text, server.app.state.server.tokenizer(text)["input_ids"]):
             with pytest.raises(openai.BadRequestError, match="use /v1/chat/completions"):
                 server.client.completions.create(model="tiny", prompt=prompt)
-
-
-@pytest.mark.parametrize("role", ["assistant", "system", "tool"])
-def test_images_in_messages_of_others_are_refused(server: Running, role: str) -> None:
-    messages = [*user("a"), {**user(GOOD)[0], "role": role}, *user("b")]
-    with pytest.raises(openai.BadRequestError, match=rf"messages\[1\]: only user messages can .* got role {role}"):
-        chat(server, "text", messages=messages)
 
 
 def test_images_are_decoded_outside_of_the_event_loop(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

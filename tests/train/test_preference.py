@@ -419,7 +419,7 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ),
         ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: only applies to preferences"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"loss": "kto"}, "label .true or false."),
-        ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "expected both labels, but all are true"),
+        ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "all rows have the same label; add others"),
         ([PAIR], {"streaming": True, "max_steps": 2}, "remove --streaming"),
     ],
 )
