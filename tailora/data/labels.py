@@ -12,7 +12,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,14 +140,10 @@ def _number(value: Any) -> float:
     return number
 
 
-def _in_order(names: Iterable[str]) -> tuple[str, ...]:
+def _in_order(names: Collection[str]) -> tuple[str, ...]:
     """Sorts the tag O first, then numbers by size, then other names alphabetically."""
-
-    def key(name: str) -> tuple[bool, bool, int, str]:
-        is_number = re.fullmatch(r"-?[0-9]{1,4000}", name) is not None
-        return name != "O", not is_number, int(name) if is_number else 0, name
-
-    return tuple(sorted(names, key=key))
+    numbers = {name: int(name) for name in names if re.fullmatch(r"-?[0-9]{1,4000}", name)}
+    return tuple(sorted(names, key=lambda name: (name != "O", name not in numbers, numbers.get(name, 0), name)))
 
 
 # ---- Reading the names

@@ -257,8 +257,8 @@ def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int
 def loss_mask(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> tuple[Int32, Bools]:
     """Returns token ids, including BOS and EOS, and whether each one is trained; both (length,).
 
-    tokens: of the full rendered text. Used if its prompts have the same tokens as in generation; otherwise prompts and
-        replies are tokenized separately.
+    The tokens of the full text are used if its prompts have the same ones as in generation. Otherwise, prompts and
+    replies are tokenized separately.
     """
     ids, mask = _mask_from_offsets(rendered, tokens, tokenizer) or _mask_from_pieces(rendered, tokenizer)
     bos, eos = tokenizer.bos_ids, [] if tokenizer.eos_id is None else [tokenizer.eos_id]

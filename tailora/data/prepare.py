@@ -50,9 +50,8 @@ def encode_source(
 ) -> tuple[ColumnMapping, Iterator[EncodedSample | RowProblem]]:
     """Returns the column mapping, and the encoded sample or the problem of every item, in order.
 
-    detect_from: number of items that determine the schema; None for all.
+    detect_from: number of items that determine the schema; None for all. Raises DataError if they fit none.
     whole_texts: do not truncate plain texts at max_length.
-    Raises DataError if those items contain no row, or no row of a known schema.
     """
     settings = tokenizer.settings
     if tokenizer.processor is not None:
@@ -249,11 +248,7 @@ def _report(
     examples: tuple[Examples, Examples],
     tokenizer: ChatTokenizer,
 ) -> DataReport:
-    """loaded: the sources before the split, training sources first.
-
-    sides: the training and held-out sources after the split.
-    examples: of each side, including duplicates.
-    """
+    """loaded: the sources before the split, training sources first. examples: of both sides, including duplicates."""
     (train, evaluated), labels, flagged = examples, tokenizer.settings.labels, Flagged()
     for part in loaded:
         flagged.update(part.counts.flagged)
@@ -303,15 +298,11 @@ def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
     """Raises DataError if there are too few single replies to compare, or if all have the same label."""
     if 1 in (len(train), len(held_out)):
         raise DataError(
-            f"data {source}: expected at least two rows on each side of the split, got {len(train):,} to train on and "
-            f"{len(held_out):,} held out. Single replies are compared with replies to other prompts; add data, or "
-            "change --validation-split"
+            f"data {source}: expected at least two rows on each side of the split, because single replies are compared "
+            f"with replies to other prompts; got {len(train):,} and {len(held_out):,}; add data"
         )
     if train.targets is not None and len(np.unique(train.targets)) == 1:
-        raise DataError(
-            f"data {source}: expected both labels, but all are {'true' if train.targets.any() else 'false'}; add rows "
-            "with the other label, or use --task causal-lm"
-        )
+        raise DataError(f"data {source}: all rows have the same label; add others, or use --task causal-lm")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -195,7 +195,7 @@ def read_json_lines(path: Path, lines: Iterable[bytes]) -> Rows:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                value = _parse_json(line.decode("utf-8-sig").rstrip())
+                value = json.loads(line.decode("utf-8-sig").rstrip())
             except (ValueError, RecursionError) as error:
                 yield RowProblem(str(path), number, _json_cause(error), content=line.decode(errors="replace"))
             else:
@@ -205,7 +205,7 @@ def read_json_lines(path: Path, lines: Iterable[bytes]) -> Rows:
 def read_json(path: Path) -> Rows:
     """Reads a list of objects, an object that contains one such list, or JSON lines in a .json file."""
     try:
-        value = _parse_json(path.read_text("utf-8-sig"))
+        value = json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from read_jsonl(path)
@@ -223,16 +223,6 @@ def read_json(path: Path) -> Rows:
             yield _row(path, number, item, is_item=True)
 
 
-def _parse_json(text: str) -> Any:
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise ValueError(f"an object contains the key {_repeated(key for key, _ in pairs)} twice")
-        return values
-
-    return json.loads(text, object_pairs_hook=without_repeats)
-
-
 def _repeated(names: Iterable[str]) -> str:
     return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1))
 
@@ -242,7 +232,7 @@ def _json_cause(error: Exception) -> str:
         return _not_utf8(error)
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at column {error.colno}"
-    return f"unreadable JSON: {error}"  # repeated keys, a number with thousands of digits
+    return f"unreadable JSON: {error}"  # a number with thousands of digits
 
 
 def _row(path: Path, number: int, value: Any, is_item: bool = False) -> Row | RowProblem:
@@ -273,11 +263,8 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
                 if values and len(values) == len(header):
                     yield Row(str(path), reader.line_num, dict(zip(header, values, strict=True)))
                 elif values:
-                    cause = (
-                        f"expected {len(header)} values separated by {DELIMITERS[delimiter]}, as in the header, got "
-                        f"{len(values)}"
-                    )
-                    yield RowProblem(str(path), reader.line_num, cause, content=values)
+                    cause = f"expected {len(header)} values separated by {DELIMITERS[delimiter]}, as in the header"
+                    yield RowProblem(str(path), reader.line_num, f"{cause}, got {len(values)}", content=values)
         except UnicodeDecodeError as error:
             yield RowProblem(str(path), 0, f"line {reader.line_num + 1}: {_not_utf8(error)}")
         except csv.Error as error:

@@ -55,10 +55,7 @@ class Flagged:
             self.add(name, location)
 
     def add_copies(self, train: Iterable[tuple[bytes, str]], held_out: Iterable[tuple[bytes, str]]) -> None:
-        """Adds duplicates within the training examples, within the held-out ones, and across the split.
-
-        train, held_out: hash and location of each example.
-        """
+        """Adds duplicates on the same side of the split, and across it. They have hash and location of each example."""
         trained, evaluated = set[bytes](), set[bytes]()
         for examples, name, seen in ((train, "repeated", trained), (held_out, "eval_copies", evaluated)):
             for value, location in examples:
@@ -71,11 +68,7 @@ class Flagged:
 
 @dataclass(slots=True)
 class RowCounts:
-    """Counts of encoded rows and their examples. An example counts once, even if its source is read again.
-
-    flagged: truncated at max_length; without_weight (weight 0); cut_away (no trained token left); split_rows;
-        duplicates of held-out examples, whose hashes are in `held_out`.
-    """
+    """Counts of encoded rows and their examples. An example counts once, even if its source is read again."""
 
     rows: int = 0
     last: int = 0  # position of the last one among all rows, from 1
@@ -84,7 +77,7 @@ class RowCounts:
     split_examples: int = 0  # from conversations with several examples
     tokens: int = 0  # after truncation
     longest: int = 0  # tokens of the longest example, before truncation
-    held_out: frozenset[bytes] = frozenset()
+    held_out: frozenset[bytes] = frozenset()  # hashes of the held-out examples, to find duplicates of them
     flagged: Flagged = field(default_factory=Flagged)
     systems: Counter[str | None] = field(default_factory=Counter)  # examples with each of the first MOST_SYSTEMS
 

@@ -163,10 +163,8 @@ def comparison_ids(base_model: Any) -> Tensor:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a model that reads images
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
-        raise FormatError(
-            f"{type(base_model).__name__} has no config.vocab_size, so its export cannot be checked; use save_adapter "
-            "or merge, which work for every module"
-        )
+        name = type(base_model).__name__
+        raise FormatError(f"{name} has no config.vocab_size to check its export with; use save_adapter or merge")
     ids = torch.arange(1, BATCH * LENGTH + 1, device="cpu") * 7919 % vocabulary  # a prime: no pattern
     ids = ids.view(BATCH, LENGTH)
     if getattr(config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
@@ -237,14 +235,10 @@ def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterato
 def peft_problems(source: ExportSource) -> list[str]:
     problems = []
     if changed := [path for path, layer in source.adapter.low_rank.items() if layer.strength != 1]:
-        problems.append(
-            f"{len(changed)} layers have a strength other than 1; call set_scale(name, 1), or export to 'portable', "
-            "which includes the strength"
-        )
+        remedy = "call set_scale(name, 1), or export to 'portable', which includes the strength"
+        problems.append(f"{len(changed)} layers have a strength other than 1; {remedy}")
     if reason := peft.unreadable_by_peft(peft_layers(source.base_model, source.adapter.low_rank).values()):
-        problems.append(
-            f"PEFT cannot load this adapter: {reason}; export to 'merged', or use save_adapter for tailora alone"
-        )
+        problems.append(f"PEFT cannot load this adapter: {reason}; export to 'merged', or use save_adapter")
     return problems
 
 
@@ -341,10 +335,7 @@ def write_merged(folder: Path, source: ExportSource) -> list[str]:
     if report.worst > LARGE_ERROR:
         notes[0] += f". To keep all of it, {ROUNDING_REMEDY}"
     if quantized_layers(base):
-        notes.append(
-            f"the base is dequantized to {dtype}, but precision lost by quantizing does not come back. Quantizing "
-            "the merged weights again would lose some or all of the update"
-        )
+        notes.append(f"the base is dequantized to {dtype}; quantizing it again would lose some or all of the update")
     if source.tokenizer is None:
         notes.append("the folder has no tokenizer, because none was passed")
     else:

@@ -110,9 +110,7 @@ def fold_changes(source: ExportSource) -> list[str]:
     if starts := sum(layer.has_start for layer in layers):
         changes.append(f"the frozen starts of {starts} layers are included in their factors, which doubles the rank")
     if parts := sum(layer.output_slice is not None for layer in layers):
-        changes.append(
-            f"{parts} parts of fused layers are written as factors of the full layer, whose rank is the sum of theirs"
-        )
+        changes.append(f"{parts} parts of fused layers become factors of the full layer; their ranks are added")
     return changes
 
 

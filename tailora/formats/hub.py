@@ -109,9 +109,7 @@ def local_folder(
     """Returns the path for `source`: a local file or folder, or otherwise a repository `owner/name` of the Hub.
 
     For the folder of a run, it is the adapter in it. Only the adapter's files of a repository are downloaded, once.
-    revision: a branch, tag or commit. token: for a private repository.
-    Raises FetchError if `source` could be a repository and the Hub has no adapter there, or if the Hub cannot be
-    reached and the files were not downloaded before.
+    Raises FetchError if the Hub has no adapter there, or cannot be reached and nothing was downloaded before.
     """
     if Path(source).exists() or not could_be_repository(source):
         return Path(source, subfolder) if subfolder else adapter_folder(Path(source))
@@ -183,8 +181,7 @@ def find_gguf(name: str) -> Path | None:
     """Returns the GGUF file of a base model: a local one, or one of a Hub repository, downloaded once; None for others.
 
     `owner/name` is a repository without other weights and with a single GGUF file; `owner/name:Q4_K_M` selects the file
-    whose name ends with this. Raises ConfigError if not exactly one file matches, and FetchError if it cannot be
-    downloaded.
+    whose name ends with this. Raises ConfigError if not exactly one file matches, and FetchError.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 

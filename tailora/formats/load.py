@@ -238,12 +238,9 @@ def _with_tied_modules(
         return config
     tied = [path for path, module in modules.items() if module._parameters.get("weight") is embedding.weight]
     if len({path for path, slot in map(peft_keys.path_and_slot, stored.tensors) if slot and path in tied}) > 1:
-        warnings.warn(
-            f"{stored.folder}: ensure_weight_tying is only kept for inference. If you train this adapter further, the "
-            f"factors of {' and '.join(tied)} will no longer be tied",
-            TailoraWarning,
-            stacklevel=2,
-        )
+        factors = f"the factors of {' and '.join(tied)}"
+        message = f"{stored.folder}: {factors} are tied (ensure_weight_tying), but training would separate them"
+        warnings.warn(message, TailoraWarning, stacklevel=2)
     if not saved_modules(modules, config).keys() & set(tied):
         return config
     return config.replaced(modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *tied])))

@@ -76,14 +76,12 @@ def updates_of(stored: StoredAdapter) -> OfflineAdapter:
             left_out[layer_path] = STACKED
         else:
             try:
-                update = _update(layer_path, slots, r, alpha, config.use_rslora, stored)
+                if update := _update(layer_path, slots, r, alpha, config.use_rslora, stored):
+                    updates[layer_path] = update
+                else:
+                    left_out[layer_path] = MIXED_GROUPS
             except FormatError as error:
                 problems.append(f"{layer_path}: {error}")
-            else:
-                if update is None:
-                    left_out[layer_path] = MIXED_GROUPS
-                else:
-                    updates[layer_path] = update
     in_file = {layer_path.partition(".base_layer")[0] for layer_path in layers}
     problems += [  # a part of a layer has the tensors of the layer
         f"{path}: its tensors are missing"

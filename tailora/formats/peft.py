@@ -115,9 +115,8 @@ def write_peft_folder(
     """Writes a new folder completely or not at all; in an existing one the files are replaced, the weights first.
 
     The weights contain their settings, so that a crash between two files is detected when reading. The same adapter
-    gives the same bytes. A frozen start doubles the ranks.
+    gives the same bytes. A frozen start doubles the ranks. Raises DivergedError and WriteError.
     base: `base_fingerprint`, if it is known; by default it is read from the base.
-    Raises DivergedError for weights that are not finite, WriteError if the folder cannot be written.
     """
     layers = list(peft_layers(base_model, adapter.low_rank).values())
     tensors = adapter_to_peft(adapter, layers)
@@ -146,9 +145,8 @@ def write_peft_folder(
     )
     if unknown:
         about += f" PEFT cannot load the adapter: {unknown}."
-        warnings.warn(
-            f"{folder}: only tailora can load this adapter, not PEFT: {unknown}", TailoraWarning, stacklevel=2
-        )
+        message = f"{folder}: only tailora can load this adapter, not PEFT: {unknown}"
+        warnings.warn(message, TailoraWarning, stacklevel=2)
     elif config.lora_dropout != adapter.config.lora_dropout:
         about += f" Trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not support here."
     write_files(folder, tensors, metadata, settings, about)
@@ -222,14 +220,12 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
             f"expected an adapter folder with {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG}; {folder} is not a folder"
         )
     if not os.path.lexists(folder / ADAPTER_WEIGHTS):
-        pickled = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
-        names = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}"))  # of a model's other adapters
-        subfolders = (
-            f"; its subfolders {', '.join(names[:5])} contain adapters; use {folder / names[0]}" if names else ""
-        )
-        raise FormatError(
-            f"{folder} has no {ADAPTER_WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}{subfolders}"
-        )
+        hint = ""
+        if (folder / "adapter_model.bin").exists():
+            hint = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
+        if names := sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}")):  # of other adapters
+            hint += f"; its subfolders {', '.join(names[:5])} contain adapters; use {folder / names[0]}"
+        raise FormatError(f"{folder} has no {ADAPTER_WEIGHTS}{hint}")
     tensors, file_metadata = read_safetensors(folder / ADAPTER_WEIGHTS)
     if wrong := [key for key in tensors if not key.startswith(KEY_PREFIX)]:
         raise FormatError(

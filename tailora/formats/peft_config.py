@@ -94,12 +94,9 @@ def _task_type(config: LoRAConfig, base_model: nn.Module) -> TaskType | None:
     if missing := [path for path in heads if path not in saved_modules(modules, config)]:
         if config.task_type is None:
             return None
-        warnings.warn(
-            f"task_type={task!r}: PEFT expects the weights of {', '.join(missing)} and cannot load the adapter "
-            f"without them; train them in full (modules_to_save={missing}), or remove task_type",
-            TailoraWarning,
-            stacklevel=2,
-        )
+        message = f"task_type={task!r}: PEFT cannot load the adapter without the weights of {', '.join(missing)}"
+        remedy = f"train them in full (modules_to_save={missing}), or remove task_type"
+        warnings.warn(f"{message}; {remedy}", TailoraWarning, stacklevel=2)
     return task
 
 
@@ -178,12 +175,8 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
     known = {*USED_SETTINGS, *SETTINGS_WITHOUT_EFFECT, *UNSUPPORTED_SETTINGS}
     if unknown := {key: value for key, value in settings.items() if key not in known and value not in OFF}:
         shown = ", ".join(f"{key} = {value!r:.80}" for key, value in unknown.items())
-        warnings.warn(
-            f"{source}: ignoring unknown settings in adapter_config.json: {shown}. Compare the outputs with the "
-            "outputs in the tool that wrote the file",
-            TailoraWarning,
-            stacklevel=2,
-        )
+        message = f"{source}: ignoring unknown settings in adapter_config.json: {shown}. Compare outputs with PEFT's"
+        warnings.warn(message, TailoraWarning, stacklevel=2)
     values = {key: settings[key] for key in SHARED_SETTINGS if settings.get(key) is not None}
     values["task_type"] = task if (task := settings.get("task_type")) in get_args(TaskType) else None
     values["init_lora_weights"] = "gaussian" if init == "gaussian" else "kaiming"  # the tensors exist: it has no effect

@@ -1,13 +1,7 @@
 """The servers that `export --to NAME` writes for: the adapter's format, the limits, and the command that starts it.
 
-    server        adapter as       merged into the model instead, since the server cannot load it
-    vllm          portable         embeddings, Conv1D, a rank above 512
-    llama-server  gguf             everything that GGUF does not support
-    ollama        gguf             the same
-    mlx           mlx              everything that mlx-lm does not support
-
-DoRA, modules_to_save and trained biases are always merged. The scale is 1 in every command, because the adapter's own
-scale is already in its weights.
+What a server cannot load as an adapter is merged into the model: for example DoRA, modules_to_save and trained biases.
+The scale is 1 in every command, because the adapter's own scale is already in its weights.
 
 Flags and limits are from these pages, read on 2026-11-27:
 
