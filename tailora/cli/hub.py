@@ -37,7 +37,6 @@ from tailora.report.terminal import print_section
 
 if TYPE_CHECKING:
     from tailora.core.low_rank import Update
-    from tailora.formats.upload import Upload
 
 PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
@@ -69,14 +68,21 @@ def push(
     New repositories are private by default. All files are checked first and uploaded in one commit. Logs, data
     and local paths are not uploaded. Samples are not uploaded unless --samples is given.
     """
-    check_push(folder, repository, message, model)
+    from tailora.formats.upload import upload
+
+    check_push(folder, repository, model)
     log("checking the adapter")
     path = adapter_folder(folder)
     files = files_to_push(path, repository, model, license, samples=samples)
     if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
         note(f"not uploaded: {', '.join(left_behind)}")
     log(f"uploading {len(files)} files to {repository}")
-    uploaded = upload_files(files, repository, private=not public, revision=revision, commit_message=message)
+    delete = None if PASSPORT in files else PASSPORT  # of earlier weights
+    with TemporaryDirectory() as temporary:
+        for name, content in files.items():
+            Path(temporary, name).write_bytes(content)
+        options: dict[str, Any] = {"commit_message": message, "delete_patterns": delete}
+        uploaded = upload(Path(temporary), repository, private=not public, revision=revision, **options)
     if uploaded.is_private and public:
         note(f"{repository} is still private; make it public in its settings on the Hub")
     if uploaded.keeps_card:
@@ -95,15 +101,13 @@ def push(
     return 0
 
 
-def check_push(folder: Path, repository: str, message: str, model: str | None) -> None:
+def check_push(folder: Path, repository: str, model: str | None) -> None:
     """Raises ConfigError for arguments that cannot work, and without a token."""
     from huggingface_hub import get_token
 
     check_repository_name(repository)
     if not adapter_folder(folder).is_dir():
         raise ConfigError(f"{folder} is not a folder{nearest_path(folder)}; pass the folder of an adapter or of a run")
-    if not message.strip():
-        raise ConfigError("--message is empty; expected a commit message")
     if model is not None and hub.repository_of(model) is None:
         raise ConfigError(f"--model {model}: expected the base model's Hub id, owner/name")
     if get_token() is None:
@@ -152,17 +156,6 @@ def files_to_push(
             note(f"{adapter / CARD} {KEPT_CARD}")
     check_nothing_private(adapter, files, base)
     return files
-
-
-def upload_files(files: Mapping[str, bytes], repository: str, **options: Any) -> "Upload":
-    """options: of `upload`."""
-    from tailora.formats.upload import upload
-
-    delete = None if PASSPORT in files else PASSPORT  # of earlier weights
-    with TemporaryDirectory() as temporary:
-        for name, content in files.items():
-            Path(temporary, name).write_bytes(content)
-        return upload(Path(temporary), repository, delete_patterns=delete, **options)
 
 
 # ---- `tailora pull`

@@ -75,13 +75,11 @@ def compare(
         arms: dict[str, dict[str, Any]] = {} if arm else {LORA: {}}
         for text in arm or ():
             name, _, settings = text.partition(":")
-            if not name or "/" in name:
+            if not name or "/" in name or name in arms:
                 raise ConfigError(
-                    f"--arm {text}: expected NAME:setting=value,... with a NAME that is a valid folder name"
+                    f"--arm {text}: expected NAME:setting=value,... with a new NAME that is a valid folder name"
                 )
             arms[name] = parse_settings(settings)
-        if len(arms) < len(arm or ()):
-            raise ConfigError("--arm: two variants have the same name; use different names")
         in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
     train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)
     comparison = read_study(CompareConfig, in_file, study)

@@ -160,41 +160,29 @@ ENERGY = 0.99  # share of the squared singular values that `rank_99` keeps
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleReport:
-    """Measures of one update. Norms are Frobenius norms; measures that need the base model are None without it.
-
-    The names are keys of report.json.
-    kind: type of the layer.
-    numbers: elements of the weight, of all experts together.
-    rank: how many singular values the update can have: r, or 2r with a frozen start; of experts, each.
-    rank_99: how many of them hold 99% of the energy.
-    energy: share of the adapter's squared norm.
-    norm: of s (B A - B0 A0) alone.
-    relative_norm: ||dW|| / ||W||, with DoRA's magnitudes.
-    intruders, intruders_random: of the 10 leading vectors; None with a reason in `note`.
-    singular_values: largest first; for groups, the root of their mean square.
-    """
+    """Measures of one update, by the keys of report.json. Norms are Frobenius norms; None: needs the base model."""
 
     path: str
-    kind: str
+    kind: str  # type of the layer
     in_features: int
     out_features: int
-    numbers: int
+    numbers: int  # elements of the weight, of all experts together
     r: int
-    rank: int
+    rank: int  # how many singular values the update can have: r, or 2r with a frozen start; of experts, each
     effective_rank: float
     stable_rank: float
-    rank_99: int
-    energy: float
-    norm: float
-    relative_norm: float | None = None
-    intruders: int | None = None
+    rank_99: int  # how many of them hold 99% of the energy
+    energy: float  # share of the adapter's squared norm
+    norm: float  # of s (B A - B0 A0) alone
+    relative_norm: float | None = None  # ||dW|| / ||W||, with DoRA's magnitudes
+    intruders: int | None = None  # of the 10 leading vectors; None with a reason in `note`
     intruders_random: int | None = None
     scaling: float
     configured_scaling: float
     learned_scaling: bool
     use_dora: bool
     note: str = ""
-    singular_values: list[float]
+    singular_values: list[float]  # largest first; for groups, the root of their mean square
 
     @property
     def use(self) -> float:

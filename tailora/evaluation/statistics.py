@@ -41,10 +41,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> Interval:
-    """Returns the loss per token with its 95% interval. sums: nats, counts: trained tokens; both (examples,).
-
-    Raises ValueError if the shapes differ or no token counts.
-    """
+    """Returns the loss per token with its 95% interval. sums: nats, counts: trained tokens; both (examples,)."""
     nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if nats.ndim != 1 or nats.shape != tokens.shape:
         raise ValueError(f"expected one number per example, got sums {nats.shape} and counts {tokens.shape}")
@@ -56,7 +53,7 @@ def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> I
 def paired_difference(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> Interval:
     """Returns the change of the loss per token, after - before, on the same examples: what they share cancels.
 
-    before, after: nats, counts: trained tokens; all (examples,). Raises ValueError as `mean_interval` does.
+    before, after: nats, counts: trained tokens; all (examples,).
     """
     return mean_interval(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), counts)
 
@@ -96,21 +93,16 @@ SMALLEST_LOG_P = -600.0
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two losses, second - first, with its interval and test.
-
-    p_value: two-sided, against no difference. It is below .05 exactly if the interval excludes 0.
-    from_examples: share of the squared half-width that more examples would reduce; more seeds reduce the rest.
-    comparisons: differences that are compared together. In 95% of cases, all of their intervals contain the truth.
-    """
+    """The difference of two losses, second - first, with its interval and test."""
 
     value: float
     low: float
     high: float
-    p_value: float
+    p_value: float  # two-sided, against no difference; below .05 exactly if the interval excludes 0
     examples: int
     seeds: int
-    from_examples: float
-    comparisons: int = 1
+    from_examples: float  # share of the squared half-width that more examples would reduce; more seeds reduce the rest
+    comparisons: int = 1  # compared together: in 95% of cases, all of their intervals contain the truth
 
 
 def difference_over_seeds(
