@@ -295,10 +295,6 @@ def with_system(sample: Any, tokenizer: ChatTokenizer) -> Any:
 # ---- Tools: in the format of the template
 
 MARK = "zqx{}xqz"  # occurs in no template; numbered, and no number is the beginning of a different one
-NO_TOOLS = (
-    "use a model whose template supports tools, or write tools and calls into the message contents, in the format that "
-    "the model should generate"
-)
 
 
 def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversation:
@@ -322,7 +318,8 @@ def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversatio
             continue
         if not missing:
             return form(chat)
-        problems.insert(0, f"the chat template does not render {missing}: {NO_TOOLS}")
+        remedy = "use a model whose template supports tools, or write tools and calls into the message contents"
+        problems.insert(0, f"the chat template does not render {missing}: {remedy}")
     raise DataError(problems[0])
 
 

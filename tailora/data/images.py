@@ -279,10 +279,8 @@ def _opened(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iter
             image = PIL.Image.open(BytesIO(content), formats=tuple(formats))
         width, height = image.size
         if width * height > MOST_PIXELS:
-            raise DataError(
-                f"image {name} has {width:,} x {height:,} pixels; expected at most {MOST_PIXELS:,}. Save it with a "
-                "smaller size"
-            )
+            size = f"{width:,} x {height:,} pixels"
+            raise DataError(f"image {name} has {size}; expected at most {MOST_PIXELS:,}. Save it with a smaller size")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise DataError(f"image {name} is an animation of {frames:,} frames; save one of them as an image")

@@ -155,11 +155,8 @@ def place_images(messages: Messages, images: list[Any]) -> Messages:
         content = messages[first]["content"]
         content = [*({"type": IMAGE, IMAGE: image} for image in images), {"type": TEXT_PART, TEXT_PART: content}]
         return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
-    if missing != len(images):
-        raise DataError(
-            f"images: expected {missing:,}, one for each {PLACEHOLDER} in the messages, got {len(images):,}; make them "
-            "agree"
-        )
+    if missing != (given := len(images)):
+        raise DataError(f"images: expected {missing:,}, one for each {PLACEHOLDER} in the messages, got {given:,}")
     rest = iter(images)
     for part in parts:
         part[IMAGE] = next(rest) if part[IMAGE] is None else part[IMAGE]

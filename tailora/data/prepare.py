@@ -64,10 +64,7 @@ def encode_source(
             f"{' and '.join(unused)}; use messages, or prompt and completion, or remove the column"
         )
     if settings.for_evaluation and mapping.schema.name == FEEDBACK:
-        raise DataError(
-            f"data {source}: single replies with a label cannot be evaluated; use rows with chosen and rejected, or "
-            "only the desirable replies without the label"
-        )
+        raise DataError(f"data {source}: single replies with a label cannot be evaluated; use chosen and rejected")
     if settings.for_evaluation and mapping.schema.task == PREFERENCE:
         mapping = replace(mapping, schema=replace(mapping.schema, convert=choices_from_preference))
     if whole_texts and mapping.schema.name == TEXT:
@@ -444,10 +441,7 @@ def stream_examples(
     settings = chat_tokenizer.settings
     mapping, rows = encode_source(source, read_rows(source, streaming=True), chat_tokenizer, whole_texts=True)
     if mapping.schema.task == PREFERENCE:
-        raise ConfigError(
-            f"data {source}: preferences cannot be streamed, because they are read completely before training; remove "
-            "--streaming"
-        )
+        raise ConfigError(f"data {source}: preferences cannot be streamed; remove --streaming")
     check_settings([mapping], settings)
     is_text, max_length = mapping.schema.name == TEXT, settings.max_length
     known_counts = counts or RowCounts()

@@ -19,7 +19,6 @@ from tailora.data.images import IS_URL, TO_DOWNLOAD
 from tailora.errors import DataError, listing, nearest, nearest_path, value_type
 
 MAX_SHOWN = 20  # problems in one error
-MAX_SIZE = {".json": 2**31, ".txt": 2**27}  # bytes; these files are read at once and need several times their size
 ARROW_ROWS = 64  # to read at a time; each may contain images
 MAX_FIELD = 2**31 - 1  # characters of a CSV field; Python's own limit is 131,072
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}
@@ -174,13 +173,8 @@ def _split_of(path: Path) -> str | None:
 
 def read_file(path: Path) -> Rows:
     """Yields the rows of one file, by its suffix. A file that cannot be opened becomes a RowProblem."""
-    suffix = path.suffix.lower()
     try:
-        if path.stat().st_size > (most := MAX_SIZE.get(suffix, math.inf)):
-            size = f"{most / 2**20:,.0f} MiB"
-            yield RowProblem(str(path), 0, f"larger than {size}; use JSON lines (.jsonl), which is read line by line")
-        else:
-            yield from READERS[suffix](path)
+        yield from READERS[path.suffix.lower()](path)
     except OSError as error:
         yield RowProblem(str(path), 0, error.strerror or str(error))
 

@@ -277,10 +277,7 @@ def first_tokens(words: Sequence[str], tokenizer: ChatTokenizer) -> tuple[Int32,
     The index is -1 for a word that is truncated or that the tokenizer drops completely.
     """
     if not tokenizer.tokenizer.is_fast:
-        raise DataError(
-            "token-classification needs character offsets, which only a fast tokenizer provides; use a model that "
-            "has one"
-        )
+        raise DataError("token-classification needs the character offsets of a fast tokenizer; use a model with one")
     max_length = tokenizer.settings.max_length
     ends = np.cumsum([len(word) + 1 for word in words]) - 1  # of each word in the text
     text = " ".join(words)

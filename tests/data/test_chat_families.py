@@ -341,12 +341,6 @@ def test_marks_and_prompts_keep_their_place_among_tools_as_text(tokenizer_of) ->
     assert trained_texts(from_prompt(values), tokenizer) == ["mild<|im_end|>", "five<|im_end|>"]
 
 
-@pytest.mark.parametrize("name", ["smollm2", "phi3", "gemma3", "cohere"])
-def test_tools_without_a_call_are_not_dropped_either(tokenizer_of, name: str) -> None:
-    (rendered,) = render_sample(row(user("a"), assistant("b"), tools=[TOOL]), ChatTokenizer.of(tokenizer_of(name)))
-    assert "Returns the weather." in rendered.text
-
-
 def test_tools_that_a_template_leaves_out_in_every_form_are_refused(tokenizer_of) -> None:
     tokenizer = tokenizer_of("phi3")
     tokenizer.chat_template = tokenizer.chat_template.replace("'system', ", "")

@@ -152,12 +152,6 @@ def test_a_wrong_hash_is_refused_with_both_hashes(wheel: MakeWheel, tmp_path: Pa
         extract_from_wheel(asked, "parcel/data.bin", tmp_path, inner if wrong == "wheel" else other)
 
 
-@pytest.mark.usefixtures("shelf")
-def test_an_index_that_lacks_it_is_named_as_the_cause(tmp_path: Path) -> None:
-    with pytest.raises(FetchError, match=r"parcel==1\.0: pip's package index lacks this file; .*PIP_INDEX_URL"):
-        extract_from_wheel(Wheel("parcel", "1.0", ""), "parcel/data.bin", tmp_path)
-
-
 def test_an_index_that_does_not_answer_is_named_as_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")

@@ -23,25 +23,18 @@ def test_several_sources_are_read_held_out_and_reported_together(bytes_tokenizer
     report = prepared.report
     assert report.source == f"{chats}=2, {texts}=0.5, {sources[2].name}"
     assert (report.shape, report.ignored) == ("messages, text, prompt/completion", ["id"])
-    assert [(part.name, part.weight, part.rows) for part in report.sources] == [
-        (chats, 2, 10),
-        (texts, 0.5, 6),
-        (sources[2].name, 1, 4),
-    ]
+    counted = [(chats, 2, 10), (texts, 0.5, 6), (sources[2].name, 1, 4)]
+    assert [(part.name, part.weight, part.rows) for part in report.sources] == counted
     assert [part.train + part.eval for part in report.sources] == [10, 6, 4]
     assert (report.train, report.eval, report.rows) == (16, 4, 20)
     sizes = tuple(part.train for part in report.sources)
     assert prepared.train.mixture == Mixture(sizes, (2, 0.5, 1))
-    assert (
-        [part.epoch for part in report.sources]
-        == prepared.train.mixture.counts
-        == [2 * sizes[0], round(sizes[1] / 2), sizes[2]]
-    )
+    assert prepared.train.mixture.counts == [2 * sizes[0], round(sizes[1] / 2), sizes[2]]
+    assert prepared.train.mixture.counts == [part.epoch for part in report.sources]
     assert len(prepared.eval) == len(prepared.eval_samples) == 4
     for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):
-        written = (
-            sample.messages[0]["content"] if isinstance(sample, Conversation) else getattr(sample, "prompt", "one")
-        )
+        is_chat = isinstance(sample, Conversation)
+        written = sample.messages[0]["content"] if is_chat else getattr(sample, "prompt", "one")
         assert written.strip() in bytes_tokenizer().decode(example.input_ids.tolist())
 
 
@@ -81,14 +74,10 @@ def test_rows_bring_their_weights(bytes_tokenizer, jsonl, tmp_path: Path) -> Non
     prepared = prepare(path, bytes_tokenizer(), validation_split=0)
     assert prepared.train.weights.tolist() == [2, 0.5, 1, 1, 3]
     assert [example.weight for example in stream(path, bytes_tokenizer())] == [2, 0.5, 1, 1, 3]
-    assert (
-        prepared.report.rows,
-        prepared.report.flagged["without_weight"],
-        prepared.report.flagged["cut_away"],
-    ) == (6, 1, 0)
-    assert (
-        warnings_of(prepared.report.to_dict())["weight 0"] == "1 rows have weight 0, so they are skipped: rows.jsonl:3"
-    )
+    flagged = prepared.report.flagged
+    assert (prepared.report.rows, flagged["without_weight"], flagged["cut_away"]) == (6, 1, 0)
+    warning = warnings_of(prepared.report.to_dict())["weight 0"]
+    assert warning == "1 rows have weight 0, so they are skipped: rows.jsonl:3"
     table = tmp_path / "rows.csv"
     table.write_text("prompt,completion,importance\na,b,2\nc,d,\ne,f,.5\n")
     field = {"weight": "importance"}
@@ -98,12 +87,8 @@ def test_rows_bring_their_weights(bytes_tokenizer, jsonl, tmp_path: Path) -> Non
     without = prepare(jsonl(PAIRS[:6]), bytes_tokenizer(), validation_split=0)
     assert (without.train.weights == 1).all()
     assert without.train.hashes()[:2] == prepared.train.hashes()[:2]
-    assert (
-        without.report.sha256
-        != prepare(
-            jsonl([{**row, "weight": 2} for row in PAIRS[:6]]), bytes_tokenizer(), validation_split=0
-        ).report.sha256
-    )
+    doubled = jsonl([{**row, "weight": 2} for row in PAIRS[:6]])
+    assert without.report.sha256 != prepare(doubled, bytes_tokenizer(), validation_split=0).report.sha256
 
 
 @pytest.mark.parametrize("weight", [-1, "heavy", True, [1], float("nan"), float("inf"), 10**400, "nan"])

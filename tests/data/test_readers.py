@@ -9,7 +9,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tailora.data import readers
 from tailora.data.readers import (
     Row,
     RowProblem,
@@ -111,21 +110,6 @@ def test_the_delimiter_is_the_one_that_makes_most_columns(tmp_path: Path, bom, s
         + "".join(f"{delimiter.join(f'{chr(34)}{value}{chr(34)}' for value in line)}\r\n" for line in lines).encode()
     )
     assert list(read_file(path)) == [Row(str(path), 2, {"prompt": "hello, world; or | so", "completion": "é"})]
-
-
-def test_a_single_column_holds_any_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("text\na; b | c\n")
-    assert list(read_file(path)) == [Row(str(path), 2, {"text": "a; b | c"})]
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.TXT"])
-def test_a_huge_file_is_not_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(readers, "MAX_SIZE", {".json": 2**20, ".txt": 2**20})
-    (tmp_path / name).write_text(" " * (2**20 + 1))
-    assert [item.cause for item in read_file(tmp_path / name) if isinstance(item, RowProblem)] == [
-        "larger than 1 MiB; use JSON lines (.jsonl), which is read line by line"
-    ]
 
 
 def test_arguments_of_tool_calls_keep_only_their_own_keys_in_arrow(tmp_path: Path) -> None:

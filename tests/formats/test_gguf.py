@@ -74,14 +74,8 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) 
         (lambda _: b"", "not a complete GGUF file"),
         (lambda _: b"GGUF" + b"\xff" * 200, "not a complete GGUF file"),
         (lambda data: data[:-2000], "not a complete GGUF file"),
-        (
-            lambda data: data.replace(b"adapter.type", b"adapter.tipe"),
-            r"expected .*'adapter\.type': 'lora'.* got .*'adapter\.type': None",
-        ),
-        (
-            lambda data: data.replace(b"blk.1.attn_q", b"blk.7.attn_q"),
-            r"blk\.7\.attn_q\.weight\.lora_a: the model has no",
-        ),
+        (lambda data: data.replace(b"adapter.type", b"adapter.tipe"), r"expected .* got .*'adapter\.type': None"),
+        (lambda data: data.replace(b"blk.1.attn_q", b"blk.7.attn_q"), r"blk\.7\.attn_q\..*_a: the model has no"),
     ],
 )
 def test_a_damaged_gguf_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:

@@ -9,7 +9,6 @@ import hub_server
 import numpy as np
 import pytest
 import torch
-from command_line import call
 from huggingface_hub import constants
 from tiny import chat_model, chat_tokenizer
 from torch import Tensor
@@ -149,18 +148,6 @@ def test_the_demo_s_folder_has_no_path(file: Path, tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     convert(file, tmp_path / "demo")
     assert not [path for path in (tmp_path / "demo").iterdir() if str(tmp_path).encode() in path.read_bytes()]
-
-
-@pytest.mark.slow
-def test_commands_take_a_file(file: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(f'{{"prompt": "{text} {i}", "completion": "yes"}}\n' for i in range(5) for text in TEXTS))
-    out: Any = tmp_path / "out"
-    more = ("--max-steps", 2, "--samples", 0)
-    assert call("train", "--model", file, "--data", data, "--output-dir", out, *more)[0] == 0
-    assert json.loads((out / "run.json").read_text())["settings"]["model"] == str(file)
-    assert call("predict", out, "--prompt", "a", "--max-new-tokens", 2)[0] == 0
-    assert call("export", out, "--to", "gguf", "--output", tmp_path / "gguf")[0] == 0
 
 
 # ---- On the Hub
