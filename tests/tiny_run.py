@@ -21,11 +21,7 @@ Settings = Callable[..., TrainConfig]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    chat_model(vocab_size=320, intermediate_size=48, initializer_range=0.2).save_pretrained(folder)
-    texts = [" ".join(WORDS), "user assistant"] * 3
-    chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>").save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("model"), vocab_size=320, intermediate_size=48)
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +45,13 @@ def feedback_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         completion = row["rejected" if i % 3 == 0 else "chosen"]
         rows.append({"prompt": row["prompt"], "completion": completion, "label": i % 3 != 0})
     return write_rows(tmp_path_factory.mktemp("data") / "feedback.jsonl", rows)
+
+
+def save_model(folder: Path, **sizes: Any) -> Path:
+    chat_model(**{"initializer_range": 0.2, **sizes}).save_pretrained(folder)
+    texts = [" ".join(WORDS), "user assistant"] * 3
+    chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>").save_pretrained(folder)
+    return folder
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tiny import chat_model, chat_tokenizer, tiny_model, word_tokenizer
-from tiny_run import WORDS, chat, pair, quick_figures, write_rows  # noqa: F401
+from tiny import tiny_model, word_tokenizer
+from tiny_run import WORDS, chat, pair, quick_figures, save_model, write_rows  # noqa: F401
 
 from tailora.train.config import TrainConfig
 
@@ -12,8 +12,7 @@ from tailora.train.config import TrainConfig
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("tiny")
-    chat_model(intermediate_size=48, initializer_range=0.2).save_pretrained(folder / "model")
-    chat_tokenizer([" ".join(WORDS), "user assistant"] * 3, eos_token="<|im_end|>").save_pretrained(folder / "model")
+    save_model(folder / "model", intermediate_size=48)
     write_rows(folder / "chats.jsonl", map(chat, range(60)))
     return TrainConfig(
         model=str(folder / "model"),

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import check_refused, found, output
-from tiny import chat_model, chat_tokenizer
-from tiny_run import WORDS, write_rows
+from tiny import chat_tokenizer
+from tiny_run import WORDS, save_model, write_rows
 
 import tailora.study.rows
 from benchmarks.studies.planted_rows import plant, recall_at_k
@@ -54,9 +54,7 @@ def lookup(count: int, seed: int) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("rows")
-    chat_model(hidden_size=64, initializer_range=0.2).save_pretrained(folder / "model")
-    texts = [" ".join(WORDS), "user assistant any"] * 3
-    chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>").save_pretrained(folder / "model")
+    save_model(folder / "model", hidden_size=64)
     rows = lookup(ROWS, seed=0)
     planted = plant(rows, "shuffled", PLANTED / ROWS, seed=0)
     train = TrainConfig(

@@ -56,13 +56,11 @@ def plain(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> T
     return trial
 
 
-def test_a_kept_trial_on_preferences_has_its_metrics_in_the_report(small_run: TrainConfig, tmp_path: Path) -> None:
-    data = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"{i}", "chosen": "one two", "rejected": "two one"} for i in range(8)]
-    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    pairs = {"data": str(data), "eval_data": None, "validation_split": 0.5}
-    first = get_trial(TrialSpec(settings(small_run, **pairs)), tmp_path / "first", run_trial=run_here)
-    second = TrialSpec(settings(small_run, seed=1, **pairs), before=first.base)
+def test_a_kept_trial_on_preferences_has_its_metrics_in_the_report(
+    small_run: TrainConfig, pairs: Path, tmp_path: Path
+) -> None:
+    first = get_trial(TrialSpec(settings(small_run, data=str(pairs))), tmp_path / "first", run_trial=run_here)
+    second = TrialSpec(settings(small_run, seed=1, data=str(pairs)), before=first.base)
     get_trial(second, tmp_path / "second", run_trial=run_here)
     metrics = write_train_report(tmp_path / "second" / "run")["metrics"]
     assert metrics[0]["before"] == 0.5

@@ -95,6 +95,8 @@ def test_the_head_decides_between_the_chunked_forms(name: str, adapter: str) -> 
     model, form = model_of(name, adapter), FROZEN if adapter == "layers" else RECOMPUTED
     assert form_of(model) == (form, None)
     assert_right(model, form, 1e-10)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert form_of(model_of(name, adapter, dtype)) == (form, None)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -117,11 +119,6 @@ def test_a_model_that_changes_its_logits_keeps_them(name: str, dtype: torch.dtyp
     assert "scales or caps the logits after its head" in str(why)
     if dtype == torch.float64:
         assert_right(model_of(name), OWN, 1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_chunked_form_is_taken_in_low_precision_too(dtype: torch.dtype) -> None:
-    assert form_of(model_of("llama", dtype=dtype)) == (FROZEN, None)
 
 
 class Unusual(LlamaForCausalLM):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from runs import run_and_collect
-from tiny import chat_model, chat_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_run import save_model
+from transformers import AutoModelForCausalLM
 
 from tailora import LoRAModel
 from tailora.core.quantization import dense_weight, quantized_layers, stored_bytes
@@ -21,23 +21,16 @@ from tailora.train.quantize import METHODS, obstacle, settings_for
 
 CPU = torch.device("cpu")
 methods = pytest.mark.parametrize("method", METHODS)
-HIDDEN, INNER, KEYS = 64, 128, 32
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model whose widths are multiples of 64."""
-    folder = tmp_path_factory.mktemp("wide")
-    sizes = {"vocab_size": 320, "hidden_size": HIDDEN, "intermediate_size": INNER}
-    chat_model(**sizes, initializer_range=0.2).save_pretrained(folder)
-    texts = ["red blue green north south one two three sun rain", "user assistant"] * 3
-    chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>").save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("wide"), vocab_size=320, hidden_size=64, intermediate_size=128)
 
 
-def test_a_weight_that_bitsandbytes_misreads_is_refused(tmp_path: Path, model_folder: Path) -> None:
-    chat_model(vocab_size=320, hidden_size=96).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+def test_a_weight_that_bitsandbytes_misreads_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path, vocab_size=320, hidden_size=96)
     with pytest.raises(ConfigError, match="96 inputs are not a multiple of its block size 64"):
         load_base(str(tmp_path), "float32", "cpu", "nf4")
     load_base(str(tmp_path), "float32", "cpu", "int8")
