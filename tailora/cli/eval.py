@@ -163,10 +163,7 @@ def eval(
     nproc = None if is_launched_by_tailora() else given.nproc_per_node
     to_start = 0 if nproc is None else count_processes(nproc, given.device)
     if harness.names and max(to_start, world_size()) > 1:
-        raise ConfigError(
-            "--tasks only supports a single process; start without --nproc-per-node or torchrun, or remove --tasks to "
-            "evaluate on --data only"
-        )
+        raise ConfigError("--tasks only supports a single process; start without --nproc-per-node or torchrun")
     if to_start > 1:
         log(f"starting {to_start} processes")
         return launch(ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
@@ -187,10 +184,7 @@ def checked(
     gates, metrics = parse_gates(given.gate or []), parse_metrics(given.metrics or [])
     on_data = [gate for gate in gates if not (harness.names and gate.is_on_task)]
     if given.data is None and on_data:
-        raise ConfigError(
-            f"--gate {on_data[0]} needs held-out data; add --data FILE, or set a gate on TASK/METRIC and run "
-            "--tasks TASK"
-        )
+        raise ConfigError(f"--gate {on_data[0]} needs held-out data; add --data FILE, or set a gate on TASK/METRIC")
     if given.data is None and not harness.names:
         raise ConfigError("nothing to evaluate on; use --data FILE, or --tasks TASK (lm-evaluation-harness)")
     check_sources(data=[given.data])
@@ -215,10 +209,7 @@ def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
     given, harness, base = evaluation.given, evaluation.harness, evaluation.base
     check_gates(evaluation.gates_on_data, list(METRICS), base=base)
     if wrong := [name for name in evaluation.metrics if name not in METRICS]:
-        raise ConfigError(
-            f"--metrics {','.join(wrong)} only applies to models that predict labels, not to this language model; use "
-            f"{', '.join(METRICS)}"
-        )
+        raise ConfigError(f"--metrics {','.join(wrong)} is for models that predict labels; use {', '.join(METRICS)}")
     options = EvalOptions(
         metrics=tuple(evaluation.metrics),
         extra_metrics=tuple(gate.metric for gate in evaluation.gates if not gate.is_on_task),
@@ -276,10 +267,7 @@ def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
     if given.data is None or evaluation.harness.names:
         raise ConfigError(f"--tasks does not support {labels.task}; use --data with labeled rows instead")
     if given.nproc_per_node is not None or world_size() > 1:
-        raise ConfigError(
-            "a model that predicts labels is only evaluated in a single process; start without --nproc-per-node or "
-            "torchrun"
-        )
+        raise ConfigError("labels are only evaluated in a single process; start without --nproc-per-node or torchrun")
     base = evaluation.base and labels_of_config(read_config(target.model)) == labels
     if evaluation.base and not base:
         if changes := [str(gate) for gate in gates if gate.metric.endswith(CHANGE)]:

@@ -111,10 +111,7 @@ def check_push(folder: Path, repository: str, model: str | None) -> None:
     if model is not None and hub.repository_of(model) is None:
         raise ConfigError(f"--model {model}: expected the base model's Hub id, owner/name")
     if get_token() is None:
-        raise ConfigError(
-            "uploading to the Hub needs an access token: log in with `hf auth login`, or set HF_TOKEN to a token with "
-            "write access"
-        )
+        raise ConfigError("uploading to the Hub needs an access token: log in with `hf auth login`, or set HF_TOKEN")
 
 
 def check_repository_name(repo_id: str) -> None:

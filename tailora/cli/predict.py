@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from dataclasses import field as dataclass_field
 from itertools import chain, islice
@@ -171,32 +171,25 @@ def write_predictions(
     from tailora.train.memory import explain_out_of_memory
 
     output, predictions = given.output, list[Prediction]()
-    with (
-        explain_out_of_memory("answering", MEMORY_ADVICE),
-        counter(stderr(), "rows") if output else nullcontext(lambda *_: None) as progress,
-        partial_answers(output) if output else nullcontext(lambda line: write_stdout(f"{line}\n")) as write,
-    ):
-        for number, prediction in enumerate(results, 1):
-            if output is not None or not (given.json or is_shown):
-                write(dumps(prediction, ensure_ascii=False))
-            predictions += [prediction] if given.json else []
-            progress(number, total)
+    try:
+        with (
+            explain_out_of_memory("answering", MEMORY_ADVICE),
+            counter(stderr(), "rows") if output else nullcontext(lambda *_: None) as progress,
+            write_lines(output) if output else nullcontext(lambda line: write_stdout(f"{line}\n")) as write,
+        ):
+            for number, prediction in enumerate(results, 1):
+                if output is not None or not (given.json or is_shown):
+                    write(dumps(prediction, ensure_ascii=False))
+                predictions += [prediction] if given.json else []
+                progress(number, total)
+    finally:
+        if output is not None and partial_file(output).exists():
+            log(f"the answers so far are in {partial_file(output)}")
     if output is not None:
         log(f"{total:,} predictions written to {output}")
     if given.json:
         print_json({"model": model, "adapters": loaded.adapters, "predictions": predictions})
     return 0
-
-
-@contextmanager
-def partial_answers(output: Path) -> Iterator[Callable[[str], None]]:
-    """Yields the function of `write_lines`. If the block fails, prints where the answers so far are."""
-    try:
-        with write_lines(output) as write:
-            yield write
-    finally:
-        if (partial := partial_file(output)).exists():
-            log(f"the answers so far are in {partial}")
 
 
 # ---- Rows
@@ -338,10 +331,7 @@ def read_question(row: Row, options: ChatOptions, tokenizer: "ChatTokenizer") ->
         if not messages or not str(messages[-1]["content"] or "").strip():
             raise DataError(f"{key} is empty")
         if name := next((name for name in IMAGE_COLUMNS if parsed_list(columns[name], name)), None):
-            raise DataError(
-                f"{name}: predict does not support images in rows; use --image for images that belong to every row, or "
-                "`tailora eval`"
-            )
+            raise DataError(f"{name}: predict does not support images in rows; use --image for images of every row")
         if options.ignore_chat_template:
             if is_chat:
                 raise DataError("messages need the chat template; remove --ignore-chat-template")

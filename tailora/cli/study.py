@@ -217,10 +217,7 @@ def run_study(
     from tailora.cli.progress import StepCounter
 
     if world_size() > 1:
-        raise ConfigError(
-            f"a launcher started {world_size()} processes, and each would run the whole study; start a single process "
-            "and use --nproc-per-node to set the number of processes per run"
-        )
+        raise ConfigError("each process of a launcher would run the whole study; use --nproc-per-node instead")
     processes = 1 if nproc_per_node is None else count_processes(nproc_per_node, train.device)
     fetch_sources(train.model)
     console = stderr()

@@ -93,7 +93,7 @@ def test_a_message_that_cannot_be_answered_is_dropped_and_the_chat_goes_on(
 ) -> None:
     assert talk(["hello", "x" * 600, "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
     shown = capsys.readouterr()
-    assert "too many for this model to add a response" in shown.err
+    assert "too many for this model to respond" in shown.err
     assert "/reset" in shown.err
     assert talk(["hello", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
     assert shown.out == capsys.readouterr().out
