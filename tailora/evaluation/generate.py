@@ -126,9 +126,7 @@ def generation_arguments(
     """
     left = free_positions(model, len(prompt.ids))
     if left < 1:
-        raise DataError(
-            f"the prompt has {len(prompt.ids)} tokens, {1 - left} too many for this model to add a response"
-        )
+        raise DataError(f"the prompt has {len(prompt.ids)} tokens, {1 - left} too many for this model to respond")
     ends, pad = stop_ids(model, tokenizer), text_tokenizer(tokenizer).pad_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
