@@ -167,9 +167,7 @@ def shrink(
     device = device or ("cpu" if data is None else "auto")
     labels = labels_of(base, [folder])
     if labels is not None and data is not None:
-        raise ConfigError(
-            f"--max-loss-increase is for language models, but {folder} is for {labels.task}; use --r or --energy"
-        )
+        raise ConfigError(f"--max-loss-increase does not support {labels.task}; use --r or --energy")
     loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device, labels=labels)
     losses: dict[str, float] = {}
     if max_loss_increase is None:

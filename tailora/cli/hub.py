@@ -116,10 +116,7 @@ def check_push(folder: Path, repository: str, model: str | None) -> None:
 
 def check_repository_name(repo_id: str) -> None:
     if not hub.could_be_repository(repo_id):
-        raise ConfigError(
-            f"invalid repository {repo_id!r}: expected owner/name, made of letters, digits, '-', '_' and '.', with at "
-            "most 96 characters in the name"
-        )
+        raise ConfigError(f"invalid repository {repo_id!r}: expected owner/name, such as user/adapter")
 
 
 def files_to_push(

@@ -147,10 +147,8 @@ def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None
 
 @dataclass(frozen=True)
 class BaseOfAdapter:
-    """The base model that an adapter names. folder: its path during training, if the name was a relative path."""
-
-    name: str
-    folder: Path | None = None
+    name: str  # in the adapter
+    folder: Path | None = None  # its path during training, if the name was a relative path
 
     def __str__(self) -> str:
         return self.name if self.folder is None else f"{self.name} ({self.folder})"

@@ -110,10 +110,8 @@ def predict(
     labels = labels_of(model, list(folders.values()))
     refuse_system(labels, flags)
     if labels is not None and (len(folders) > 1 or images or given.ignore_chat_template):
-        raise ConfigError(
-            f"several adapters, --image and --ignore-chat-template are for language models, but this model is for "
-            f"{labels.task}; remove them"
-        )
+        what = "several adapters, --image and --ignore-chat-template"
+        raise ConfigError(f"{what} are for language models, but this model is for {labels.task}")
     rows = read_all(data, given.prompt, "prompt" if labels is None else "text", given.limit)
     log("loading the model")
     quantize, dtype, device = given.quantize, config.dtype, given.device

@@ -178,9 +178,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}; use a different --port"
-        ) from None
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror or error}; change --port") from None
     # asyncio does not set this for an existing socket; without it, answers on open connections take 40 ms longer
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -76,9 +76,7 @@ def compare(
         for text in arm or ():
             name, _, settings = text.partition(":")
             if not name or "/" in name or name in arms:
-                raise ConfigError(
-                    f"--arm {text}: expected NAME:setting=value,... with a new NAME that is a valid folder name"
-                )
+                raise ConfigError(f"--arm {text}: expected NAME:setting=value,... with a new NAME without /")
             arms[name] = parse_settings(settings)
         in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
     train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)

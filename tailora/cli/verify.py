@@ -120,10 +120,8 @@ def prepare_passport(folder: Path) -> Passport:
     """Writes a new passport.json from the adapter's base model. Raises ConfigError without one, and DataError."""
     base = base_of(folder)
     if base is None:
-        raise ConfigError(
-            f"{folder} does not name its base model; create the verification file with `tailora export {folder} "
-            "--model BASE --to peft --output NEW_FOLDER`"
-        )
+        remedy = f"`tailora export {folder} --model BASE --to peft --output NEW_FOLDER`"
+        raise ConfigError(f"{folder} does not name its base model; create the verification file with {remedy}")
     loaded = load_model(base.location, {ADAPTER: folder}, quantize="none", device="cpu")
     return create_passport(folder, loaded.model, loaded.tokenizer, name=ADAPTER)
 

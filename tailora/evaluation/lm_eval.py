@@ -55,10 +55,8 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
             loaded = manager.load(list(names))
         except (DatasetsError, ImportError, OSError, ValueError) as error:
             cause = str(error).strip().partition("\n")[0]
-            raise DataError(
-                f"--tasks {','.join(names)}: cannot load the tasks: {cause}. If data is missing, run this once with "
-                "network access; if a package is missing, install it; otherwise fix the task's YAML file"
-            ) from None
+            remedy = "If data is missing, run this once with network access; if a package is missing, install it"
+            raise DataError(f"--tasks {','.join(names)}: cannot load the tasks: {cause}. {remedy}") from None
     metrics = [
         f"{name}/{_metric_name(metric, task_filter['name'])}"
         for name, task in loaded["tasks"].items()

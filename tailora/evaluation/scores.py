@@ -232,8 +232,7 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
         needs = " and ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
         raise DataError(
             f"data {facts.source}: {needs}, but its rows were read as {facts.shape} "
-            f"({', '.join(facts.mapping.values())}). Rows with choices need prompt, choices (a list) and answer; set "
-            "the columns with --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
+            f"({', '.join(facts.mapping.values())}); set --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
         )
     return [name for name in METRICS if name in wanted]
 
