@@ -17,7 +17,7 @@ from glob import escape
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tailora.errors import ConfigError, FetchError, TailoraError, WriteError, nearest_path
 from tailora.formats.gguf_base import SUFFIX, gguf_file, source_of
@@ -31,9 +31,6 @@ from tailora.formats.run_folder import (
     SYSTEM,
     adapter_folder,
 )
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 # The weights of an adapter: of PEFT, mlx-lm, `export` to GGUF and diffusers. A pickle is not even downloaded.
 WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, DIFFUSERS_WEIGHTS)
@@ -302,12 +299,11 @@ def signed(card: str) -> str:
 
 
 @cache
-def card_template() -> "Template":
+def card_template() -> Any:
     """Compiled once, because that takes longer than to write a small adapter."""
     from jinja2 import Template
 
-    template: Template = Template(Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8"))
-    return template
+    return Template(Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8"))
 
 
 def is_written_by_tailora(card: bytes) -> bool:

@@ -249,10 +249,8 @@ def _with_tied_modules(
 def _empty_layer(target: Target, config: LoRAConfig, stored: peft.StoredAdapter) -> LoRALayer:
     """Raises ConfigError for a rank that no tensor in the file can have, since it could exhaust the memory."""
     if target.r > stored.largest_size:
-        raise ConfigError(
-            f"r = {target.r} in the settings exceeds {stored.largest_size}, the largest dimension of any tensor in the "
-            "file; correct the settings, or save the adapter again"
-        )
+        most = f"{stored.largest_size}, the largest dimension of any tensor in the file"
+        raise ConfigError(f"r = {target.r} in the settings exceeds {most}; correct it, or save the adapter again")
     return low_rank_layer(target, config, fresh=False)
 
 

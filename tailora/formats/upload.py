@@ -91,10 +91,8 @@ def check_nothing_private(folder: Path, files: Mapping[str, bytes], base: str) -
         if private := re.findall(TOKEN if name in VOCABULARY else paths, text):
             problems.append(f"{name} contains {', '.join(list(dict.fromkeys(private))[:3])}")
     if problems:
-        raise FormatError(
-            f"{folder} cannot be shared, because its files contain local paths or a token. Remove them: "
-            f"{listing(problems)}"
-        )
+        cause = "its files contain local paths or a token. Remove them"
+        raise FormatError(f"{folder} cannot be shared, because {cause}: {listing(problems)}")
 
 
 def _unescape(escape: re.Match[str]) -> str:
@@ -135,10 +133,8 @@ def upload(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         is_private = bool(api.model_info(repo_id).private)
         if private and not is_private:
-            raise ConfigError(
-                f"{repo_id} is public, so everyone would see the adapter. To upload it anyway, use --public, or "
-                "private=None in Python"
-            )
+            remedy = "use --public, or private=None in Python"
+            raise ConfigError(f"{repo_id} is public, so everyone would see the adapter. To upload it anyway, {remedy}")
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         keeps_card = False
