@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pretend_accelerator import build, counted, no_synchronisation
+from pretend_accelerator import build, counted
 from runs import adapter, losses, run_and_resume
 from tiny import chat_model
 
@@ -17,15 +17,14 @@ from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Example, Examples
 from tailora.errors import DataError, DivergedError
 from tailora.formats.run_folder import checkpoints_in
-from tailora.kernels.attention import packed_rows, padded_rows
-from tailora.kernels.loss import FORMS, FROZEN
+from tailora.kernels.loss import FROZEN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import one_ahead
 from tailora.train.events import Evaluated, Event, Stepped
-from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
+from tailora.train.loss import BatchLayout, evaluate
 from tailora.train.step import Step
-from tailora.train.trainer import Trainer, accumulate_gradients, run
+from tailora.train.trainer import Trainer, run
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("device")]
 
@@ -88,19 +87,6 @@ def test_the_host_waits_once_a_step(settings: Any, case: str) -> None:
     run(config, waits)
     assert len(waits.steps) == config.max_steps - 1
     assert all(step == {"event": 1} for step in waits.steps), waits.steps
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-def test_no_form_of_the_loss_waits(device: torch.device, form: str, packed: bool) -> None:
-    model = LoRAModel(chat_model().to(device), LoRAConfig(r=4))
-    ids = np.arange(20, dtype=np.int32)
-    examples = [Example.of_text(part, part % 3 > 0) for part in (ids[:5], ids[5:])]
-    layout = BatchLayout(packed, form, 0)
-    batch = make_batch(examples, layout, device)
-    forward = ModelWithLoss(model, layout)
-    with packed_rows(model.base_model) if packed else padded_rows(model.base_model), no_synchronisation():
-        accumulate_gradients(forward, [batch, batch], 2 * len(batch.owners))
 
 
 def test_an_evaluation_waits_once_for_many_batches(device: torch.device) -> None:
