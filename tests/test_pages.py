@@ -29,7 +29,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from benchmarks.serving.server_process import free_port
-from benchmarks.site.page_blocks import Block, Shell, blocks, inline, run_python
+from benchmarks.site.page_blocks import Block, Shell, blocks, inline, measured_parts, run_python
 from tailora.cli.main import COMMANDS, app
 from tailora.data.readers import Row, read_rows
 from tailora.data.samples import Conversation
@@ -40,6 +40,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = ("docs/from_scratch",)  # test_from_scratch.py: with what they print
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the demo's model
 FIGURE = re.compile(r"(?<![\w.])\d")
+FENCE = re.compile(r"```(?:text)?\n(.*?)```", re.DOTALL)  # of what a command printed
+LABEL = re.compile(r"([A-Za-z][A-Za-z ,-]*?)( {2,}\S.*)?$")
+OF_LARGE_MODELS = {"layernorm", "logits"}  # rows that the tiny model lacks
 SECONDS = 300  # for a block, on a busy machine
 home = tiny_run.home  # the fixture
 
@@ -65,14 +68,16 @@ class Reader:
     values: dict[str, str]
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
 
-    def type(self, block: Block) -> None:
+    def type(self, block: Block) -> str:
+        """Returns what the block prints."""
         text = self.substituted(block.text)
         if block.mark == "file":
             (self.shell.folder / block.value).write_text(text)
         elif block.language == "bash":
-            self.shell.run(text)
+            return self.shell.run(text)
         elif block.language == "python":
-            run_python(text, self.names)
+            return run_python(text, self.names)
+        return ""
 
     def substituted(self, text: str) -> str:
         for pattern, replacement in SUBSTITUTIONS.items():
@@ -171,9 +176,20 @@ def reader(home: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.filterwarnings("ignore:.* deprecated and will be removed:FutureWarning")  # of libraries for one another
 @pytest.mark.parametrize("page", [page for page in PAGES if name(page) not in RUN_ELSEWHERE], ids=name)
 def test_the_blocks_of_a_page_run(page: Path, reader: Reader) -> None:
+    """What a page shows below a block has the labels that the code prints today."""
+    recorded = {part: labels("\n".join(FENCE.findall(content))) for part, content in measured_parts(page)}
+    outdated = {}
     for block in blocks(page):
         if block.is_run or block.mark == "file":
-            reader.type(block)
+            printed = reader.type(block)
+            outdated[block.output] = recorded.get(block.output, set()) - labels(printed)
+    assert not any(outdated.values()), f"record {name(page)} again (benchmarks/site/tutorials.py)"
+
+
+def labels(output: str) -> set[str]:
+    """Returns the titles and the first column of a report, without numbers and names of layers; of answers, none."""
+    rows = [row for line in output.splitlines() if (row := LABEL.match(line))]
+    return {row[1] for row in rows if row[2]} and {row[1] for row in rows} - OF_LARGE_MODELS
 
 
 def test_the_rows_of_an_exported_chat_have_a_reply_and_no_notices(
