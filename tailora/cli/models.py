@@ -1,7 +1,7 @@
 """What commands with a model and adapters share: flags, finding the adapters, loading them."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -13,7 +13,7 @@ from cyclopts.validators import Number
 from tailora.cli.main import log, note
 from tailora.data.demo import model_folder
 from tailora.data.readers import check_data_exists, source_names
-from tailora.errors import ConfigError, FormatError, listing, nearest_path
+from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
 from tailora.formats.gguf_base import converted_base, folder_of
 from tailora.formats.hub import DEMO, check_model_exists, find_gguf, local_folder, name_of_model
 from tailora.formats.io import read_json_object
@@ -210,14 +210,20 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
 
 
 def check_sources(*, model: str | None = None, data: Iterable[str | None] = (), adapter: str | None = None) -> None:
-    """Raises ConfigError, DataError or FetchError for a source that does not exist. Needs no torch."""
-    if model not in (None, DEMO):
-        check_model_exists(model)
-    if adapter is not None:
-        find_adapter(adapter)
-    for source in data:
-        if source not in (None, DEMO):
-            check_data_exists(source)
+    """Raises ConfigError, DataError or FetchError for all sources that do not exist. Needs no torch."""
+    checks: list[tuple[Callable[[str], object], str | None]] = [(check_model_exists, model), (find_adapter, adapter)]
+    checks += [(check_data_exists, source) for source in data]
+    errors: list[TailoraError] = []
+    for check, source in dict.fromkeys(checks):
+        if source is not None and not (source == DEMO and check in (check_model_exists, check_data_exists)):
+            try:
+                check(source)
+            except TailoraError as error:
+                errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigError(listing(list(map(str, errors))))
 
 
 def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:

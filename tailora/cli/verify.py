@@ -18,6 +18,7 @@ from tailora.cli.models import base_of, find_adapter, load_model
 from tailora.cli.progress import counter
 from tailora.cli.serve import API_KEY, Url
 from tailora.errors import ConfigError, require_packages
+from tailora.formats.hub import is_at_hand
 from tailora.formats.run_folder import ADAPTER, PASSPORT, read_system_message
 from tailora.report.blocks import Paragraph, Section
 from tailora.report.terminal import print_section
@@ -69,8 +70,8 @@ def verify(
     """Verify that a server really uses an adapter.
 
     Sends the prompts in the adapter's verification file, passport.json, and compares the server's log-probabilities
-    with the expected values for the adapter, for the base model, and for other scales. `export` writes this file, and
-    `--prepare` writes it next to any adapter whose base model can be loaded.
+    with the expected values for the adapter, for the base model, and for other scales. `export` writes this file. If it
+    is missing, it is created from the base model, which must be on this machine. `--prepare` only writes the file.
     Exit codes: 0 if the server uses the adapter as trained, 4 if it does not or the result is unclear, 1 if the server
     cannot be reached. Set TAILORA_API_KEY if the server requires a key.
     """
@@ -85,7 +86,7 @@ def verify(
 
     with ServerClient(url, os.environ.get(API_KEY), timeout=timeout) as server:
         folder = find_folder(adapter)
-        passport = read_passport(folder)
+        passport = read_passport(folder) if (folder / PASSPORT).exists() else None
         resolved = folder.resolve()
         name = resolved.parent.name if resolved.name == ADAPTER else resolved.name
         models = server.models()
@@ -95,6 +96,10 @@ def verify(
         elif model is not None:
             base = models.get(model)
         names = [model] if base is None or base == model else [model, base]
+        if passport is None:
+            made_for = base_of(folder)
+            can_load = made_for is not None and is_at_hand(made_for.location)
+            passport = prepare_passport(folder) if can_load else read_passport(folder)  # or raises an error
         answers: list[list[Observation | None]] = []
         for asked in names:
             recipient = f"{'the base model' if answers else 'model'} {asked} at " if asked else ""

@@ -83,6 +83,7 @@ WRONG = {
     "chat --max-new-tokens x": '--max-new-tokens: unable to convert "x" into int. Run `tailora chat --help-all`',
     "chat --top-p 2": 'Invalid value "2.0" for --top-p. Must be <= 1',
     "combine --method sum --adapter out --output-dir new": 'Choose from: "cat", "svd", "ties", "dare"',
+    "train --model ./no --data no.csv": "2 problems:\n  - model './no' is not a local folder, ",
 }
 RUN_LINES = """
 import json, shlex, sys

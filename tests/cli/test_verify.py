@@ -39,7 +39,7 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     assert result["scale"] == pytest.approx(2, abs=STEP / 2)
 
 
-def test_a_missing_verification_file_is_written_on_request(
+def test_a_missing_verification_file_is_written_where_the_base_is_at_hand(
     url: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = tmp_path / "base", shutil.copytree(root / "legal", tmp_path / "legal")
@@ -57,8 +57,11 @@ def test_a_missing_verification_file_is_written_on_request(
     )
     assert main(prepare) == 0
     assert len(read_passport(adapter).probes) > 15
+    (adapter / PASSPORT).unlink()
+    assert main(command) == 0
     assert f"writing {adapter / PASSPORT}, for `tailora verify`" in " ".join(capsys.readouterr().err.split())
     assert main(command) == 0
+    assert "writing" not in capsys.readouterr().err
 
 
 def test_another_base_shows_in_the_answers_of_the_base(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
