@@ -1,4 +1,4 @@
-"""The exceptions of tailora.
+"""The exceptions of tailora, and the exit codes of its commands.
 
     TailoraError
     ├── ConfigError(ValueError)      an unknown, invalid or contradictory setting
@@ -29,7 +29,10 @@ from errno import ENOMEM
 from importlib.util import find_spec
 from pathlib import Path
 
-INTERRUPTED = 130  # exit code after Ctrl-C, SIGTERM or SIGHUP
+# Exit codes besides 0, and 1 to 3 of the exceptions
+GATE_NOT_MET = 4  # a quality gate, a plan that does not fit, or an adapter that a server does not use
+WORSE = 5  # training raised the held-out loss
+INTERRUPTED = 130  # Ctrl-C, SIGTERM or SIGHUP
 CLOSE, MUCH_LESS = 0.6, 0.15  # ratios of difflib; 'streaming' for 'do_train' is below CLOSE
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.speed.shapes import SHAPES, Shape, write_model
-from tailora.cli.main import WORSE
+from tailora.errors import WORSE
 
 STEPS = 10
 COMMAND_WITH_PEAK = """

@@ -14,7 +14,7 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
 
 from tailora.cli.flags import SWITCH, Json, NprocPerNode, flags_of, log_columns, merge_with_run
-from tailora.cli.main import ARGUMENTS, GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
+from tailora.cli.main import ARGUMENTS, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import (
     BaseModel,
     Device,
@@ -26,7 +26,7 @@ from tailora.cli.models import (
     load_model,
     refuse_system,
 )
-from tailora.errors import ConfigError
+from tailora.errors import GATE_NOT_MET, ConfigError
 from tailora.evaluation.metrics import (
     CHANGE,
     LABEL_METRICS,

@@ -83,8 +83,6 @@ ENVIRONMENT = {  # for torch's libraries; variables that are already set stay un
 }
 NOISY_LOGGERS = (*TORCHAO_LOGGERS, "bitsandbytes")
 PROGRAMS = ("tailora ", "torchrun ", "accelerate ", "python ")  # a line that begins so is a command to copy
-GATE_NOT_MET = 4  # exit code
-WORSE = 5  # exit code of a run that raised the held-out loss
 ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the running command line
 LIVE: ContextVar[Console | None] = ContextVar("live")  # the console with the progress bar
 STDIN = "/dev/stdin"  # what - means

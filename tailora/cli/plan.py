@@ -8,10 +8,10 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from tailora.cli.flags import SWITCH, ConfigFile, Json, merge_settings, train_flags
-from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
+from tailora.cli.main import log, print_json, stdout
 from tailora.cli.models import DEVICE_NAME, check_sources, fetch_sources
 from tailora.data.readers import source_names
-from tailora.errors import ConfigError
+from tailora.errors import GATE_NOT_MET, ConfigError
 from tailora.formats.run_folder import check_report_kind
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page

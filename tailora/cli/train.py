@@ -14,12 +14,12 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from tailora.cli.flags import SWITCH, ConfigFile, Json, NprocPerNode, Overwrite, merge_settings, train_flags
-from tailora.cli.main import ARGUMENTS, WORSE, is_rank_0, log, note, print_json, stderr, stdout
+from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
 from tailora.data.messages import IMAGE_TEXT
 from tailora.data.schemas import PREFERENCE
-from tailora.errors import INTERRUPTED, WriteError
+from tailora.errors import INTERRUPTED, WORSE, WriteError
 from tailora.formats.io import wrap_os_error, write_file
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, RUN, SAMPLES
 from tailora.report.blocks import Code, Column, Section, Table

@@ -13,11 +13,11 @@ from cyclopts.types import PositiveFloat
 from rich.console import Console
 
 from tailora.cli.flags import SWITCH, Json
-from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
+from tailora.cli.main import log, note, print_json, stderr, stdout
 from tailora.cli.models import base_of, find_adapter, load_model
 from tailora.cli.progress import counter
 from tailora.cli.serve import API_KEY, Url
-from tailora.errors import ConfigError, require_packages
+from tailora.errors import GATE_NOT_MET, ConfigError, require_packages
 from tailora.formats.hub import is_at_hand
 from tailora.formats.run_folder import ADAPTER, PASSPORT, read_system_message
 from tailora.report.blocks import Paragraph, Section

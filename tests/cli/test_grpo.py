@@ -11,7 +11,8 @@ import pytest
 from command_line import call, check_refused, found, output
 from rich.console import Console
 
-from tailora.cli.main import WORSE, main
+from tailora.cli.main import main
+from tailora.errors import WORSE
 from tailora.evaluation import generate
 from tailora.report.blocks import Figure, Table
 from tailora.report.files import read_page

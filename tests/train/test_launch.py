@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from benchmarks.serving.server_process import free_port
-from tailora.cli.main import WORSE, main
+from tailora.cli.main import main
 from tailora.core import device
-from tailora.errors import ConfigError
+from tailora.errors import WORSE, ConfigError
 from tailora.train import launch
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
