@@ -86,13 +86,13 @@ def train(
             from tailora.train.failures import Interrupted, fail_together
             from tailora.train.memory import peak_bytes
             from tailora.train.parallel import own_process_group
-            from tailora.train.trainer import Trainer
+            from tailora.train.trainer import run
 
             if config.task in TASK_TYPES:
                 check_packages()  # for the report
             stack.enter_context(own_process_group())
             try:
-                result = Trainer(config, listener, overwrite=given.overwrite).train()
+                result = run(config, listener, overwrite=given.overwrite)
             except Interrupted as interrupted:
                 if not PartialState().is_main_process:
                     return INTERRUPTED

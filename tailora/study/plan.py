@@ -33,7 +33,7 @@ from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
 from tailora.train import estimate
-from tailora.train.config import GRPO, TASK_TYPES, TrainConfig
+from tailora.train.config import GRPO, PREFERENCE_FIELDS, TASK_TYPES, TrainConfig
 from tailora.train.dataloader import TrainingData, epoch_steps, largest_forward, read_data, steps_per_epoch
 from tailora.train.estimate import CHECKPOINTING, QUANTIZATION, Memory
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
@@ -357,7 +357,7 @@ def batches_of(config: TrainConfig, data: TrainingData, step: StepShape, nproc: 
 
 def learns_preferences(config: TrainConfig) -> bool:
     """Whether the settings ask for preference training. With data, its rows decide."""
-    return config.task == PREFERENCE or bool(config.preference_settings())
+    return config.task == PREFERENCE or bool(config.changed(PREFERENCE_FIELDS))
 
 
 def _largest_part(examples: list[Example], count: int, limit: int | None) -> list[Example]:

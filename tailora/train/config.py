@@ -354,9 +354,6 @@ class TrainConfig(StrictModel):
         fields = type(self).model_fields
         return [name for name in names if name in fields and getattr(self, name) != fields[name].default]
 
-    def preference_settings(self) -> list[str]:
-        return self.changed(PREFERENCE_FIELDS)
-
     def lora(self) -> LoRAConfig:
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()
         task_type = "SEQ_2_SEQ_LM" if self.task == "seq2seq" else TASK_TYPES.get(self.task)

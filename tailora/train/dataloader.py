@@ -34,7 +34,7 @@ from tailora.data.report import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import ConfigError, DataError
 from tailora.train.classification import class_weights, label_task
-from tailora.train.config import GRPO, TrainConfig
+from tailora.train.config import GRPO, PREFERENCE_FIELDS, TrainConfig
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.preference import preference_task
@@ -197,7 +197,7 @@ def task_of(config: TrainConfig, report: DataReport, tokenizer: Tokenizer, label
         return SEQ2SEQ_TASK
     if report.task == PREFERENCE:
         return preference_task(config, report.shape, report.source)
-    if given := config.preference_settings():
+    if given := config.changed(PREFERENCE_FIELDS):
         raise ConfigError(
             f"{', '.join(given)}: only applies to preferences, but data {report.source} was read as {report.shape}; "
             "preference rows need chosen and rejected, or prompt, completion and label (true or false)"

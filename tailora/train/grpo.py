@@ -76,15 +76,11 @@ def mean_and_error(name: str, values: Rewards) -> dict[str, float]:
 
 @dataclass(eq=False)
 class Drift:
-    """How far log-probabilities differ between training and sampling, in nats per token.
-
-    is_measured: False for later iterations, in which the model has changed.
-    limit: of the mean, above which `warn` is called, once.
-    """
+    """How far log-probabilities differ between training and sampling, in nats per token."""
 
     differences: list[Tensor] = field(default_factory=list)  # absolute ones of each forward, (tokens,)
-    is_measured: bool = True
-    limit: float = math.inf
+    is_measured: bool = True  # False for later iterations, in which the model has changed
+    limit: float = math.inf  # of the mean, above which `warn` is called, once
     warn: Callable[[str], None] | None = None
 
     def read(self) -> dict[str, float]:

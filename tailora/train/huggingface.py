@@ -25,7 +25,6 @@ from tailora.core.adapter import Adapter
 from tailora.core.attach import evaluating
 from tailora.core.layer_types import layer_path_of
 from tailora.data.collate import collate_packed, collate_padded
-from tailora.data.dataset import IGNORED
 from tailora.errors import ConfigError, FormatError, TailoraWarning
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, Batch, LossForm
@@ -33,6 +32,7 @@ from tailora.model import LoRAModel
 from tailora.patches import attention_of
 from tailora.train.kernel_choice import choose_form, choose_packing
 from tailora.train.kernel_comparison import short_examples, tolerance
+from tailora.train.loss import next_tokens_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -274,10 +274,8 @@ def _choose_loss(model: LoRAModel, *, packed: bool) -> LossForm:
 
 def _batch_of(inputs: dict[str, Any]) -> Batch:
     labels = inputs["labels"].cpu().numpy()
-    next_tokens = np.full_like(labels, IGNORED)
-    next_tokens[:, :-1] = labels[:, 1:]
     others = {name: value for name, value in inputs.items() if name != "labels"}
-    return Batch.of(others, next_tokens, np.zeros_like(labels)).to(inputs["labels"].device)
+    return Batch.of(others, next_tokens_of(labels), np.zeros_like(labels)).to(inputs["labels"].device)
 
 
 def _argument_names(trainer: type[AdapterTraining]) -> list[str]:

@@ -70,14 +70,6 @@ class Kernels:
     recomputes: bool = False  # True: what is cheap to compute again is not kept for the backward
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is left of a run."""
-
-    tokens: float  # of this rank
-    sample: Example  # of the run's data, because half precision computes random tokens with large errors in any order
-
-
 def choose_layout(
     config: TrainConfig,
     model: Trainable,
@@ -166,10 +158,17 @@ def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[LossFor
 
 
 def choose_kernels(
-    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: str | None = None
+    config: TrainConfig,
+    model: Trainable,
+    layout: BatchLayout,
+    tokens: float,
+    sample: Example,
+    recorded: str | None = None,
 ) -> Kernels:
     """Returns the kernels of a run, whose description says why others are not used.
 
+    tokens: what is left of the run on this rank.
+    sample: from the run's data, because half precision computes random tokens with large errors in any order.
     recorded: the choice of the run that is resumed (`Kernels.layers`). It is used again, because the adapter's
         tensors are not restored yet and nothing could be compared.
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
@@ -181,7 +180,7 @@ def choose_kernels(
         return plain_kernels(config, base, layout)
     reason = ""
     if config.fast != "off":
-        kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
+        kernels, obstacle = _try_compiled(config, model, layout, tokens, sample, recorded)
         if kernels is not None:
             return kernels
         if config.fast == "compile":
@@ -198,7 +197,7 @@ def choose_kernels(
 
 
 def _try_compiled(
-    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: str | None
+    config: TrainConfig, model: Trainable, layout: BatchLayout, tokens: float, sample: Example, recorded: str | None
 ) -> tuple[Kernels | None, str | None]:
     """Returns kernels with compiled layers, or why there are none."""
     base = cast(PreTrainedModel, model.base_model)
@@ -211,15 +210,15 @@ def _try_compiled(
     if recorded == PLAIN:
         return None, "the run was started without them"
     must_pay = recorded is None and config.fast != "compile"
-    if must_pay and (obstacle := first_of_ranks(_obstacle_to_gain(base, work.tokens))):
+    if must_pay and (obstacle := first_of_ranks(_obstacle_to_gain(base, tokens))):
         return None, obstacle
     checked = "checked when the run was started"
     if recorded is None:
-        parts = parts_of(work.sample, base)
+        parts = parts_of(sample, base)
         obstacle, checked = _try_on_all_ranks(lambda: compare_layers(model, parts, layout, compiled))
         if obstacle is not None:
             return None, obstacle
-    obstacle, speed = _try_on_all_ranks(lambda: _compare_time(model, work, layout, compiled, must_pay))
+    obstacle, speed = _try_on_all_ranks(lambda: _compare_time(model, sample, layout, compiled, must_pay))
     if obstacle is not None:
         return None, obstacle
     text = f"decoder layers: compiled, {speed}, {checked}; attention: {_attention(base, layout)}"
@@ -251,11 +250,11 @@ def _try_on_all_ranks(trial: Callable[[], tuple[str | None, str]]) -> tuple[str 
 
 
 def _compare_time(
-    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, must_pay: bool
+    model: Trainable, sample: Example, layout: BatchLayout, compiled: CompiledLayers, must_pay: bool
 ) -> tuple[str | None, str]:
     """Compiles the layers as the run calls them, with their dropout; returns an obstacle, and how fast they are."""
     base = cast(PreTrainedModel, model.base_model)
-    ids = np.resize(work.sample.input_ids, TIMED_TOKENS)
+    ids = np.resize(sample.input_ids, TIMED_TOKENS)
     documents = [Example.of_text(part) for part in np.split(ids, [TIMED_TOKENS // 2 - 8])]  # of different lengths
     ours, theirs = [], []
     with layout.used_by(base):

@@ -10,7 +10,7 @@ each forward that is tried, because with a sharded base every forward needs all 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -197,17 +197,13 @@ def obstacle_to_form(model: Any, batch: Batch, chunked: LossForm, own: LossForm,
 
     compare: see `kernel_choice.choose_layout`; without it all ranks see the same.
     """
-    trials: list[Callable[[], str | None]] = [
-        lambda: _structural_obstacle(model, batch),
-        lambda: _change_around_head(model, batch, compare),
-    ]
-    if compare:
-        trials.append(lambda: _loss_difference(model, batch, chunked, own))
-    for trial in trials:
-        obstacle = first_of_ranks(trial()) if compare else trial()
-        if obstacle is not None:
-            return obstacle
-    return None
+    if not compare:
+        return _structural_obstacle(model, batch) or _change_around_head(model, batch, compare)
+    return (
+        first_of_ranks(_structural_obstacle(model, batch))
+        or first_of_ranks(_change_around_head(model, batch, compare))
+        or first_of_ranks(_loss_difference(model, batch, chunked, own))
+    )
 
 
 def _structural_obstacle(model: Any, batch: Batch) -> str | None:

@@ -16,12 +16,13 @@ import sys
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+from unittest import mock
 
 from tailora.errors import ConfigError
 from tailora.quiet import silent_loggers
@@ -155,7 +156,7 @@ def launch(
     with (
         tempfile.TemporaryDirectory(prefix="tailora-", dir=temporary) as name,
         silent_loggers("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"),
-        _environment({LAUNCHED_BY_TAILORA: str(count), "OMP_NUM_THREADS": threads}),
+        mock.patch.dict(os.environ, {LAUNCHED_BY_TAILORA: str(count), "OMP_NUM_THREADS": threads}),
         SignalForwarder() as signals,
         ThreadPoolExecutor(1) as executor,
     ):
@@ -184,19 +185,6 @@ def launch(
             advice = "" if output_dir is None else how_to_go_on(output_dir)
             raise cause_of(exit_codes, folder, advice, interrupted=bool(signals.counts)) from None
     return 0
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Within the block these variables are set, for processes that are started in it."""
-    before = {name: os.environ[name] for name in values if name in os.environ}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del os.environ[name]
-        os.environ.update(before)
 
 
 class SignalForwarder:

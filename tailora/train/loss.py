@@ -56,22 +56,15 @@ class Task(ABC):
     """What is learned from examples.
 
     The loss of a step is the sum of all its losses, divided by the sum of `divisor` over its examples.
-
-    loss_unit: what a loss is measured in.
-    has_one_loss: whether an example has one loss, instead of one for each supervised token.
-    score_names: what the columns of `Outputs.scores` are.
-    reference: what the model gave examples before training, for losses that compare with it.
-    batches_by_length: whether examples of similar length share a batch. If length correlates with the label, steps
-        would see a single class.
-    is_plain: whether batches are padded, and the model computes with its own layers and outputs.
     """
 
     loss_unit: str
-    has_one_loss = False
-    score_names: tuple[str, ...] = ()
-    is_plain = False
+    has_one_loss = False  # whether an example has one loss, instead of one for each supervised token
+    score_names: tuple[str, ...] = ()  # of the columns of `Outputs.scores`
+    is_plain = False  # whether batches are padded, and the model computes with its own layers and outputs
+    # whether examples of similar length share a batch; if length correlates with the label, steps see a single class
     batches_by_length = True
-    reference: "Reference | None" = None
+    reference: "Reference | None" = None  # what the model gave examples before training, if losses compare with it
 
     @property
     def description(self) -> str:
@@ -289,14 +282,11 @@ def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.d
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Summed losses, and their number, of every example: nats and supervised tokens, unless the task says otherwise.
-
-    scores: (losses, numbers), in the order of the examples; see `Task.score_names`.
-    """
+    """Summed losses, and their number, of every example: nats and supervised tokens, unless the task says otherwise."""
 
     sums: Sums
     counts: npt.NDArray[np.int64]
-    scores: TaskScores | None = None
+    scores: TaskScores | None = None  # in the order of the examples; see `Task.score_names`
 
     @property
     def loss(self) -> float:

@@ -62,9 +62,8 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
     from tailora.train.trainer import Trainer
 
     config = config.replaced(output_dir=str(folder / "run"), report_to=[], resume_from_checkpoint=None)
-    trainer = Trainer(config, read=read_data if with_data else random_data)
     with ExitStack() as stack:
-        trainer.setup(stack)
+        trainer = Trainer(config, stack, read=read_data if with_data else random_data)
         task = trainer.run.task.without_reference()  # which is not computed
         trainer.run = replace(trainer.run, task=task)
         data = trainer.run.data

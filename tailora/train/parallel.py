@@ -112,13 +112,10 @@ class Sharding:
     """Leaves on each rank its part of every decoder layer's weights, rows i n/ranks to (i + 1) n/ranks of each.
 
     From then on every forward, and every read of a weight's numbers (`whole_tensor`), needs all ranks.
-
-    device: of this rank.
-    offload_params: keeps the rank's parts in pinned host memory; forward and backward copy a layer to the device.
     """
 
-    device: torch.device
-    offload_params: bool = False
+    device: torch.device  # of this rank
+    offload_params: bool = False  # keeps the rank's parts in pinned host memory, and copies a layer when it computes
 
     def shard(self, base: PreTrainedModel) -> None:
         """Shards a base on `device`, or on meta before its weights are loaded. Raises ConfigError."""

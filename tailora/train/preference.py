@@ -127,18 +127,14 @@ class Preference(Task):
 
 @dataclass(frozen=True, eq=False)
 class Pairs(Preference):
-    """Makes chosen replies more likely than rejected ones.
-
-    sft_weight: of the loss per token of the chosen reply (Pang et al. 2024, arXiv:2404.19733, eq. 1).
-    reference: must hold the examples whose losses are computed; None stands for 0.
-    """
+    """Makes chosen replies more likely than rejected ones."""
 
     loss: str
     beta: float
     label_smoothing: float = 0.0
     simpo_gamma: float = 1.0
-    sft_weight: float = 0.0
-    reference: Reference | None = None
+    sft_weight: float = 0.0  # of the loss per token of the chosen reply (Pang et al. 2024, arXiv:2404.19733, eq. 1)
+    reference: Reference | None = None  # of the examples whose losses are computed; None stands for 0
 
     score_names = ("chosen", "rejected", "chosen_reward", "rejected_reward")
 
@@ -186,12 +182,10 @@ class KTO(Preference):
 
     The second sequence of an example is its prompt with another prompt's reply. The mean log-ratio of these in the
     whole step, at least 0, is the reference point z0; it gets no gradient.
-
-    reference: as in `Pairs`.
     """
 
     beta: float
-    reference: Reference | None = None
+    reference: Reference | None = None  # as in `Pairs`
 
     score_names = ("reply", "other", "reward", "other_log_ratio", "desirable")
     batches_by_length = False

@@ -44,18 +44,12 @@ LARGEST_ERROR = 0.3  # relative, of the weight and the output; 4-bit methods sta
 
 @dataclass(frozen=True)
 class Stored:
-    """What a method's layers need, for an estimate.
+    """What a method's layers need, for an estimate."""
 
-    bits: of a quantized number; FSDP2 can shard these.
-    scales: plain weight -> bytes of its scales, kept whole.
-    per_output: temporary bytes for each number of a layer's output.
-    keeps_dense: True if the dense weight of every layer is kept for the backward, False if one exists at a time.
-    """
-
-    bits: int
-    scales: Callable[[Tensor], int]
-    per_output: float = 0
-    keeps_dense: bool = False
+    bits: int  # of a quantized number; FSDP2 can shard these
+    scales: Callable[[Tensor], int]  # plain weight -> bytes of its scales, kept whole
+    per_output: float = 0  # temporary bytes for each number of a layer's output
+    keeps_dense: bool = False  # whether every layer's dense weight is kept for the backward; else one at a time exists
 
     def codes(self, weight: Tensor) -> int:
         return weight.numel() * self.bits // 8
@@ -179,15 +173,11 @@ def _try_layer(method: Method, device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class QuantizedFormat:
-    """How transformers loads a format of quantized models, so that gradients pass its layers.
+    """How transformers loads a format of quantized models, so that gradients pass its layers."""
 
-    settings: for quantization_config.
-    stored: quantization_config -> what its layers need, for an estimate; None if dense or unknown.
-    """
-
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # for quantization_config
     packages: tuple[str, ...]
-    stored: Callable[[dict[str, Any]], Stored | None]
+    stored: Callable[[dict[str, Any]], Stored | None]  # quantization_config -> for an estimate; None: dense or unknown
 
     @property
     def becomes_dense(self) -> bool:
@@ -297,15 +287,11 @@ def loading_options(
         dtype = precision if isinstance(precision, torch.dtype) else config.dtype or torch.bfloat16
         return {"quantization_config": settings_for(quantize, dtype, device)}
     if form is not None:
-        check_packages(form, name)
+        if missing := [package for package in form.packages if importlib.util.find_spec(package) is None]:
+            packages = " ".join(package.replace("_", "-") for package in missing)
+            raise ConfigError(f"model {name!r} needs a missing package: install it with pip install {packages}")
         config.quantization_config = {**stored_quantization(config), **form.settings}
     return {}  # with None, transformers would remove the quantization
-
-
-def check_packages(form: QuantizedFormat, name: str) -> None:
-    if missing := [package for package in form.packages if importlib.util.find_spec(package) is None]:
-        packages = " ".join(package.replace("_", "-") for package in missing)
-        raise ConfigError(f"model {name!r} needs a missing package: install it with pip install {packages}")
 
 
 def quantization_problems(model: PreTrainedModel, unread: Iterable[str]) -> list[str]:

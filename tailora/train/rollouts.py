@@ -27,7 +27,7 @@ from tailora.core.attach import evaluating
 from tailora.data.dataset import Example, Examples
 from tailora.data.prepare import PreparedData
 from tailora.engine.continuous_batching import cache_bytes
-from tailora.errors import DataError, DivergedError
+from tailora.errors import DataError
 from tailora.kernels.loss import FORMS
 from tailora.train import grpo, run_log
 from tailora.train.config import TrainConfig
@@ -121,17 +121,6 @@ class Rollouts:
         self.task.drift.limit, self.task.drift.warn = grpo.DRIFT_LIMITS.get(self.sampler.base.dtype, math.inf), note
         self._scorer = stack.enter_context(RewardProcess(prompts.rewards + prompts.judges, self.config.reward_seconds))
 
-    def _sample(self, *arguments: Any) -> list[Sample]:
-        """Calls the sampler. Raises DivergedError on all ranks if the logits of one are not finite."""
-        samples, problem = list[Sample](), ""
-        try:
-            samples = self.sampler.sample(*arguments)
-        except DivergedError as error:
-            problem = str(error)
-        if problem := max(gather_object([problem])):
-            raise DivergedError(problem)
-        return samples
-
     def _scores(self, samples: Sequence[Sample]) -> Floats:
         """Returns (names, samples), by the names of `GRPO.score_names` without kl. NaN: None. Raises RewardError."""
         completions = []
@@ -165,7 +154,7 @@ class Rollouts:
         config, shape = self.config, self.shape
         own, indices = range(shape.rank, shape.examples_per_step, shape.world), self.prompts.of_step(number)
         prompts = [self.prompts.data.prompts[indices[position]] for position in own]
-        samples = self._sample(prompts, [[config.seed, number, position] for position in own])
+        samples = self.sampler.sample(prompts, [[config.seed, number, position] for position in own])
         scores = np.concatenate(gather_object([self._scores(samples)]), 1)  # of all ranks
         scores = scores.reshape(len(scores), -1, config.num_generations)  # (names, groups, completions)
         advantages = grpo.advantages_of(scores[0], config.loss or "grpo", config.scale_rewards)
@@ -236,7 +225,7 @@ class Rollouts:
         own = np.array_split(examples.source_indices, state.num_processes)[state.process_index].tolist()
         seeds = [[self.config.seed, 2**31, number] for number in own]
         prompts = [self.prompts.data.eval_samples[number] for number in own]
-        samples = self._sample(prompts, seeds, lambda done: progress(done, len(own)))
+        samples = self.sampler.sample(prompts, seeds, lambda done: progress(done, len(own)))
         scores = np.array([*self._scores(samples), self._log_ratios(samples)])
         scores = scores.reshape(len(scores), -1, generations).swapaxes(0, 1)
         scores[:, -1] /= scores[:, -3].mean(1, keepdims=True)  # per token

@@ -12,6 +12,7 @@ from threading import Semaphore
 from typing import Any, cast
 
 import numpy as np
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from tailora.core.adapter_set import AdapterSet
@@ -93,7 +94,7 @@ class Sampler:
     ) -> list[Sample]:
         """Returns `num_generations` completions of each prompt. seeds: for each prompt, numbers that determine them.
 
-        Raises DivergedError if logits are not finite, and MemoryLimitError.
+        Raises DivergedError on all ranks if the logits of one are not finite, and MemoryLimitError.
         """
         ended, generations = Semaphore(0), self.config.num_generations
         answers = list[tuple[Prompt, list[Token | Finish]]]()
@@ -130,13 +131,14 @@ class Sampler:
                         progress((done + 1) // generations)
                 finally:
                     self._pause_engine()
+            finishes = [cast(Finish, events[-1]) for _, events in answers]
+            if any(gather_object([any(finish.message == OVERFLOW for finish in finishes)])):
+                raise DivergedError("the logits of a completion are not finite")
             return [self._sample_of(*answer) for answer in answers]
 
     def _sample_of(self, prompt: Prompt, events: Sequence[Token | Finish]) -> Sample:
         tokens, finish = [event for event in events if isinstance(event, Token)], events[-1]
         reason, message = cast(Finish, finish).reason, cast(Finish, finish).message
-        if message == OVERFLOW:
-            raise DivergedError("the logits of a completion are not finite")
         if reason in ("error", "cancelled"):
             raise RuntimeError(f"sampling failed: {message or reason}")
         ids = [token.id for token in tokens]

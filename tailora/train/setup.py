@@ -41,7 +41,6 @@ from tailora.train.failures import fail_together
 from tailora.train.kernel_choice import (
     PLAIN,
     Kernels,
-    Work,
     choose_kernels,
     choose_layout,
     use_kernels,
@@ -175,7 +174,9 @@ def set_up(
     stack.enter_context(seeded(config.seed))
     with explain_out_of_memory("loading", LOADING_REMEDIES):
         labels, has_new_head = find_labels(config)
-        load = loader_of(config, device, labels)
+        sharding = Sharding(device, config.fsdp_offload_params) if config.fsdp else None
+        place = (config.model, config.dtype, device, config.quantize)
+        load = partial(load_base, *place, sharding=sharding, task=config.task, labels=labels, seed=config.seed)
         base, tokenizer = load()
         shape = shape_of(config, labels, tokenizer)
         if dequantized := dequantization_note(shape, config.model):
@@ -246,7 +247,7 @@ def kernels_for(
     """Compares kernels on the longest example. saved: a checkpoint, whose kernels are used again."""
     recorded = None if saved is None else saved.state["run"]["kernels"]["layers"]
     step = 0 if saved is None else saved.state["progress"]["step"]
-    return choose_kernels(config, model, layout, Work(data.tokens(step), data.longest), recorded)
+    return choose_kernels(config, model, layout, data.tokens(step), data.longest, recorded)
 
 
 def check_memory(
@@ -414,22 +415,12 @@ def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
     return labels, labels != labels_of_config(model_config)
 
 
-LoadBase = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
-
-
-def loader_of(config: TrainConfig, device: torch.device, labels: Labels | None) -> LoadBase:
-    """Returns what loads the base model and its tokenizer, as often as it is called."""
-    sharding = Sharding(device, config.fsdp_offload_params) if config.fsdp else None
-    options: dict[str, Any] = {"sharding": sharding, "task": config.task, "labels": labels, "seed": config.seed}
-    return partial(load_base, config.model, config.dtype, device, config.quantize, **options)
-
-
 def attach(
     config: TrainConfig,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     saved: Checkpoint | None = None,
-    load: LoadBase | None = None,
+    load: Callable[[], tuple[PreTrainedModel, Any]] | None = None,
 ) -> Trainable:
     """Returns the base with its adapter, or wrapped for full fine-tuning, in training mode.
 

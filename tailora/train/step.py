@@ -22,21 +22,15 @@ CPU_TOKENS = 768
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What this rank computes in one optimizer step, and the size of the step over all ranks.
+    """What this rank computes in one optimizer step, and the size of the step over all ranks."""
 
-    micro_batches: the examples of each forward.
-    metrics: what else to log with the step.
-    idle: how many of the last forwards keep step with the other ranks, and are not counted.
-    batches: the micro-batches as tensors on the device, once `Trainer.collated` has made them.
-    """
-
-    micro_batches: list[list[Example]]
+    micro_batches: list[list[Example]]  # the examples of each forward
     tokens: int
     supervised: int  # tokens with a loss
     divisor: float  # of the summed loss; 0 if no example counts
-    idle: int = 0
-    batches: list[Batch] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    idle: int = 0  # how many of the last forwards only keep step with the other ranks
+    batches: list[Batch] = field(default_factory=list)  # tensors on the device, once `Trainer.collated` has made them
+    metrics: dict[str, float] = field(default_factory=dict)  # what else to log with the step
 
     @classmethod
     def of(cls, micro_batches: list[list[Example]], examples: Sequence[Example], task: Task, idle: int = 0) -> "Step":

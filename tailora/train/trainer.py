@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -52,8 +52,8 @@ from tailora.train.loss import Evaluation, Sums, Task, TaskScores, batches_withi
 from tailora.train.memory import explain_out_of_memory, peak_bytes
 from tailora.train.optimizer import clip_gradients, learning_rate
 from tailora.train.parallel import sum_over_ranks
-from tailora.train.setup import Run, resumed_folder, set_up
-from tailora.train.state import Best, StepResults, SubmittedStep, TrainState, random_state
+from tailora.train.setup import resumed_folder, set_up
+from tailora.train.state import Best, StepResults, SubmittedStep, random_state
 from tailora.train.step import Step
 from tailora.train.trainable import FullModel, Trainable, sync_parameters, trained_module
 
@@ -65,101 +65,98 @@ OnReady = Callable[[Trainable, PreTrainedTokenizerBase, PreparedData | None], No
 def run(
     config: TrainConfig, on_event: events.Listener | None = None, on_ready: OnReady | None = None, **options: Any
 ) -> events.TrainResult:
-    """Fine-tunes as `config` says. options: see `Trainer`, which takes the same arguments."""
-    return Trainer(config, on_event, on_ready, **options).train()
+    """Fine-tunes as `config` says. options: see `Trainer`.
 
-
-@dataclass(eq=False)
-class Trainer:
-    """One fine-tuning run. `train()` runs it; `setup()` and `step()` alone measure what a few steps take.
-
-    on_event: called with every event of `train.events`, in the main process.
     on_ready: called with the model, the tokenizer and the data before the first step.
+    """
+    with ExitStack() as stack:
+        return Trainer(config, stack, on_event, **options).train(on_ready)
+
+
+class Trainer:
+    """One fine-tuning run, ready for its first step. `train()` runs it; `step()` alone measures what a few steps take.
+
+    stack: restores the caller's state and the model when it is left.
+    on_event: called with every event of `train.events`, in the main process.
+    read: reads the data.
     held_out: number of held-out examples -> indices of those to evaluate; by default all.
     before: the losses of the base model on them, if known; then they are not computed again.
-    read: reads the data.
     overwrite: replaces an earlier run in the output folder. It is moved to earlier-run in that folder when everything
         is loaded, and deleted when the new adapter is complete.
     """
 
-    config: TrainConfig
-    on_event: events.Listener | None = None
-    on_ready: OnReady | None = None
-    _: KW_ONLY
-    held_out: ChooseHeldOut | None = None
-    before: Evaluation | None = None
-    read: ReadData = read_data
-    overwrite: bool = False
-    run: Run = field(init=False)  # from `setup` on
-    state: TrainState = field(init=False)  # from `setup` on
+    def __init__(
+        self,
+        config: TrainConfig,
+        stack: ExitStack,
+        on_event: events.Listener | None = None,
+        *,
+        read: ReadData = read_data,
+        held_out: ChooseHeldOut | None = None,
+        before: Evaluation | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Raises ConfigError, DataError, TargetError and CheckpointError."""
+        self.started, self.config, self.stack = time.perf_counter(), config, stack
+        self.signals = stack.enter_context(StopSignals(launch.world_size()))
+        self.run, self.state = set_up(config, stack, on_event, read=read, held_out=held_out, overwrite=overwrite)
+        examples = self.run.data.held_out
+        counts = None if examples is None else self.run.task.counts(examples)
+        if before is not None and (counts is None or not np.array_equal(before.counts, counts)):
+            raise ConfigError("held-out examples changed since the base was evaluated; use a different --output-dir")
+        self.state.before = self.state.before or before
 
-    def train(self) -> events.TrainResult:
+    def train(self, on_ready: OnReady | None = None) -> events.TrainResult:
         """Runs until the last step or until evaluations stop improving.
 
-        Raises ConfigError, DataError, TargetError and CheckpointError before anything is trained; while training,
-        DivergedError if a loss or gradient is not finite, MemoryLimitError, and Interrupted after a signal.
+        Raises DivergedError if a loss or gradient is not finite, MemoryLimitError, and Interrupted after a signal.
         """
-        started = time.perf_counter()
-        with StopSignals(launch.world_size()) as signals, ExitStack() as stack:
-            self.setup(stack)
-            config, run, state = self.config, self.run, self.state
-            header = {**run.header, "diverged": state.diverged}
-            if run.is_main:
-                run_log.write_settings(run.output_dir, config)
-                run_log.write_run(run.output_dir, header)
-                if run.data.prepared is not None and not config.streaming:
-                    run_log.write_trained_rows(run.output_dir, config, run.data.prepared.trained_rows)
-                    if run.data.prepared.skipped:
-                        run_log.write_skipped_rows(run.output_dir, run.data.prepared.skipped)
-            run.report(events.Prepared(header))
-            if self.on_ready is not None:
-                self.on_ready(run.model, run.tokenizer, run.data.prepared)
-            stack.enter_context(explain_out_of_memory("training", run.memory_remedies))
-            with use_kernels(run.base, run.layout, run.kernels, checkpointed=config.gradient_checkpointing):
-                self.compute_reference()
-                signals.handle()  # until here there is nothing to save, and Ctrl-C ends the run at once
-                self.evaluate_before_training()
-                left = islice(run.data.steps(state.step), run.data.max_steps - state.step)
-                steps: Iterator[Step] = map(self.collated, left)
-                if run.rollouts is None:  # which need the weights of the step before
-                    steps = stack.enter_context(one_ahead(steps, run.accelerator.device))
-                while self.submitted_steps < run.data.max_steps and not self.is_out_of_patience():
-                    is_stopped = state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set()
-                    if is_stopped and self.can_be_resumed:
-                        raise Interrupted(self.save_checkpoint())
-                    step_started = time.perf_counter()  # sampling completions belongs to the time of their step
-                    with self.sampling():
-                        step = next(steps)
-                    self.step(step, step_started, signals.stop.is_set())
-                    done = self.submitted_steps
-                    if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
-                        self.evaluate_and_keep_best()
-                    is_due = state.checkpoint_is_due and self.can_be_resumed
-                    if is_due or (config.save_steps and done % config.save_steps == 0):
-                        self.save_checkpoint()
-                after = self.restore_best()
-                self.accept_checkpoint()
-            signals.restore()
-            self.save_model(compare=True)
-            if run.is_main:
-                run_log.delete_earlier(run.output_dir)
-            # the files exist when any rank returns
-            run.accelerator.wait_for_everyone()
-        result = self.result(after, time.perf_counter() - started)
+        config, run, state, stack, signals = self.config, self.run, self.state, self.stack, self.signals
+        header = {**run.header, "diverged": state.diverged}
+        if run.is_main:
+            run_log.write_settings(run.output_dir, config)
+            run_log.write_run(run.output_dir, header)
+            if run.data.prepared is not None and not config.streaming:
+                run_log.write_trained_rows(run.output_dir, config, run.data.prepared.trained_rows)
+                if run.data.prepared.skipped:
+                    run_log.write_skipped_rows(run.output_dir, run.data.prepared.skipped)
+        run.report(events.Prepared(header))
+        if on_ready is not None:
+            on_ready(run.model, run.tokenizer, run.data.prepared)
+        stack.enter_context(explain_out_of_memory("training", run.memory_remedies))
+        with use_kernels(run.base, run.layout, run.kernels, checkpointed=config.gradient_checkpointing):
+            self.compute_reference()
+            signals.handle()  # until here there is nothing to save, and Ctrl-C ends the run at once
+            self.evaluate_before_training()
+            left = islice(run.data.steps(state.step), run.data.max_steps - state.step)
+            steps: Iterator[Step] = map(self.collated, left)
+            if run.rollouts is None:  # which need the weights of the step before
+                steps = stack.enter_context(one_ahead(steps, run.accelerator.device))
+            while self.submitted_steps < run.data.max_steps and not self.is_out_of_patience():
+                is_stopped = state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set()
+                if is_stopped and self.can_be_resumed:
+                    raise Interrupted(self.save_checkpoint())
+                step_started = time.perf_counter()  # sampling completions belongs to the time of their step
+                with self.sampling():
+                    step = next(steps)
+                self.step(step, step_started, signals.stop.is_set())
+                done = self.submitted_steps
+                if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
+                    self.evaluate_and_keep_best()
+                is_due = state.checkpoint_is_due and self.can_be_resumed
+                if is_due or (config.save_steps and done % config.save_steps == 0):
+                    self.save_checkpoint()
+            after = self.restore_best()
+            self.accept_checkpoint()
+        signals.restore()
+        self.save_model(compare=True)
+        if run.is_main:
+            run_log.delete_earlier(run.output_dir)
+        run.accelerator.wait_for_everyone()  # the files exist when any rank returns
+        result = self.result(after)
         self.write_result(result)
         run.report(events.Saved(result.best_step, trainable.folder_of(run.model, run.output_dir)))
         return result
-
-    def setup(self, stack: ExitStack) -> None:
-        """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model."""
-        self.run, self.state = set_up(
-            self.config, stack, self.on_event, read=self.read, held_out=self.held_out, overwrite=self.overwrite
-        )
-        held_out = self.run.data.held_out
-        counts = None if held_out is None else self.run.task.counts(held_out)
-        if self.before is not None and (counts is None or not np.array_equal(self.before.counts, counts)):
-            raise ConfigError("held-out examples changed since the base was evaluated; use a different --output-dir")
-        self.state.before = self.state.before or self.before
 
     # ---- A step
 
@@ -470,7 +467,7 @@ class Trainer:
                 names = ", ".join(different[:3])
                 raise CheckpointError(f"{written} was not written correctly: {names} differ; the disk may be failing")
 
-    def result(self, after: Evaluation | None, seconds: float) -> events.TrainResult:
+    def result(self, after: Evaluation | None) -> events.TrainResult:
         run, state, summary = self.run, self.state, self.run.model.summary()
 
         def hits(evaluation: Evaluation | None) -> Sums | None:
@@ -488,7 +485,7 @@ class Trainer:
             trainable_parameters=summary.trainable_parameters,
             total_parameters=summary.total_parameters,
             peak_memory_bytes=peak_bytes(run.accelerator.device),
-            seconds=seconds,
+            seconds=time.perf_counter() - self.started,
             model=run.model,
             tokenizer=run.tokenizer,
             data=run.data.prepared,

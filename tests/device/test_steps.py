@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,11 @@ def test_a_divergence_that_is_read_late_changes_nothing_and_is_saved_nowhere(
     good = {"loss": 1, "gradient": 2}[part]  # steps whose weights gave a finite loss in the next one
     short = settings(output_dir=str(tmp_path / "short"), max_steps=good, **constant)
     run(short)
-    trainer = BreakingTrainer(config, part=part, broken=3)
     where = "first module with non-finite output" if part == "loss" else "gradients of 1 of "
-    with pytest.raises(DivergedError, match=rf"in step 3 .*{where}"):
-        trainer.train()
+    with ExitStack() as stack:
+        trainer = BreakingTrainer(config, stack, part=part, broken=3)
+        with pytest.raises(DivergedError, match=rf"in step 3 .*{where}"):
+            trainer.train()
     assert trainer.queued == 4  # one step more was queued by then
     assert adapter(config) == adapter(short)
     saved = [path.name for path in checkpoints_in(Path(config.output_dir))]
@@ -144,8 +146,8 @@ def test_a_divergence_that_is_read_late_changes_nothing_and_is_saved_nowhere(
 class BreakingTrainer(Trainer):
     """A run whose loss or gradient is not finite in one step."""
 
-    def __init__(self, config: TrainConfig, part: str, broken: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: TrainConfig, stack: ExitStack, part: str, broken: int) -> None:
+        super().__init__(config, stack)
         self.part, self.broken, self.queued = part, broken, 0
 
     def step(self, step: Step, started: float, stop: bool = False) -> None:

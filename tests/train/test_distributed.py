@@ -48,7 +48,7 @@ from tailora.train.config import TrainConfig
 from tailora.errors import DivergedError, ProcessFailedError
 from tailora.train import trainer as trainer_file
 from tailora.train.launch import end_process
-from tailora.train.trainer import Trainer
+from tailora.train.trainer import Trainer, run
 from tailora.cli.train import RunFlags, train as train_command
 
 warnings.simplefilter("error", UserWarning)
@@ -87,7 +87,7 @@ def save_model(self, *, compare=False, save=Trainer.save_model):
 trainer_file.broken_loss = broken_loss
 Trainer.save_model = save_model
 trainers, train = [], Trainer.train
-Trainer.train = lambda self: (trainers.append(self), train(self))[1]
+Trainer.train = lambda self, *ready: (trainers.append(self), train(self, *ready))[1]
 for name, settings in json.loads(sys.argv[1]).items():
     config = TrainConfig(**settings)
     lacks_compiler = rank == 1 and config.fast != "compile"
@@ -97,10 +97,10 @@ for name, settings in json.loads(sys.argv[1]).items():
         train_command(given=RunFlags(json=True), flags={}, defaults=settings)
     elif "broken" in name:
         with suppress(DivergedError, ProcessFailedError):
-            Trainer(config, on_ready=break_norm).train()
+            run(config, on_ready=break_norm)
     else:
         with LACKING.get(name, nullcontext()) if rank else nullcontext():
-            Trainer(config).train()
+            run(config)
     trainer = trainers.pop()
     tell(f"{name} on rank {rank}: {sum(map(held_bytes, trainer.run.base.parameters()))} bytes of the base")
     for buffer in (buffer for buffer in trainer.run.updates.buffers if not buffer.sharded):

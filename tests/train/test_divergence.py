@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,11 @@ def test_no_checkpoint_holds_values_that_are_not_finite(settings: Any) -> None:
             (moment, *_) = (state["exp_avg_sq"] for state in trainer.run.updates.optimizer.state.values())
             moment[0] = float("inf")
 
-    trainer = Trainer(config, break_moments)
-    with pytest.raises(DivergedError, match=r"in step 2: .* \(optimizer: 1 tensors, starting with (?s:.*)checkpoint-1"):
-        trainer.train()
+    expected = r"in step 2: .* \(optimizer: 1 tensors, starting with (?s:.*)checkpoint-1"
+    with ExitStack() as stack:
+        trainer = Trainer(config, stack, break_moments)
+        with pytest.raises(DivergedError, match=expected):
+            trainer.train()
     assert [path.name for path in checkpoints_in(Path(config.output_dir))] == ["checkpoint-1"]
 
 

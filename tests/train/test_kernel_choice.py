@@ -25,7 +25,7 @@ from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, payi
 from tailora.kernels.loss import FROZEN
 from tailora.train import kernel_choice, kernel_comparison
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_choice import COMPILED, PLAIN, Kernels, Work, choose_kernels
+from tailora.train.kernel_choice import COMPILED, PLAIN, Kernels, choose_kernels
 from tailora.train.loss import BatchLayout
 from tailora.train.trainer import run
 
@@ -61,7 +61,7 @@ def chosen(config: TrainConfig, tokens: float, base: Any = None) -> Kernels:
     """Returns the kernels of a model of two layers."""
     model = LoRAModel(base or chat_model(), LoRAConfig(r=2, target_modules=["q_proj"])).train()
     ids = np.arange(40, dtype=np.int32)
-    return choose_kernels(config, model, BatchLayout(True, FROZEN, 0), Work(tokens, Example.of_text(ids)))
+    return choose_kernels(config, model, BatchLayout(True, FROZEN, 0), tokens, Example.of_text(ids))
 
 
 PAYING = 1000  # tokens

@@ -32,7 +32,7 @@ from tailora.train.dataloader import TrainingData, dataset_steps
 from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, Reference, Task, evaluate, make_batch
 from tailora.train.preference import KTO, LOSSES, Pairs
 from tailora.train.step import StepShape
-from tailora.train.trainer import Trainer, accumulate_gradients, run
+from tailora.train.trainer import accumulate_gradients, run
 
 CPU = torch.device("cpu")
 BETA = 0.2
@@ -428,7 +428,7 @@ def test_rows_and_settings_that_do_not_fit_are_refused(
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises((DataError, ConfigError), match=message):
-        Trainer(settings(data=str(file), validation_split=0, **changes)).train()
+        run(settings(data=str(file), validation_split=0, **changes))
 
 
 def test_a_share_of_all_pairs_is_not_certain() -> None:

@@ -394,7 +394,8 @@ def test_a_checkpoint_that_another_rank_asks_for_is_saved_here(settings: Any, mo
 
 
 def test_the_first_rank_alone_looks_at_the_clock(settings: Any) -> None:
-    trainer = Trainer(settings())
+    trainer = Trainer.__new__(Trainer)
+    trainer.config = settings()
     trainer.state = TrainState(last_saved=time.monotonic() - SECONDS_BETWEEN_CHECKPOINTS)
     for is_main in (True, False):
         trainer.run = cast(Any, SimpleNamespace(is_main=is_main))

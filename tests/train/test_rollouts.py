@@ -137,8 +137,9 @@ def test_the_adapter_with_the_best_held_out_reward_is_kept(grpo: Any, monkeypatc
             weights[event.step] = {name: value.clone() for name, value in state.items()}
 
     monkeypatch.setattr(Rollouts, "evaluate", planned)
-    trainer = Trainer(grpo(eval_steps=2, max_steps=8, learning_rate=2e-2), keep)
-    result = trainer.train()
+    with ExitStack() as stack:
+        trainer = Trainer(grpo(eval_steps=2, max_steps=8, learning_rate=2e-2), stack, keep)
+        result = trainer.train()
     assert result.best_step == 4
     assert -result.eval_loss_after > 5
     for name, value in result.model.lora_layers.state_dict().items():
@@ -209,8 +210,9 @@ def test_kl_is_that_of_the_completions_from_the_base(
         changes = {"adapter": str(tmp_path / "first"), "r": 16}
     monkeypatch.setattr(Sampler, "sample", keep)
     config = grpo(max_steps=2, learning_rate=2e-2, temperature=0.8, **changes)
-    trainer = Trainer(config)
-    result = trainer.train()
+    with ExitStack() as stack:
+        trainer = Trainer(config, stack)
+        result = trainer.train()
     for evaluation, completions in ((result.before, samples[0]), (result.after, samples[-1])):
         scores = dict(zip(trainer.run.task.score_names, evaluation.scores.swapaxes(0, 1), strict=True))
         kl = (scores["kl"] * scores["completion_tokens"].mean(1, keepdims=True)).reshape(-1)
@@ -233,14 +235,12 @@ def plain_log_probability(model: Any, completion: Any, temperature: float) -> fl
 
 def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any, steps: list[Step]) -> None:
     config = with_reward(grpo(max_steps=1, per_device_train_batch_size=2, eval_reward=grpo().reward), "constant")
-    trainer = Trainer(config)
     before = {}
 
     def keep(model: Any, *_: Any) -> None:
         before.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
 
-    trainer.on_ready = keep
-    result = trainer.train()
+    result = run(config, on_ready=keep)
     (step,) = metrics(config.output_dir)
     assert step["equal_groups"] == 1
     assert sum(map(len, steps[0].micro_batches)) == 1  # there is no step without a forward
@@ -261,8 +261,9 @@ def test_without_a_token_limit_a_forward_has_at_most_the_tokens_of_a_group(
     grpo: Any, monkeypatch: pytest.MonkeyPatch, steps: list[Step]
 ) -> None:
     monkeypatch.setattr("tailora.train.step.token_limit", lambda _: None)
-    trainer = Trainer(grpo(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2))
-    trainer.train()
+    with ExitStack() as stack:
+        trainer = Trainer(grpo(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2), stack)
+        trainer.train()
     data = trainer.run.data
     assert data.prompts is not None
     assert len(data.largest) == 4
@@ -279,11 +280,13 @@ def test_a_failing_reward_ends_the_run_with_its_name(grpo: Any) -> None:
 
 def test_held_out_prompts_without_rewards_are_left_out_of_the_mean(grpo: Any) -> None:
     notes: list[str] = []
-    trainer = Trainer(
-        with_reward(grpo(validation_split=0.5, max_steps=2, eval_steps=1, save_steps=1), "of_even"),
-        lambda event: notes.append(event.text) if isinstance(event, Note) else None,
-    )
-    result = trainer.train()
+    with ExitStack() as stack:
+        trainer = Trainer(
+            with_reward(grpo(validation_split=0.5, max_steps=2, eval_steps=1, save_steps=1), "of_even"),
+            stack,
+            lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+        )
+        result = trainer.train()
     prompts = trainer.run.data.prompts
     assert prompts is not None
     missing = sum(int(prompt.columns["answer"]) % 2 for prompt in prompts.data.eval_samples)
@@ -303,7 +306,7 @@ def test_held_out_prompts_need_a_reward(grpo: Any) -> None:
 
 
 def test_a_rank_may_have_no_held_out_prompt(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, found = Trainer(with_reward(grpo(max_steps=1), "constant")), []
+    found: list[Any] = []
 
     def evaluate_on_two_ranks(*_: Any) -> None:
         rollouts, held_out = trainer.run.rollouts, trainer.run.data.held_out
@@ -313,13 +316,12 @@ def test_a_rank_may_have_no_held_out_prompt(grpo: Any, monkeypatch: pytest.Monke
         state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
         with monkeypatch.context() as patch:
             patch.setattr("tailora.train.rollouts.PartialState", lambda: state)
-            patch.setattr(
-                "tailora.train.rollouts.gather_object", lambda own: own if isinstance(own[0], str) else [other, *own]
-            )
+            patch.setattr("tailora.train.rollouts.gather_object", lambda own: [other, *own])
             found.append(rollouts.evaluate(held_out.select(np.array([0])), 0, lambda *_: None))
 
-    trainer.on_ready = evaluate_on_two_ranks
-    trainer.train()
+    with ExitStack() as stack:
+        trainer = Trainer(with_reward(grpo(max_steps=1), "constant"), stack)
+        trainer.train(evaluate_on_two_ranks)
     assert found[0].loss == -0.5
     assert (found[0].scores == 0.5).all()
 
@@ -370,9 +372,8 @@ def test_a_run_that_can_no_longer_sample_keeps_its_last_good_weights(
 @pytest.mark.parametrize(("dtype", "split", "sampled"), [("bfloat16", 0.5, 40), ("float32", 0.9, 64)])
 def test_the_cache_is_as_large_as_planned(grpo: Any, dtype: str, split: float, sampled: int) -> None:
     config = grpo(dtype=dtype, validation_split=split, per_device_train_batch_size=2, max_completion_length=40)
-    trainer = Trainer(config)
     with ExitStack() as stack:
-        trainer.setup(stack)
+        trainer = Trainer(config, stack)
         rollouts, base = trainer.run.rollouts, trainer.run.base
         assert rollouts is not None
         engine: Any = rollouts.sampler._engine
