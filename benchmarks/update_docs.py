@@ -274,7 +274,7 @@ def preferences() -> str:
     text = (
         f"Medians of {repeats} runs of six steps of 8 pairs on {tables.machine(content)}, one thread, in turn: "
         "SmolLM2-135M-Instruct in bfloat16, r = 16 on every linear layer. The time includes the reference. "
-        f"{tables.load(content)}"
+        f"{tables.load(content)} Commit a26e00f2 has the script."
     )
     return f"{rows}\n\n{text}"
 

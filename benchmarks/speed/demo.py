@@ -1,4 +1,4 @@
-"""The demo's run compared with a hand-written loop around PEFT, and the time of the imports.
+"""The demo's run compared with a hand-written loop around PEFT.
 
     python -m benchmarks.speed.demo run [--repeats 3]     writes benchmarks/results/demo.json
 
@@ -9,7 +9,6 @@ before and after training, outside the time.
 
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -79,29 +78,7 @@ def peft() -> dict[str, float]:
     }
 
 
-def startup() -> dict[str, float]:
-    """Returns CPU seconds of the imports and of --help, each in a new interpreter, relative to the import of torch."""
-    import resource
-    import subprocess
-
-    def cpu(code: list[str]) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *code], check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    cpu(["-c", "import torch"])  # fills the caches of compiled files and of the disk
-    torch = cpu(["-c", "import torch"])
-    tailora = cpu(["-c", "import torch; from tailora import LoRAConfig, LoRALayer, LoRAModel"])
-    return {
-        "import_torch": torch,
-        "import_tailora_over_torch": tailora / torch,
-        "help_over_torch": cpu(["-m", "tailora.cli", "--help"]) / torch,
-        "import_peft_over_torch": cpu(["-c", "import peft"]) / torch,
-    }
-
-
-ARMS = {"tailora": tailora, "peft": peft, "startup": startup}
+ARMS = {"tailora": tailora, "peft": peft}
 
 
 def main() -> None:

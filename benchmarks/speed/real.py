@@ -13,14 +13,11 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import measure
-from benchmarks.speed.trainers import ARMS, Stopwatch, packing_settings, tailora
+from benchmarks.speed.trainers import ARMS, Stopwatch, packing_settings, padded_losses, tailora
 from benchmarks.studies.snippets import snippets_folder
-
-if TYPE_CHECKING:
-    from tailora.data.dataset import Example
 
 STARTED = time.perf_counter()
 HELD_OUT = 60  # examples, the first of the held-out file
@@ -82,6 +79,8 @@ def train(arm: str, watch: Stopwatch, files: tuple[Path, Path], folder: Path) ->
 
 def held_out_losses(file: Path, adapters: list[Path]) -> list[float]:
     """Returns nats per supervised token with each of these adapters, by transformers' own forward on padded rows."""
+    import torch
+
     from tailora import LoRAModel
     from tailora.data.chat_template import DataSettings
     from tailora.data.prepare import prepare
@@ -90,29 +89,15 @@ def held_out_losses(file: Path, adapters: list[Path]) -> list[float]:
     base, tokenizer = load_base("demo")
     examples = prepare(str(file), tokenizer, DataSettings(validation_split=0)).train
     first = [examples[i] for i in range(min(HELD_OUT, len(examples)))]
+    batches = [first[start : start + EVAL_BATCH] for start in range(0, len(first), EVAL_BATCH)]
     losses = []
     for folder in adapters:
         model = LoRAModel.from_pretrained(base, folder).eval()
-        losses.append(loss(model, first, tokenizer.pad_token_id))
+        with torch.no_grad():
+            parts = [padded_losses(base, batch, tokenizer.pad_token_id) for batch in batches]
+        losses.append(float(torch.cat(parts).double().mean()))
         model.unload()
     return losses
-
-
-def loss(model: Any, examples: "list[Example]", pad_id: int) -> float:
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from tailora.data.collate import collate_padded
-
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(examples), EVAL_BATCH):
-            batch = collate_padded(examples[start : start + EVAL_BATCH], pad_id)
-            targets = batch.pop("labels")[:, 1:]  # (rows, longest - 1)
-            supervised = targets != -100
-            logits = model(**batch, use_cache=False).logits[:, :-1][supervised]  # (supervised, vocabulary)
-            parts.append(cross_entropy(logits.float(), targets[supervised], reduction="none"))
-    return float(torch.cat(parts).double().mean())
 
 
 def data_files(data: str) -> tuple[Path, Path]:
