@@ -29,17 +29,15 @@ from tailora.errors import AdapterError, FormatError, listing
 class Adapter:
     """A config and its parts by path.
 
-    low_rank: the low-rank updates.
     saved: trained copies of complete modules (`modules_to_save`).
     extras: trained biases, and rows of embeddings with the heads tied to them.
-    waits_for_data: its initial values still have to be computed from data.
     """
 
     config: LoRAConfig
-    low_rank: dict[str, LoRALayer]
+    low_rank: dict[str, LoRALayer]  # the low-rank updates
     saved: dict[str, nn.Module] = field(default_factory=dict)
     extras: dict[str, nn.Module] = field(default_factory=dict)
-    waits_for_data: bool = False
+    waits_for_data: bool = False  # its initial values still have to be computed from data
 
     @property
     def has_start(self) -> bool:

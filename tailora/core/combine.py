@@ -167,14 +167,13 @@ class Combination(StrictModel):
 
     method: "cat" (exact, ranks add up), "svd" (the best approximation of rank r), "ties" (arXiv:2306.01708) or "dare"
         (arXiv:2311.03099). The last two process the dense update of each layer and then truncate it to rank r.
-    r: maximum rank of a layer; default: the maximum of its sources.
     density: TIES keeps this share of the largest entries of every update; default .2 as in its sec. 4.
     drop: DARE zeroes entries with this probability p and divides the others by 1 - p; default .5.
     seed: for DARE; its result does not depend on the machine or the order of the adapters; default 0.
     """
 
     method: Method = "cat"
-    r: int | None = Field(None, ge=1)
+    r: int | None = Field(None, ge=1)  # maximum rank of a layer; default: the maximum of its sources
     density: float | None = Field(None, gt=0, le=1)
     drop: float | None = Field(None, ge=0, lt=1)
     seed: int | None = None

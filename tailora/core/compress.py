@@ -179,12 +179,9 @@ def shrink(
 
 @dataclass(frozen=True, repr=False)
 class Extraction(Truncation):
-    """Rank and error of every layer that differs, and the differences that are not in the adapter.
+    """Rank and error of every layer that differs, and the differences that are not in the adapter."""
 
-    left_over: parameter or buffer -> ||tuned - base|| / ||base|| (inf where the base's is 0).
-    """
-
-    left_over: dict[str, float]
+    left_over: dict[str, float]  # parameter or buffer -> ||tuned - base|| / ||base|| (inf where the base's is 0)
 
 
 @torch.no_grad()

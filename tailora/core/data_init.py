@@ -105,12 +105,11 @@ class InputVariances:
     A x is computed by the layer type's update, so that this works for any layer type: with h = A x, the gradient of
     |h|^2 / 2 is A x x^T, and the gradient of the sum of h is x^T in every row.
 
-    directions: (k, n), of the last pass, on the layer's device; principal ones after `decompose`.
     along, total: variances along them (k,), and over all directions; on the CPU after `decompose`.
     """
 
     along: Tensor
-    directions: Tensor
+    directions: Tensor  # (k, n), of the last pass, on the layer's device; principal ones after `decompose`
     total: Tensor
 
     def __init__(self, target: Target, count: int) -> None:

@@ -122,16 +122,11 @@ Extra = TrainedBias | TokenRows | TokenHead
 
 @dataclass(frozen=True)
 class ExtraTargets:
-    """Trained parameters besides the low-rank updates.
+    """Trained parameters besides the low-rank updates."""
 
-    biases: paths of layers without an update but with a trained bias.
-    tokens: path of an embedding -> the rows to train.
-    heads: path of a head -> path of the embedding it is tied to.
-    """
-
-    biases: list[str] = field(default_factory=list)
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    heads: dict[str, str] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)  # paths of layers without an update but with a trained bias
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding -> the rows to train
+    heads: dict[str, str] = field(default_factory=dict)  # path of a head -> path of the embedding it is tied to
 
 
 def extra_targets(

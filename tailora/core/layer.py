@@ -61,19 +61,13 @@ def is_certain(condition: bool) -> bool:
 class LoRALayer(nn.Module, AdapterPart):
     """A low-rank update of a layer: `LoRALayer(in, out)(x)` is s B A x. You can train it alone or in a `LoRAModel`.
 
-    lora_A: Parameter (r, in).
-    lora_B: Parameter (out, r).
     scaling: s, a 0-dimensional buffer, or a Parameter of one element if it is learned. Assigning a number fixes it;
         assigning a Parameter makes it learned.
-    strength: factor for everything that the adapter adds, 1 unless set; not saved.
     output_slice: the outputs that the update changes, if they are only a part of the layer's outputs (such as q of a
         fused qkv). out_features is the number of these outputs; `forward` returns zero for all others.
 
     Optional slots, None when unused:
     start_A, start_B: frozen copies of the initial factors (`start_from`); the update is s (B A - B0 A0).
-    lora_magnitude_vector: Parameter (out,), m of DoRA (`add_dora`).
-    lora_bias: Parameter (out,), bias of B, scaled by s.
-    bias: Parameter (out,), replaces the layer's bias (`add_trained_bias`).
 
     lora_alpha=None means 2 r, the ratio of `LoRAConfig`'s defaults.
     init_lora_weights=None leaves A and B uninitialized, like `torch.empty`, for existing factors to be loaded.
@@ -89,16 +83,16 @@ class LoRALayer(nn.Module, AdapterPart):
     layer_type: LayerType
     groups: int
     output_slice: OutputSlice | None
-    strength: float
+    strength: float  # factor for everything that the adapter adds, 1 unless set; not saved
     row_norms: dora.RowNorms | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: nn.Parameter  # Parameter (r, in)
+    lora_B: nn.Parameter  # Parameter (out, r)
     scaling: Tensor
     start_A: Tensor | None
     start_B: Tensor | None
-    lora_magnitude_vector: nn.Parameter | None
-    lora_bias: nn.Parameter | None
-    bias: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None  # Parameter (out,), m of DoRA (`add_dora`)
+    lora_bias: nn.Parameter | None  # Parameter (out,), bias of B, scaled by s
+    bias: nn.Parameter | None  # Parameter (out,), replaces the layer's bias (`add_trained_bias`)
 
     def __init__(
         self,

@@ -26,27 +26,19 @@ Shape = tuple[int, ...]
 class LayerType(ABC):
     """A layer whose output is W x + b for its input x and one matrix W.
 
-    name: name in summaries and error messages.
-    weight_name: the layer's parameter that contains W.
-    zero_factor: the factor that starts at zero, so that a new update is zero.
-    is_linear: True if "all-linear" includes this layer type.
-    is_stacked: True if A and B contain one matrix per expert.
-    reads_numbers: True if x are numbers, which support casts and dropout; False for ids.
-    supports_dora: True if the output rows of W can have magnitudes.
     supports_dropout: False if the update is not applied to the input, so that lora_dropout is impossible.
-    has_matrix: True if `matrix` can get W from the stored weight.
     replaces_forward: True if the adapted layer is not W x + s B A x, so that `forward` computes the whole output.
     """
 
-    name: str = "Matrix"
-    weight_name: str = "weight"
-    zero_factor: Literal["A", "B"] = "B"
-    is_linear: bool = False
-    is_stacked: bool = False
-    reads_numbers: bool = True
-    supports_dora: bool = True
+    name: str = "Matrix"  # name in summaries and error messages
+    weight_name: str = "weight"  # the layer's parameter that contains W
+    zero_factor: Literal["A", "B"] = "B"  # the factor that starts at zero, so that a new update is zero
+    is_linear: bool = False  # True if "all-linear" includes this layer type
+    is_stacked: bool = False  # True if A and B contain one matrix per expert
+    reads_numbers: bool = True  # True if x are numbers, which support casts and dropout; False for ids
+    supports_dora: bool = True  # True if the output rows of W can have magnitudes
     supports_dropout: bool = True
-    has_matrix: bool = True
+    has_matrix: bool = True  # True if `matrix` can get W from the stored weight
     replaces_forward: bool = False
 
     @abstractmethod

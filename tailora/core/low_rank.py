@@ -76,22 +76,20 @@ class Factors:
 class Update:
     """What an adapter adds to one matrix, or to a stack of experts.
 
-    r: rank, as trained.
     factors: s (B A - B0 A0) by group, with twice the rank if the initial factors are subtracted; float32 or wider.
-    stacked: True if the groups are experts, each of rank r; False if they are blocks of one matrix.
     weight: returns W (groups, m, n), or the weight of a stack as it is stored; None without the base model.
     dense: returns dW with DoRA's magnitudes (groups, m, n); None without DoRA or without the base model.
     """
 
     path: str
     layer_type: str
-    r: int
+    r: int  # rank, as trained
     factors: Factors
     scaling: float
     configured_scaling: float
     learned_scaling: bool = False
     dora: bool = False
-    stacked: bool = False
+    stacked: bool = False  # True if the groups are experts, each of rank r; False if they are blocks of one matrix
     weight: Callable[[], Tensor] | None = None
     dense: Callable[[], Tensor] | None = None
 

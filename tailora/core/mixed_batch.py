@@ -49,16 +49,13 @@ Names = tuple[str | None, ...]
 class Blocks:
     """Blocks of `size` rows that have the same adapter.
 
-    which: (m,) position of each block's adapter.
-    rows: (n,) position of each row's adapter.
-    order: (m size,) rows, block by block; a block that is not full repeats its first row.
     back: (n,) position of each row in `order`. Both are None if the rows are already in this order.
     """
 
-    which: Tensor
-    rows: Tensor
+    which: Tensor  # (m,) position of each block's adapter
+    rows: Tensor  # (n,) position of each row's adapter
     size: int = 1
-    order: Tensor | None = None
+    order: Tensor | None = None  # (m size,) rows, block by block; a block that is not full repeats its first row
     back: Tensor | None = None
 
 
@@ -316,10 +313,7 @@ def stacked(terms: Sequence[Terms]) -> Terms:
 
 @dataclass(eq=False)
 class Factors:
-    """The factors of a product, and the state of the tensors from which they were computed.
-
-    sources: these tensors, kept so that their addresses are not reused.
-    """
+    """The factors of a product, and the state of the tensors from which they were computed."""
 
     blocks: Blocks
     A: Tensor  # (m, R, in)
@@ -327,7 +321,7 @@ class Factors:
     rescaling: Tensor | None  # (n, out): the layer's output is multiplied by it, and added
     shift: Tensor | None  # (n, out)
     state: Any = None
-    sources: Sequence[Tensor] = ()
+    sources: Sequence[Tensor] = ()  # these tensors, kept so that their addresses are not reused
 
     @classmethod
     def of(cls, terms: Terms, blocks: Blocks) -> "Factors":

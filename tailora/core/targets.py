@@ -40,20 +40,17 @@ from tailora.errors import ConfigError, TailoraWarning, TargetError, listing, ne
 class TargetCandidate:
     """One matrix of the model that could be adapted.
 
-    path: of the matrix: the layer's own, or one name longer for a part of it (`c_attn.q`, `experts.down_proj`).
     layer, layer_path: the module that uses the matrix, and its path.
-    output_slice: outputs of a part of a fused layer.
     parameter_path: for a layer selected by `target_parameters`, the path of its weight, for names and patterns.
-    use: whether the parent module calls the layer, or only reads its weight.
     """
 
-    path: str
+    path: str  # of the matrix: the layer's own, or one name longer for a part of it (`c_attn.q`, `experts.down_proj`)
     layer_path: str
     layer: nn.Module
     layer_type: LayerType
-    output_slice: OutputSlice | None = None
+    output_slice: OutputSlice | None = None  # outputs of a part of a fused layer
     parameter_path: str | None = None
-    use: Use = "called"
+    use: Use = "called"  # whether the parent module calls the layer, or only reads its weight
 
     @property
     def pattern_names(self) -> tuple[str, ...]:

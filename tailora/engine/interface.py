@@ -25,23 +25,18 @@ PIXELS_OF_REQUEST = 64_000_000  # of all images of a request, and of a batch; de
 class SamplingParams:
     """How to sample the tokens of an answer.
 
-    temperature: 0 always chooses the most likely token.
-    top_p: sample from the most likely tokens with this total probability.
-    top_k: sample from this many of the most likely tokens; 0 for all.
-    seed: the same seed gives the same tokens, whatever other requests run at the same time.
     logprobs: how many of the most likely tokens to return with each token; None for no log-probabilities.
     at_temperature: return log-probabilities of the distribution that is sampled from, before top_k and top_p.
-    ignore_eos: generate max_tokens tokens, including any end-of-sequence tokens.
     """
 
     max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    temperature: float = 1.0  # 0 always chooses the most likely token
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability
+    top_k: int = 0  # sample from this many of the most likely tokens; 0 for all
+    seed: int = 0  # the same seed gives the same tokens, whatever other requests run at the same time
     logprobs: int | None = None
     at_temperature: bool = False
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # generate max_tokens tokens, including any end-of-sequence tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +95,12 @@ EventHandler = Callable[[Token | Finish], object]
 class Engine(ABC):
     """Runs requests in its own thread. All methods may be called from any thread.
 
-    adapter_set: the base model and its adapters. Only change it within `paused`.
-    max_positions: maximum length of prompt plus answer, in tokens.
     processor: of a vision-language model, not used by other threads; None if requests have no images.
     """
 
-    adapter_set: AdapterSet
+    adapter_set: AdapterSet  # the base model and its adapters. Only change it within `paused`.
     eos_token_ids: frozenset[int]
-    max_positions: int
+    max_positions: int  # maximum length of prompt plus answer, in tokens
     processor: ProcessorMixin | None = None
 
     @abstractmethod

@@ -29,32 +29,27 @@ class Number:
 class Column:
     """A column of a table.
 
-    numeric: the cells are numbers: right-aligned and never wrapped.
     interval: the cells are intervals of the previous column; the terminal prints them below its values.
     priority: if a terminal is too narrow for the table, the columns with the highest priority number are the first
         to move into one last column of text, "name value, name value".
     """
 
     name: str
-    numeric: bool = False
+    numeric: bool = False  # the cells are numbers: right-aligned and never wrapped
     interval: bool = False
     priority: int = 0
 
 
 @dataclass(frozen=True)
 class Table:
-    """title: above the table.    folded: a page shows the table after a click on its title.
-
-    rest: name of the last column, where a narrow terminal shows the columns that do not fit.
-    first: how many rows a terminal shows without --all; None for all.
-    """
+    """title: above the table.    folded: a page shows the table after a click on its title."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
     title: str = ""
     note: str = ""
-    rest: str = "more"
-    first: int | None = None
+    rest: str = "more"  # name of the last column, where a narrow terminal shows the columns that do not fit
+    first: int | None = None  # how many rows a terminal shows without --all; None for all
     folded: bool = False
     detail: Detail = "always"
 
@@ -64,14 +59,13 @@ class Figure:
     """Only for pages, and drawn when a page is written, so a terminal needs no matplotlib.
 
     name: unique on the page.    draw: draws it on a canvas.    alt: text for screen readers.
-    wide: as wide as the page, and drawn a second time for narrow screens; otherwise half as wide.
     """
 
     name: str
     draw: Callable[[Canvas], None]
     alt: str
     caption: str
-    wide: bool = False
+    wide: bool = False  # as wide as the page, and drawn a second time for narrow screens; otherwise half as wide
     detail: Detail = "page"
 
 
@@ -93,14 +87,11 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Answers:
-    """The same questions, answered before and after. rows: question, answer before, answer after.
-
-    images: of each question, for pages.
-    """
+    """The same questions, answered before and after. rows: question, answer before, answer after."""
 
     names: tuple[str, str]
     rows: Sequence[tuple[str, str, str]]
-    images: Sequence[Sequence[Image]] = ()
+    images: Sequence[Sequence[Image]] = ()  # of each question, for pages
     detail: Detail = "always"
 
 

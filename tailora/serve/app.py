@@ -64,22 +64,14 @@ GONE = 499  # status in the metrics of a request whose client disconnected, as i
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Limits and keys.
+    """Limits and keys."""
 
-    max_queue: limit for running and waiting answers; further requests get status 429.
-    max_tokens: limit for each answer; None for the model's own limit.
-    drain_seconds: seconds that running requests get to finish at shutdown.
-    allowed_hosts: host names that requests may use; "*" for any.
-    api_key: required for all requests; None for no key.
-    admin_key: required to load and unload adapters; None for the API key.
-    """
-
-    max_queue: int = 256
-    max_tokens: int | None = None
-    drain_seconds: float = 30.0
-    allowed_hosts: tuple[str, ...] = ("*",)
-    api_key: str | None = None
-    admin_key: str | None = None
+    max_queue: int = 256  # limit for running and waiting answers; further requests get status 429
+    max_tokens: int | None = None  # limit for each answer; None for the model's own limit
+    drain_seconds: float = 30.0  # seconds that running requests get to finish at shutdown
+    allowed_hosts: tuple[str, ...] = ("*",)  # host names that requests may use; "*" for any
+    api_key: str | None = None  # required for all requests; None for no key
+    admin_key: str | None = None  # required to load and unload adapters; None for the API key
 
 
 class Server:

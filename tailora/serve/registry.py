@@ -57,17 +57,14 @@ MOST_DERIVED = 64  # idle scaled adapters and mixtures to keep; clients may requ
 class NamedAdapter:
     """An adapter that clients can request.
 
-    trusted: the path comes from the command line, and may be anywhere.
-    key: its name in the AdapterSet, with a hash of the files' content when they were last read.
-    system: the system message used in training.
     created: when it was loaded or replaced, in seconds since 1970.
     """
 
     name: str
     path: Path
-    trusted: bool
-    key: str
-    system: str | None
+    trusted: bool  # the path comes from the command line, and may be anywhere
+    key: str  # its name in the AdapterSet, with a hash of the files' content when they were last read
+    system: str | None  # the system message used in training
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -76,13 +73,12 @@ class _Resident:
     """An adapter in memory.
 
     sources: the adapters that it scales or adds, which stay in memory with it; none if it was read from files.
-    users: handles, and adapters that have this one as a source.
     """
 
     key: str
     size: int
     sources: tuple["_Resident", ...] = ()
-    users: int = 0
+    users: int = 0  # handles, and adapters that have this one as a source
 
 
 class AdapterHandle(ExitStack):

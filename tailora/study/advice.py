@@ -40,17 +40,15 @@ def _is_above_zero(value: float, low: float | None) -> bool:
 class TruncationCost:
     """The held-out loss without the lower half of the singular values of some modules, in nats per token.
 
-    rise: increase of the loss, paired by example; low, high: its 95% interval, None for a single example.
     cost: the rise as a share of the adapter's improvement over the base; None if there is no improvement.
-    values: these modules' share of the adapter's singular values.
     """
 
     loss: float
-    rise: float
+    rise: float  # increase of the loss, paired by example; low, high: its 95% interval, None for a single example
     low: float | None
     high: float | None
     cost: float | None
-    values: float
+    values: float  # these modules' share of the adapter's singular values
 
     @property
     def limit(self) -> float:
@@ -105,13 +103,12 @@ class Advice:
     """The recommendation of a rule.
 
     rule: its name.    says: the recommendation, in a sentence or two.
-    evidence: the numbers and the thresholds they exceed.
     setting: values of LoRAConfig or TrainConfig, ready to use.    command: a command line to copy, or "".
     """
 
     rule: str
     says: str
-    evidence: dict[str, Any]
+    evidence: dict[str, Any]  # the numbers and the thresholds they exceed
     setting: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
@@ -119,7 +116,6 @@ class Advice:
 @dataclass(frozen=True)
 class Inspection:
     """layers: number of layers of the model, as far as the adapter names them.
-    left_out: path -> why its change has no singular values.
     training: settings of the run that trained the adapter, {} if unknown.
     forgetting: KL divergence from the base and loss on other text (`evaluation.forgetting`).
     dial: the adapter at lower strengths, measured if it forgets a lot.
@@ -129,7 +125,7 @@ class Inspection:
     config: dict[str, Any]
     layers: int
     modules: list[ModuleReport]
-    left_out: dict[str, str]
+    left_out: dict[str, str]  # path -> why its change has no singular values
     model: str | None = None
     named_base: str | None = None
     base_dtype: str | None = None

@@ -47,12 +47,11 @@ class CurvePlan:
     """The content of plan.json.
 
     max_steps: the most of a run.    points: rank and number of examples of each; the user's rank first.
-    train_examples: number of training examples in total.
     """
 
     max_steps: int
     points: list[Point]
-    train_examples: int
+    train_examples: int  # number of training examples in total
 
     @property
     def sizes(self) -> list[int]:

@@ -40,16 +40,14 @@ NOT_NEEDED = ("optim", "report_to", "fsdp", "fsdp_offload_params")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """settings: with the run's folder as output_dir.    best_step: of its adapter.    seconds: of its steps.
-    data_sha256: of its data.
-    """
+    """settings: with the run's folder as output_dir.    best_step: of its adapter.    seconds: of its steps."""
 
     settings: TrainConfig
     processes: int
     steps: int
     best_step: int
     seconds: float
-    data_sha256: str
+    data_sha256: str  # of its data
 
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":

@@ -172,14 +172,11 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class TrainedGroup:
-    """Layers that differ only in their number, which `path` shows as a range: layers.{0-29}.
-
-    shape: (in, out). For fully trained parameters it is their own shape, and r and alpha are None.
-    """
+    """Layers that differ only in their number, which `path` shows as a range: layers.{0-29}."""
 
     path: str
     kind: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # (in, out). For fully trained parameters it is their own shape, and r and alpha are None.
     r: int | None
     alpha: float | None
     count: int

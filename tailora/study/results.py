@@ -85,14 +85,9 @@ class ArmResult:
     """One arm of a comparison. If it could not be trained, its outcome is not 'done' and it has no numbers.
 
     rates: learning rate -> loss on the selection half, None for a failed run.
-    bracketed: whether lower and higher learning rates than the best were tried.
-    difference: from the reference arm; None for the reference itself.
     seconds: of training, mean over the seeds.    bytes: on disk.
-    forgetting: mean over the seeds; None if not measured or not finite.
     accuracy, accuracy_interval: share of correct labels, or of correctly ordered pairs of replies, for such tasks.
-    accuracy_difference: from the reference arm.
     seed_losses: per seed; eval_loss is their mean.    train_losses: per seed and step, before the step.
-    runs: folders.
     """
 
     name: str
@@ -100,28 +95,27 @@ class ArmResult:
     outcome: str
     learning_rate: float | None = None
     rates: dict[float, float | None] = field(default_factory=dict)
-    bracketed: bool = False
+    bracketed: bool = False  # whether lower and higher learning rates than the best were tried
     eval_loss: float | None = None
     interval: tuple[float, float] | None = None
-    difference: Difference | None = None
+    difference: Difference | None = None  # from the reference arm; None for the reference itself
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
     bytes: int | None = None
-    forgetting: dict[str, float] | None = None
+    forgetting: dict[str, float] | None = None  # mean over the seeds; None if not measured or not finite
     accuracy: float | None = None
     accuracy_interval: tuple[float, float] | None = None
-    accuracy_difference: Difference | None = None
+    accuracy_difference: Difference | None = None  # from the reference arm
     seed_losses: list[float] = field(default_factory=list)
     train_losses: list[list[float]] = field(default_factory=list)
-    runs: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)  # folders
 
 
 @dataclass(frozen=True)
 class Comparison:
     """base_loss: before training, on the evaluation half.
     p_values: arm -> p value of no difference from the reference, adjusted for the number of arms like the intervals.
-    p_value: of the arm in the verdict.
     """
 
     arms: list[ArmResult]
@@ -131,7 +125,7 @@ class Comparison:
     seeds: list[int]
     judged_examples: int
     verdict: str
-    p_value: float | None
+    p_value: float | None  # of the arm in the verdict
     p_values: dict[str, float]
     notes: list[str]
     settings: dict[str, Any]
@@ -155,14 +149,13 @@ class Candidate:
     """One trial of a search.
 
     state: done, pruned, diverged, or out of memory.    settings: the searched ones.
-    eval_loss: on the selection half; for a pruned trial, at its last evaluation.
     curve: (step, loss on the selection half).    message: why the trial ended early.
     """
 
     number: int
     state: str
     settings: dict[str, Any]
-    eval_loss: float | None = None
+    eval_loss: float | None = None  # on the selection half; for a pruned trial, at its last evaluation
     trainable_parameters: int | None = None
     seconds: float | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
@@ -173,20 +166,17 @@ class Candidate:
 class Finalist:
     """A trial whose settings were repeated with several seeds and evaluated on the evaluation half.
 
-    choosing_loss: of the trial, on the selection half.
-    difference: from the best; None for the best itself.
-    p_value: of no difference, adjusted for the number of finalists.
     seconds: of training, mean over the seeds.    runs: folders.
     """
 
     number: int
     settings: dict[str, Any]
     trainable_parameters: int
-    choosing_loss: float
+    choosing_loss: float  # of the trial, on the selection half
     eval_loss: float
     interval: tuple[float, float]
-    difference: Difference | None
-    p_value: float | None
+    difference: Difference | None  # from the best; None for the best itself
+    p_value: float | None  # of no difference, adjusted for the number of finalists
     seconds: float
     peak_memory_bytes: int
     runs: list[str]
@@ -235,7 +225,6 @@ class ScoredRow:
     """row: number in the file.    score: above 0, training on the row raises the held-out loss.
 
     loss: of the finished run on this row, in its unit.    examples: indices of its training examples.
-    text: of the first `TEXTS` rows, and of the first row of each group in `RowsResult.repeated`.
     """
 
     row: int
@@ -243,7 +232,7 @@ class ScoredRow:
     score: float
     loss: float
     examples: list[int]
-    text: str = ""
+    text: str = ""  # of the first `TEXTS` rows, and of the first row of each group in `RowsResult.repeated`
 
 
 @dataclass(frozen=True)

@@ -121,39 +121,30 @@ class TrialEvent:
 class Trial:
     """The result of a trial. Unless its outcome is `done`, it contains only what its events reported.
 
-    outcome: done, diverged, out of memory, or pruned (ended by `listen`).
-    message: the reason, unless done.
     numbers: of TrainResult; also seed, train_examples (before a subset is drawn), parts (the model's `target_groups`),
     all_steps (of the epochs; None for a stream), and seconds.
-    loss_unit: unit of the losses.
     sums, before: sum of the losses of each held-out example, for the trained model and for the base.
     counts: number of losses of each example; for a language model, its trained tokens.
     hits: correct predictions of each example, out of `counts`; [] for tasks without predictions.
-    bytes: size of the trained weights on disk.
-    losses: of each step's examples, before the step.
-    curve: (step, held-out loss).
-    parameters: trained parameters; 0 if the trial ended before its first step.
-    workers: number of workers of the study, and so the maximum number of parallel trials.
-    processes: number of processes. Memory was measured in the first one.
     """
 
-    outcome: str
-    message: str
+    outcome: str  # done, diverged, out of memory, or pruned (ended by `listen`)
+    message: str  # the reason, unless done
     numbers: dict[str, Any] = field(default_factory=dict)
     sums: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     forgetting: dict[str, Any] | None = None
-    bytes: int = 0
-    losses: list[float] = field(default_factory=list)
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    parameters: int = 0
+    bytes: int = 0  # size of the trained weights on disk
+    losses: list[float] = field(default_factory=list)  # of each step's examples, before the step
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
+    parameters: int = 0  # trained parameters; 0 if the trial ended before its first step
     step_seconds: list[float] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
-    workers: int = 1
-    processes: int = 1
+    workers: int = 1  # number of workers of the study, and so the maximum number of parallel trials
+    processes: int = 1  # number of processes. Memory was measured in the first one.
     hits: list[float] = field(default_factory=list)
-    loss_unit: str = NATS_PER_TOKEN
+    loss_unit: str = NATS_PER_TOKEN  # unit of the losses
 
     @property
     def done(self) -> bool:

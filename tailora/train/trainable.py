@@ -34,13 +34,12 @@ from tailora.train.parallel import free_gathered, is_first_rank, local_shard, lo
 class FullModel(nn.Module):
     """A base model, all of whose weights are trained. Calls, `generate` and other attributes are the base model's.
 
-    trained: float32 masters by name, with / for the dots; of a float32 base, its own parameters.
     sharded: the sharded weights by the same names (FSDP2).
     load_original: loads the base again, for comparison.
     """
 
     base_model: nn.Module
-    trained: nn.ParameterDict
+    trained: nn.ParameterDict  # float32 masters by name, with / for the dots; of a float32 base, its own parameters
 
     def __init__(
         self, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, load_original: Callable[[], nn.Module]

@@ -38,18 +38,14 @@ STEP = 0.05  # between candidate scales
 class Observation:
     """A server's answer to a probe.
 
-    chosen: index of the most likely token in the probe's tokens; None if it is none of them.
     logprobs: index of token -> log-probability, for the probe's tokens that the server lists.
-    bound: tokens that are not in `logprobs` have at most this log-probability; None if unknown.
-    prompt_tokens: counted by the server; None if it does not.
-    unknown: probability of the listed tokens that are not the probe's, except for parts of characters.
     """
 
-    chosen: int | None
+    chosen: int | None  # index of the most likely token in the probe's tokens; None if it is none of them
     logprobs: Mapping[int, float] = field(default_factory=dict)
-    bound: float | None = None
-    prompt_tokens: int | None = None
-    unknown: float = 0.0
+    bound: float | None = None  # tokens that are not in `logprobs` have at most this log-probability; None if unknown
+    prompt_tokens: int | None = None  # counted by the server; None if it does not
+    unknown: float = 0.0  # probability of the listed tokens that are not the probe's, except for parts of characters
 
     @property
     def known_share(self) -> float:
@@ -70,31 +66,25 @@ class Fit:
     """How well each scale explains the answers to some of the probes.
 
     scale, interval: the best scale, and its 95% interval.
-    errors: scale -> error in nats.
-    effect: distance between the adapter and the base at these probes.
-    rounding: distance between the adapter on a Q4_0 base and the adapter.
     """
 
     scale: float
     interval: tuple[float, float]
-    errors: dict[float, float]
-    effect: float
-    rounding: float
+    errors: dict[float, float]  # scale -> error in nats
+    effect: float  # distance between the adapter and the base at these probes
+    rounding: float  # distance between the adapter on a Q4_0 base and the adapter
     probes: int
     has_logprobs: bool
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict, the scale (None for "other" and "unknown"), and the evidence in sentences.
-
-    fits: "text", "chat" and "all" prompts, and "base" for those that were sent to the server's base.
-    """
+    """The verdict, the scale (None for "other" and "unknown"), and the evidence in sentences."""
 
     verdict: Verdict
     scale: float | None
     evidence: list[str]
-    fits: dict[str, Fit]
+    fits: dict[str, Fit]  # "text", "chat" and "all" prompts, and "base" for those that were sent to the server's base
 
 
 Pairs = Sequence[tuple[Probe, Observation]]  # of probes with their answers
