@@ -29,13 +29,12 @@ from tailora.errors import AdapterError, FormatError, listing
 class Adapter:
     """A config and its parts by path.
 
-    saved: trained copies of complete modules (`modules_to_save`).
     extras: trained biases, and rows of embeddings with the heads tied to them.
     """
 
     config: LoRAConfig
     low_rank: dict[str, LoRALayer]  # the low-rank updates
-    saved: dict[str, nn.Module] = field(default_factory=dict)
+    saved: dict[str, nn.Module] = field(default_factory=dict)  # trained copies of complete modules (`modules_to_save`)
     extras: dict[str, nn.Module] = field(default_factory=dict)
     waits_for_data: bool = False  # its initial values still have to be computed from data
 

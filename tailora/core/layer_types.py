@@ -26,7 +26,6 @@ Shape = tuple[int, ...]
 class LayerType(ABC):
     """A layer whose output is W x + b for its input x and one matrix W.
 
-    supports_dropout: False if the update is not applied to the input, so that lora_dropout is impossible.
     replaces_forward: True if the adapted layer is not W x + s B A x, so that `forward` computes the whole output.
     """
 
@@ -37,7 +36,7 @@ class LayerType(ABC):
     is_stacked: bool = False  # True if A and B contain one matrix per expert
     reads_numbers: bool = True  # True if x are numbers, which support casts and dropout; False for ids
     supports_dora: bool = True  # True if the output rows of W can have magnitudes
-    supports_dropout: bool = True
+    supports_dropout: bool = True  # False if the update is not applied to the input, so that lora_dropout is impossible
     has_matrix: bool = True  # True if `matrix` can get W from the stored weight
     replaces_forward: bool = False
 

@@ -29,10 +29,8 @@ WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)\[(?P<split>.+)\]")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """number: the line of a text file, or if `is_item` the position in any other file, from 1."""
-
     file: str
-    number: int
+    number: int  # the line of a text file, or if `is_item` the position in any other file, from 1
     fields: dict[str, Any]
     is_item: bool = False
 

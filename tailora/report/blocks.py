@@ -29,41 +29,35 @@ class Number:
 class Column:
     """A column of a table.
 
-    interval: the cells are intervals of the previous column; the terminal prints them below its values.
     priority: if a terminal is too narrow for the table, the columns with the highest priority number are the first
         to move into one last column of text, "name value, name value".
     """
 
     name: str
     numeric: bool = False  # the cells are numbers: right-aligned and never wrapped
-    interval: bool = False
+    interval: bool = False  # the cells are intervals of the previous column; the terminal prints them below its values
     priority: int = 0
 
 
 @dataclass(frozen=True)
 class Table:
-    """title: above the table.    folded: a page shows the table after a click on its title."""
-
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
-    title: str = ""
+    title: str = ""  # above the table
     note: str = ""
     rest: str = "more"  # name of the last column, where a narrow terminal shows the columns that do not fit
     first: int | None = None  # how many rows a terminal shows without --all; None for all
-    folded: bool = False
+    folded: bool = False  # a page shows the table after a click on its title
     detail: Detail = "always"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Only for pages, and drawn when a page is written, so a terminal needs no matplotlib.
+    """Only for pages, and drawn when a page is written, so a terminal needs no matplotlib."""
 
-    name: unique on the page.    draw: draws it on a canvas.    alt: text for screen readers.
-    """
-
-    name: str
-    draw: Callable[[Canvas], None]
-    alt: str
+    name: str  # unique on the page
+    draw: Callable[[Canvas], None]  # draws it on a canvas
+    alt: str  # text for screen readers
     caption: str
     wide: bool = False  # as wide as the page, and drawn a second time for narrow screens; otherwise half as wide
     detail: Detail = "page"
@@ -71,15 +65,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A value for each matrix (a row) and layer (a column). In the terminal each value is one character.
-
-    cells: (row, layer) -> value.    top: the value with the strongest colour.
-    """
+    """A value for each matrix (a row) and layer (a column). In the terminal each value is one character."""
 
     name: str
     title: str
-    cells: Mapping[tuple[str, int], float]
-    top: float
+    cells: Mapping[tuple[str, int], float]  # (row, layer) -> value
+    top: float  # the value with the strongest colour
     show: Callable[[float], str]
     caption: str
     detail: Detail = "page"
@@ -135,24 +126,19 @@ Block = Table | Figure | HeatMap | Answers | Sample | Finding | Paragraph | Code
 
 @dataclass(frozen=True)
 class Section:
-    """text: one sentence about the blocks. Blocks that are None are omitted."""
-
     title: str
-    text: str
+    text: str  # one sentence about the blocks. Blocks that are None are omitted.
     blocks: Sequence[Block | None]
 
 
 @dataclass(frozen=True)
 class Page:
-    """lead: the result in a sentence or two.    conclusion: advice or commands that follow from it.
-
-    Both are at the top of a page and at the end of terminal output.
-    """
+    """Lead and conclusion are at the top of a page and at the end of terminal output."""
 
     kind: str
     title: str
-    lead: str
+    lead: str  # the result in a sentence or two
     numbers: Sequence[Number]
     sections: Sequence[Section]
     notes: Sequence[str] = ()
-    conclusion: Section | None = None
+    conclusion: Section | None = None  # advice or commands that follow from it

@@ -38,21 +38,21 @@ def series_colour(number: int) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value for a figure. ends: of its interval.    runs: the values that it averages."""
+    """A value for a figure. ends: of its interval."""
 
     name: str
     value: float
     ends: tuple[float | None, float | None] | None = None
-    runs: Sequence[float] = ()
+    runs: Sequence[float] = ()  # the values that it averages
 
 
 class Canvas:
     """A matplotlib figure of a given width.
 
-    axes: created by `new_axes`.    legend_columns: number of columns in the legend.
+    legend_columns: number of columns in the legend.
     """
 
-    axes: "Axes"
+    axes: "Axes"  # created by `new_axes`
     legend_columns = 4
 
     def __init__(self, width: float) -> None:

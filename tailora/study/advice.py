@@ -63,10 +63,7 @@ class TruncationCost:
 
 @dataclass(frozen=True)
 class HeldOutLosses:
-    """Losses in nats per trained token. `improvement` is base - adapter, with its 95% interval.
-
-    half: without the lower half of the singular values of all modules.    groups: the same for each group of modules.
-    """
+    """Losses in nats per trained token. `improvement` is base - adapter, with its 95% interval."""
 
     data: str
     examples: int
@@ -76,8 +73,8 @@ class HeldOutLosses:
     improvement: float
     improvement_low: float | None
     improvement_high: float | None
-    half: TruncationCost
-    groups: dict[str, TruncationCost]
+    half: TruncationCost  # without the lower half of the singular values of all modules
+    groups: dict[str, TruncationCost]  # the same for each group of modules
 
     @property
     def has_gain(self) -> bool:
@@ -100,30 +97,25 @@ class ReducedStrength:
 
 @dataclass(frozen=True)
 class Advice:
-    """The recommendation of a rule.
+    """The recommendation of a rule."""
 
-    rule: its name.    says: the recommendation, in a sentence or two.
-    setting: values of LoRAConfig or TrainConfig, ready to use.    command: a command line to copy, or "".
-    """
-
-    rule: str
-    says: str
+    rule: str  # its name
+    says: str  # the recommendation, in a sentence or two
     evidence: dict[str, Any]  # the numbers and the thresholds they exceed
-    setting: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
+    setting: dict[str, Any] = field(default_factory=dict)  # values of LoRAConfig or TrainConfig, ready to use
+    command: str = ""  # a command line to copy, or ""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """layers: number of layers of the model, as far as the adapter names them.
-    training: settings of the run that trained the adapter, {} if unknown.
+    """training: settings of the run that trained the adapter, {} if unknown.
     forgetting: KL divergence from the base and loss on other text (`evaluation.forgetting`).
     dial: the adapter at lower strengths, measured if it forgets a lot.
     """
 
     adapter: str
     config: dict[str, Any]
-    layers: int
+    layers: int  # number of layers of the model, as far as the adapter names them
     modules: list[ModuleReport]
     left_out: dict[str, str]  # path -> why its change has no singular values
     model: str | None = None

@@ -44,13 +44,10 @@ Point = tuple[int, int]  # rank, number of examples
 
 @dataclass(frozen=True)
 class CurvePlan:
-    """The content of plan.json.
+    """The content of plan.json."""
 
-    max_steps: the most of a run.    points: rank and number of examples of each; the user's rank first.
-    """
-
-    max_steps: int
-    points: list[Point]
+    max_steps: int  # the most of a run
+    points: list[Point]  # rank and number of examples of each; the user's rank first
     train_examples: int  # number of training examples in total
 
     @property

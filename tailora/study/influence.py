@@ -40,13 +40,11 @@ NOT_NEEDED = ("optim", "report_to", "fsdp", "fsdp_offload_params")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """settings: with the run's folder as output_dir.    best_step: of its adapter.    seconds: of its steps."""
-
-    settings: TrainConfig
+    settings: TrainConfig  # with the run's folder as output_dir
     processes: int
     steps: int
-    best_step: int
-    seconds: float
+    best_step: int  # of its adapter
+    seconds: float  # of its steps
     data_sha256: str  # of its data
 
     @classmethod

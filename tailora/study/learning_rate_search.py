@@ -13,14 +13,12 @@ class LearningRateSearch:
     It moves in steps of a factor of 4 from the first rate until the best rate has a worse one on either side. Then it
     tries once at a factor of 2 from the best. The loss is flat near its minimum (a factor of 2 costs a few thousandths
     of a nat), so a finer search is not worth its runs.
-
-    tries: maximum number of rates, at least 1.    tried: rate -> loss.    fits: into memory; the same for every rate.
     """
 
     first_rate: float
-    tries: int
-    tried: dict[float, float] = field(default_factory=dict)
-    fits: bool = True
+    tries: int  # maximum number of rates, at least 1
+    tried: dict[float, float] = field(default_factory=dict)  # rate -> loss
+    fits: bool = True  # into memory; the same for every rate
 
     def next_rate(self) -> float | None:
         if len(self.tried) >= self.tries or not self.fits:

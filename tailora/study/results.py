@@ -84,43 +84,38 @@ def _times(sign: int, value: Any) -> Any:
 class ArmResult:
     """One arm of a comparison. If it could not be trained, its outcome is not 'done' and it has no numbers.
 
-    rates: learning rate -> loss on the selection half, None for a failed run.
-    seconds: of training, mean over the seeds.    bytes: on disk.
-    accuracy, accuracy_interval: share of correct labels, or of correctly ordered pairs of replies, for such tasks.
-    seed_losses: per seed; eval_loss is their mean.    train_losses: per seed and step, before the step.
+    accuracy: share of correct labels, or of correctly ordered pairs of replies, for such tasks.
     """
 
     name: str
     changes: dict[str, Any]
     outcome: str
     learning_rate: float | None = None
-    rates: dict[float, float | None] = field(default_factory=dict)
+    rates: dict[float, float | None] = field(default_factory=dict)  # -> loss on the selection half; None: failed
     bracketed: bool = False  # whether lower and higher learning rates than the best were tried
     eval_loss: float | None = None
     interval: tuple[float, float] | None = None
     difference: Difference | None = None  # from the reference arm; None for the reference itself
-    seconds: float | None = None
+    seconds: float | None = None  # of training, mean over the seeds
     peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
-    bytes: int | None = None
+    bytes: int | None = None  # on disk
     forgetting: dict[str, float] | None = None  # mean over the seeds; None if not measured or not finite
     accuracy: float | None = None
     accuracy_interval: tuple[float, float] | None = None
     accuracy_difference: Difference | None = None  # from the reference arm
-    seed_losses: list[float] = field(default_factory=list)
-    train_losses: list[list[float]] = field(default_factory=list)
+    seed_losses: list[float] = field(default_factory=list)  # per seed; eval_loss is their mean
+    train_losses: list[list[float]] = field(default_factory=list)  # per seed and step, before the step
     runs: list[str] = field(default_factory=list)  # folders
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """base_loss: before training, on the evaluation half.
-    p_values: arm -> p value of no difference from the reference, adjusted for the number of arms like the intervals.
-    """
+    """p_values: arm -> p value of no difference from the reference, adjusted for the number of arms."""
 
     arms: list[ArmResult]
     reference: str
-    base_loss: float
+    base_loss: float  # before training, on the evaluation half
     steps: int
     seeds: list[int]
     judged_examples: int
@@ -146,28 +141,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One trial of a search.
-
-    state: done, pruned, diverged, or out of memory.    settings: the searched ones.
-    curve: (step, loss on the selection half).    message: why the trial ended early.
-    """
+    """One trial of a search."""
 
     number: int
-    state: str
-    settings: dict[str, Any]
+    state: str  # done, pruned, diverged, or out of memory
+    settings: dict[str, Any]  # the searched ones
     eval_loss: float | None = None  # on the selection half; for a pruned trial, at its last evaluation
     trainable_parameters: int | None = None
     seconds: float | None = None
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    message: str = ""
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, loss on the selection half)
+    message: str = ""  # why the trial ended early
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A trial whose settings were repeated with several seeds and evaluated on the evaluation half.
-
-    seconds: of training, mean over the seeds.    runs: folders.
-    """
+    """A trial whose settings were repeated with several seeds and evaluated on the evaluation half."""
 
     number: int
     settings: dict[str, Any]
@@ -177,17 +165,15 @@ class Finalist:
     interval: tuple[float, float]
     difference: Difference | None  # from the best; None for the best itself
     p_value: float | None  # of no difference, adjusted for the number of finalists
-    seconds: float
+    seconds: float  # of training, mean over the seeds
     peak_memory_bytes: int
-    runs: list[str]
+    runs: list[str]  # folders
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """best, cheapest: two of the finalists, which are sorted with the best first.
     importances: contribution of each setting to being among the best quarter of the trials (PED-ANOVA); the sum is 1.
-    base_loss: before training, on the evaluation half.    steps: of a complete trial.
-    seconds: of all trials and runs, in all processes.    config: path of best.yaml.
     """
 
     best: Finalist
@@ -196,14 +182,14 @@ class SearchResult:
     trials: list[Candidate]
     importances: dict[str, float]
     verdict: str
-    base_loss: float
-    steps: int
+    base_loss: float  # before training, on the evaluation half
+    steps: int  # of a complete trial
     seeds: list[int]
     judged_examples: int
     notes: list[str]
     settings: dict[str, Any]
-    seconds: float
-    config: str
+    seconds: float  # of all trials and runs, in all processes
+    config: str  # path of best.yaml
     loss_unit: str = NATS_PER_TOKEN
 
     @property
@@ -222,49 +208,38 @@ TEXTS = 200  # rows with the highest scores, which have a text
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """row: number in the file.    score: above 0, training on the row raises the held-out loss.
-
-    loss: of the finished run on this row, in its unit.    examples: indices of its training examples.
-    """
-
-    row: int
+    row: int  # number in the file
     file: str
-    score: float
-    loss: float
-    examples: list[int]
+    score: float  # above 0, training on the row raises the held-out loss
+    loss: float  # of the finished run on this row, in its unit
+    examples: list[int]  # indices of its training examples
     text: str = ""  # of the first `TEXTS` rows, and of the first row of each group in `RowsResult.repeated`
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows that repeat or contradict each other. rows: their locations.    text: of the first one."""
+    """Rows that repeat or contradict each other. rows: their locations."""
 
     rows: list[str]
-    text: str
+    text: str  # of the first one
 
 
 @dataclass(frozen=True)
 class RowsResult:
-    """proven: whether removing the first k rows lowered the held-out loss more than removing random rows. Only then
-    are they called harmful.
-
-    rows: with the highest scores first.    repeated: "duplicates", "near_duplicates" and "contradictions" -> groups.
-    held_out: examples that rows were scored on.    steps: of each run.
-    variants: of a proof; differences are from the runs without the first k rows.
-    """
+    """The first k rows are called harmful only if they are proven to be."""
 
     run: str
-    rows: list[ScoredRow]
-    repeated: dict[str, list[RowGroup]]
-    held_out: int
-    steps: int
+    rows: list[ScoredRow]  # with the highest scores first
+    repeated: dict[str, list[RowGroup]]  # "duplicates", "near_duplicates" and "contradictions" -> groups
+    held_out: int  # examples that rows were scored on
+    steps: int  # of each run
     loss_unit: str
     verdict: str = ""
-    proven: bool = False
+    proven: bool = False  # removing the first k rows lowered the held-out loss more than removing random rows
     k: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    variants: list[ArmResult] = field(default_factory=list)
+    variants: list[ArmResult] = field(default_factory=list)  # of a proof; differences are from those without k rows
     seeds: list[int] = field(default_factory=list)
     judged_examples: int = 0
     base_loss: float = 0.0
@@ -278,32 +253,27 @@ class RowsResult:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Runs on a subset of the data. steps: of each run, the best number.    seed_losses: eval_loss is their mean."""
+    """Runs on a subset of the data. steps: of each run, the best number."""
 
     examples: int
     r: int
     steps: int
     eval_loss: float
-    seed_losses: list[float]
+    seed_losses: list[float]  # eval_loss is their mean
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """points: of the user's rank, from the smallest subset to the largest, then of a higher rank.
-    doublings: differences of the loss from each subset to the next.    trend: the mean difference per doubling, over
-    all subsets.    quarter: loss with a quarter of the data - with all of it.
-    high_rank: loss at the higher rank - at the user's, with all data; None if there was no time for it.
-    base_loss: before training.    steps: the most of a run.
-    """
+    """high_rank: loss at the higher rank - at the user's, with all data; None if there was no time for it."""
 
-    points: list[CurvePoint]
-    doublings: list[Difference]
-    trend: Difference
-    quarter: Difference
+    points: list[CurvePoint]  # of the user's rank, from the smallest subset to the largest, then of a higher rank
+    doublings: list[Difference]  # differences of the loss from each subset to the next
+    trend: Difference  # the mean difference per doubling, over all subsets
+    quarter: Difference  # loss with a quarter of the data - with all of it
     high_rank: Difference | None
     verdict: str
-    base_loss: float
-    steps: int
+    base_loss: float  # before training
+    steps: int  # the most of a run
     judged_examples: int
     notes: list[str]
     settings: dict[str, Any]

@@ -102,11 +102,11 @@ def search(
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """plan.json.    steps: of a complete trial.    parts: the model's groups of layers.    base: losses of the base."""
+    """plan.json."""
 
-    steps: int
-    parts: dict[str, Any]
-    base: BaseLosses | None
+    steps: int  # of a complete trial
+    parts: dict[str, Any]  # the model's groups of layers
+    base: BaseLosses | None  # losses of the base
 
 
 class _Search:

@@ -197,8 +197,7 @@ def threads_of(workers: Sequence[Worker]) -> Iterator[ThreadPoolExecutor]:
 class StudySession:
     """One process's work on a study: the remaining time, its notes, and its trials.
 
-    processes: per trial.    worker: runs the trials, if there are several. `replace(session, worker=...)` shares the
-    clock and the notes.
+    worker: runs the trials, if there are several. `replace(session, worker=...)` shares the clock and the notes.
     """
 
     folder: Path
@@ -206,7 +205,7 @@ class StudySession:
     log: Log
     progress: Progress | None
     run_trial: RunTrial
-    processes: int = 1
+    processes: int = 1  # per trial
     worker: Worker | None = None
     notes: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)  # of the notes

@@ -33,10 +33,10 @@ Compared = tuple[Interval, Difference | None]  # a mean, and its difference from
 
 @dataclass(frozen=True)
 class RunStatistics:
-    """Results of several sets of runs, by name.    accuracies: {} for tasks without predictions."""
+    """Results of several sets of runs, by name."""
 
     losses: dict[Any, Compared]
-    accuracies: dict[Any, Compared]
+    accuracies: dict[Any, Compared]  # {} for tasks without predictions
     base_loss: float
     examples: int
     seeds: list[int]

@@ -30,13 +30,12 @@ LogProb = Annotated[FiniteFloat, Field(ge=-1000, le=1e-3)]
 class Probe:
     """A prompt and its next token.
 
-    logprobs: scale of the adapter -> log-probability of each of `tokens` after the prompt.
     on_q4_0: the same for the adapter and the base, with weights rounded as in llama.cpp's Q4_0.
     """
 
     prompt_tokens: int  # the number of tokens of the prompt
     tokens: Annotated[list[str], Field(min_length=1)]  # texts of a few likely tokens
-    logprobs: dict[Scale, list[LogProb]]
+    logprobs: dict[Scale, list[LogProb]]  # scale of the adapter -> log-probability of each of `tokens` after the prompt
     on_q4_0: dict[Scale, list[LogProb]]
     text: str | None = None  # of a plain completion; None for a chat
     messages: list[dict[str, str]] | None = None  # of a chat; None for a plain completion

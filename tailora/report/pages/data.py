@@ -12,9 +12,7 @@ from tailora.report.pages.shared import numeric, settings_table
 
 @dataclass(frozen=True)
 class DataContent:
-    """report: DataReport.to_dict()."""
-
-    report: dict[str, Any]
+    report: dict[str, Any]  # DataReport.to_dict()
     examples: list[Sample]
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,14 +21,11 @@ FIRST_ROWS = 8  # of the table by depth, in a terminal
 
 
 class Measure(NamedTuple):
-    """A column of the tables of modules.
-
-    attribute: of the module.    form: format of its mean over modules; of energy, its sum.
-    """
+    """A column of the tables of modules."""
 
     column: str
-    attribute: str
-    form: str
+    attribute: str  # of the module
+    form: str  # format of its mean over modules; of energy, its sum
     priority: int
     meaning: str
 

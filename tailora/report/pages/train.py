@@ -188,17 +188,13 @@ def write_train_report(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Effect:
-    """What training changed on the held-out examples; empty without any.
-
-    losses: "before", "after" and "change".    metrics: of the task, the same parts -> by name.
-    labels: `label_details` after training.    text: the effect on the metrics in words.
-    """
+    """What training changed on the held-out examples; empty without any."""
 
     examples: int = 0
-    losses: dict[str, Interval] = field(default_factory=dict)
-    metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)
-    labels: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
+    losses: dict[str, Interval] = field(default_factory=dict)  # "before", "after" and "change"
+    metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)  # of the task, the same parts -> by name
+    labels: dict[str, Any] = field(default_factory=dict)  # `label_details` after training
+    text: str = ""  # the effect on the metrics in words
 
 
 def _effect(header: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> _Effect:
