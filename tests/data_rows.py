@@ -7,7 +7,7 @@ from tailora.data import prepare as preparation
 from tailora.data.chat_template import DataSettings
 from tailora.data.dataset import Example
 from tailora.data.prepare import PreparedData, stream_examples
-from tailora.data.report import RowCounts
+from tailora.data.row_checks import RowCounts
 
 PAIRS = [{"prompt": f"hello {number}", "completion": f" {number} you"} for number in range(40)]
 

@@ -20,10 +20,10 @@ from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tailora.data.dataset import Int32, Int64
+from tailora.data.image_processor import added_start, image_placeholders, media_ids, text_tokenizer
 from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools
-from tailora.data.processor import added_start, image_placeholders, media_ids, text_tokenizer
 from tailora.data.samples import Choices, Conversation, Feedback, Pair, Preference, Prompt
 from tailora.data.schemas import AUTO
 from tailora.errors import DataError

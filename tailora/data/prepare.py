@@ -18,11 +18,11 @@ from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, has_tools, to_conversation
 from tailora.data.dataset import WARNINGS, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
+from tailora.data.image_processor import text_tokenizer
 from tailora.data.images import read_images, store_images
 from tailora.data.messages import has_images, parsed_list, place_images
-from tailora.data.processor import text_tokenizer
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
-from tailora.data.report import Flagged, RowCounts, count_messages, most_frequent, sample_hash
+from tailora.data.row_checks import Flagged, RowCounts, count_messages, most_frequent, sample_hash
 from tailora.data.samples import AnySample, Conversation, Pair, Prompt, Text
 from tailora.data.schemas import (
     CAUSAL_LM,

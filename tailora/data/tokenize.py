@@ -23,9 +23,9 @@ from tailora.data.chat_template import (
     with_system,
 )
 from tailora.data.dataset import IGNORED, Example, Int32
+from tailora.data.image_processor import image_owners, text_tokenizer
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
-from tailora.data.processor import image_owners, text_tokenizer
 from tailora.data.samples import (
     AnySample,
     Choices,

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.model_parts import language_model_path
 from tailora.core.patterns import inside
-from tailora.data.processor import accepted_inputs, image_inputs
+from tailora.data.image_processor import accepted_inputs, image_inputs
 from tailora.engine.interface import (
     PIXELS_OF_REQUEST,
     Engine,

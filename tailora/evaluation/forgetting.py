@@ -18,8 +18,8 @@ from tailora.core.inference import constant_adapters
 from tailora.data.chat_template import DataSettings
 from tailora.data.dataset import Examples
 from tailora.data.demo import resolve_demo
+from tailora.data.image_processor import text_tokenizer
 from tailora.data.prepare import check_vocabulary, prepare
-from tailora.data.processor import text_tokenizer
 from tailora.errors import DataError
 from tailora.train.state import seeded
 

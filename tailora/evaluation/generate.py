@@ -18,9 +18,9 @@ from transformers import GenerationConfig, ProcessorMixin, TextIteratorStreamer
 
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import ChatTokenizer
+from tailora.data.image_processor import accepted_inputs, image_inputs, text_tokenizer
 from tailora.data.images import Image, images_of
 from tailora.data.messages import Messages, Tools, text_of
-from tailora.data.processor import accepted_inputs, image_inputs, text_tokenizer
 from tailora.data.samples import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import last_reply, prompt_ids, reply_text, stop_ids
 from tailora.errors import DataError

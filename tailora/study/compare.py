@@ -21,6 +21,7 @@ from tailora.data.schemas import SEQ2SEQ
 from tailora.errors import ConfigError, TargetError
 from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
+from tailora.study.comparison_verdict import evaluate_arms
 from tailora.study.config import FULL, CompareConfig, arm_settings
 from tailora.study.learning_rate_search import LearningRateSearch
 from tailora.study.results import Comparison, measure_of
@@ -49,7 +50,6 @@ from tailora.study.trial import (
     Worker,
     run_in_subprocess,
 )
-from tailora.study.verdict import evaluate_arms
 from tailora.train.config import TASK_TYPES, TrainConfig
 
 STUDY, RUNS = "compare.json", "runs"

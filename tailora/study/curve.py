@@ -25,12 +25,12 @@ from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, Floats, difference_over_seeds
 from tailora.formats.run_folder import write_report
 from tailora.study import trial
+from tailora.study.comparison_verdict import sample_size_advice
 from tailora.study.config import CurveConfig, trial_settings
 from tailora.study.results import CurvePoint, LearningCurve
 from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import FEWEST_SEEDS, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec
-from tailora.study.verdict import sample_size_advice
 from tailora.train.config import GRPO, TrainConfig, batches_per_step
 
 STUDY, RUNS = "curve.json", "runs"

@@ -3,7 +3,7 @@
 plan -> Plan          (study/plan_result.py)
   place_of            the device: one of this machine, or a graphics card by name
   read_batches        the batches: from the data, or examples of max_length tokens
-  train.estimate      the run's adapter and kernels on the model without weights -> memory, operations
+  train.memory_estimate  the run's adapter and kernels on the model without weights -> memory, operations
   checkpointing, quantization   settings that need less memory
   full_fine_tuning    the same for full fine-tuning of this model
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
@@ -32,14 +32,14 @@ from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, find_cards
 from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
-from tailora.train import estimate
+from tailora.train import memory_estimate as estimate
 from tailora.train.config import GRPO, PREFERENCE_FIELDS, TASK_TYPES, TrainConfig
 from tailora.train.dataloader import TrainingData, epoch_steps, largest_forward, read_data, steps_per_epoch
-from tailora.train.estimate import CHECKPOINTING, QUANTIZATION, Memory
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.measure_steps import measure_steps
 from tailora.train.memory import available_bytes, format_bytes, used_bytes
+from tailora.train.memory_estimate import CHECKPOINTING, QUANTIZATION, Memory
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images
 from tailora.train.preference import preference_task
 from tailora.train.quantize import dequantization_note, stays_quantized

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tailora.study.model_layout import AdaptedModule, TrainedGroup, UnadaptedGroup
-from tailora.train.estimate import Memory
 from tailora.train.measure_steps import StepsMeasured
+from tailora.train.memory_estimate import Memory
 
 
 @dataclass(frozen=True)

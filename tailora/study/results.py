@@ -1,6 +1,6 @@
 """The results of `compare`, `search`, `rows` and `curve`: data classes whose field names are the keys of report.json.
 
-`verdict.py`, `rows.py` and `curve.py` fill them in from the runs and add the verdict; `tailora/report` shows both.
+`comparison_verdict.py`, `rows.py` and `curve.py` fill them in from the runs and add the verdict.
 Losses are measured on held-out examples: one half selects settings, the other evaluates the selected ones
 (`study/trial.py`). `loss_unit` is their unit; earlier versions supported only language models. In reinforcement
 learning, runs minimize minus the reward, and report.json and pages have rewards instead of losses (`Measure`). Needs no

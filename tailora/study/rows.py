@@ -1,7 +1,7 @@
 """Which training rows of a finished run hurt: scores, repeated rows, and a proof by training without them.
 
     score    each row, by gradients of the selection half of the held-out examples (influence.py); find rows that repeat
-             or contradict each other (data/near_duplicates.py)
+             or contradict each other (data/duplicates.py)
     prove    train with all rows, and without the k rows of the highest scores, the highest losses, or at random
              -> differences on the evaluation half, which rows were not scored on; verdict
 
@@ -24,11 +24,12 @@ import numpy as np
 
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import Example, group_equal
+from tailora.data.duplicates import contradictions, duplicates, near_duplicates
 from tailora.data.labels import Labels
-from tailora.data.near_duplicates import contradictions, duplicates, near_duplicates
 from tailora.data.tokenize import preview
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import ADAPTER, ADAPTER_WEIGHTS, write_report
+from tailora.study.comparison_verdict import format_difference, one_seed, run_statistics
 from tailora.study.config import RowsConfig, trial_settings
 from tailora.study.influence import FinishedRun, row_scores
 from tailora.study.results import TEXTS, ArmResult, RowGroup, RowsResult, ScoredRow
@@ -45,7 +46,6 @@ from tailora.study.trial import (
     run_in_subprocess,
     selection_half,
 )
-from tailora.study.verdict import format_difference, one_seed, run_statistics
 from tailora.train.config import TrainConfig
 from tailora.train.memory import return_cached_memory
 from tailora.train.setup import Run

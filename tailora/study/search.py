@@ -31,6 +31,7 @@ from tailora.evaluation.statistics import FEW_EXAMPLES
 from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
+from tailora.study.comparison_verdict import choose_finalists, evaluate_finalists
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.results import Candidate, Finalist, SearchResult, measure_of
 from tailora.study.search_space import Axis
@@ -60,7 +61,6 @@ from tailora.study.trial import (
     run_in_subprocess,
     selection_half,
 )
-from tailora.study.verdict import choose_finalists, evaluate_finalists
 from tailora.train.config import GRPO, NATS_PER_TOKEN, REWARD, TrainConfig
 from tailora.train.config_file import config_text
 

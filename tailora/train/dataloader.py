@@ -26,11 +26,11 @@ from tailora.core.device import copies_by_itself
 from tailora.data.chat_template import DataSettings
 from tailora.data.dataset import DataReport, Example, Examples, Int64, named_rows
 from tailora.data.demo import resolve_demo
+from tailora.data.image_processor import Tokenizer
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, check_vocabulary, prepare, stream_examples
-from tailora.data.processor import Tokenizer
 from tailora.data.readers import Source, parse_sources, source_names
-from tailora.data.report import RowCounts
+from tailora.data.row_checks import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import ConfigError, DataError
 from tailora.train.classification import class_weights, label_task

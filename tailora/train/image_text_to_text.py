@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.collate import collate_padded
 from tailora.data.dataset import Example, Int32
-from tailora.data.processor import (
+from tailora.data.image_processor import (
     TOKEN_TYPES,
     Tokenizer,
     accepted_inputs,

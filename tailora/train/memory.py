@@ -1,6 +1,6 @@
 """How much memory there is, and what code would allocate.
 
-`train.estimate` estimates a run without loading the model, by a `MemoryTracker` on tensors without contents.
+`train.memory_estimate` estimates a run without loading the model, by a `MemoryTracker` on tensors without contents.
 """
 
 import ctypes

@@ -33,8 +33,8 @@ from tailora.core.device import fast_dtype
 from tailora.core.patterns import inside
 from tailora.core.targets import set_missing_pooler, task_heads
 from tailora.data.demo import resolve_model
+from tailora.data.image_processor import Tokenizer, text_tokenizer
 from tailora.data.labels import Labels
-from tailora.data.processor import Tokenizer, text_tokenizer
 from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats.hub import check_model_exists

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import to_conversation
-from tailora.data.processor import text_tokenizer
+from tailora.data.image_processor import text_tokenizer
 from tailora.data.samples import Prompt
 from tailora.data.tokenize import stop_ids
 from tailora.engine.continuous_batching import make_engine

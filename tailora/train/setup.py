@@ -36,7 +36,6 @@ from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import ChooseHeldOut, ReadData, TrainingData, read_data, resolved_sources
 from tailora.train.divergence import FiniteUpdates
-from tailora.train.estimate import check_fits, remedies
 from tailora.train.failures import fail_together
 from tailora.train.kernel_choice import (
     PLAIN,
@@ -48,6 +47,7 @@ from tailora.train.kernel_choice import (
 from tailora.train.kernel_comparison import has_dropout
 from tailora.train.loss import BatchLayout, ModelWithLoss, Task, make_batch
 from tailora.train.memory import available_bytes, explain_out_of_memory, keep_freed_memory, reset_peak
+from tailora.train.memory_estimate import check_fits, remedies
 from tailora.train.model_loading import (
     fitted_labels,
     labels_of_adapter,

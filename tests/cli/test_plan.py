@@ -16,7 +16,7 @@ from tailora.errors import ConfigError
 from tailora.study.plan import plan
 from tailora.study.plan_result import Plan
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import remedies
+from tailora.train.memory_estimate import remedies
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from data_rows import PAIRS, chat_row, prepare, stream, texts_of
 
-from tailora.data import report as data_report
+from tailora.data import row_checks
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Examples, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, check_vocabulary, read_eval_data
 from tailora.data.readers import Source
-from tailora.data.report import RowCounts, sample_hash
+from tailora.data.row_checks import RowCounts, sample_hash
 from tailora.data.samples import Conversation, Pair, Text
 from tailora.data.schemas import SEQUENCE_CLASSIFICATION
 from tailora.errors import DataError
@@ -218,7 +218,7 @@ def test_the_system_message_of_preferences_is_reported(bytes_tokenizer, jsonl, c
 def test_many_different_system_messages_do_not_fill_the_memory(
     bytes_tokenizer, jsonl, chatml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_report, "MOST_SYSTEMS", 3)
+    monkeypatch.setattr(row_checks, "MOST_SYSTEMS", 3)
     texts = ["A", *map(str, range(6)), *["A"] * 8]
     rows = [with_system(text, chat_row(f"hello {number}", " you")) for number, text in enumerate(texts)]
     counts = RowCounts()

@@ -23,9 +23,9 @@ from tiny_vision import COLORS, FAMILIES, SIDE, outspoken_llava, plain_answer, p
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter_set import AdapterSet
 from tailora.data.chat_template import ChatTokenizer
+from tailora.data.image_processor import accepted_inputs
 from tailora.data.images import images_of, read_images
 from tailora.data.messages import marked_messages
-from tailora.data.processor import accepted_inputs
 from tailora.engine.continuous_batching import make_engine
 from tailora.engine.interface import Finish, Request, SamplingParams, Token
 from tailora.engine.padded_batching import PaddedEngine

@@ -21,11 +21,11 @@ from tailora.report.pages.plan import plan_page
 from tailora.study.plan import batch_size_that_fits, plan, quantization
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import FakeModel, Memory, fake_trainable, largest_step
 from tailora.train.events import Prepared
 from tailora.train.image_text_to_text import ImageTextToText
 from tailora.train.loss import CAUSAL_LM
 from tailora.train.memory import fake_tensors
+from tailora.train.memory_estimate import FakeModel, Memory, fake_trainable, largest_step
 from tailora.train.model_loading import read_config
 
 
@@ -221,10 +221,10 @@ def test_a_tower_is_left_out_of_the_estimate_only_if_its_shapes_depend_on_number
                 raise error
             return "as text"
 
-        monkeypatch.setattr("tailora.train.estimate.simulate_step", simulate)
+        monkeypatch.setattr("tailora.train.memory_estimate.simulate_step", simulate)
         return largest_step(TrainConfig(), fake, [replace(example, images=("an image",))])
 
-    monkeypatch.setattr("tailora.train.estimate.trains_on_pixels", lambda _: True)
+    monkeypatch.setattr("tailora.train.memory_estimate.trains_on_pixels", lambda _: True)
     reads: list[Callable[[], Any]] = [  # as in towers
         lambda: torch.ones(()).tolist(),
         lambda: torch.ones(()).nonzero(),

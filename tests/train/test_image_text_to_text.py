@@ -30,8 +30,8 @@ from transformers import LlavaProcessor, ProcessorMixin
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.chat_template import DataSettings
+from tailora.data.image_processor import accepted_inputs
 from tailora.data.prepare import prepare
-from tailora.data.processor import accepted_inputs
 from tailora.errors import ConfigError
 from tailora.evaluation.generate import chat_ids
 from tailora.kernels.loss import Batch

@@ -27,9 +27,9 @@ from tailora.core.quantization import dense_weight, packed_layers, stored_bytes,
 from tailora.errors import ConfigError, TargetError
 from tailora.formats.export import float32_logits
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import fake_trainable
 from tailora.train.events import Prepared
 from tailora.train.memory import fake_tensors
+from tailora.train.memory_estimate import fake_trainable
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.quantize import QUANTIZED_FORMATS, quantization_problems
 from tailora.train.trainer import run

@@ -8,9 +8,9 @@ from tailora.report.blocks import Block, Code, Column, Figure, Number, Page, Sec
 from tailora.report.charts import PAPER, SERIES, Canvas
 from tailora.report.format import count, duration, interval, plural, setting
 from tailora.report.pages.shared import INTERVAL, difference_cells, numeric, settings_table, train_command
+from tailora.study.comparison_verdict import loss_of
 from tailora.study.results import Candidate, SearchResult
 from tailora.study.trial import DONE
-from tailora.study.verdict import loss_of
 from tailora.train.memory import format_bytes
 
 

@@ -31,9 +31,12 @@ from tailora.errors import MemoryLimitError
 from tailora.kernels.loss import FROZEN, OWN
 from tailora.model import LoRAModel
 from tailora.study.plan import plan
-from tailora.train import estimate
+from tailora.train import memory_estimate as estimate
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import (
+from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
+from tailora.train.loss import CAUSAL_LM, BatchLayout, make_batch
+from tailora.train.memory import fake_tensors
+from tailora.train.memory_estimate import (
     AbsentDevice,
     StepCost,
     estimate_memory,
@@ -42,9 +45,6 @@ from tailora.train.estimate import (
     memory_of_loading,
     simulate_step,
 )
-from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
-from tailora.train.loss import CAUSAL_LM, BatchLayout, make_batch
-from tailora.train.memory import fake_tensors
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.parallel import Sharding
 from tailora.train.trainer import run

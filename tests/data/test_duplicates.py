@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from tailora.data.dataset import IGNORED, Example
+from tailora.data.duplicates import SHINGLE, SIMILAR, contradictions, duplicates, near_duplicates
 from tailora.data.images import Image
-from tailora.data.near_duplicates import SHINGLE, SIMILAR, contradictions, duplicates, near_duplicates
 
 BEGIN = list(range(1000, 1012))  # a template, in every text
 

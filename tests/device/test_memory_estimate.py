@@ -19,10 +19,10 @@ from tailora.errors import MemoryLimitError
 from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import AbsentDevice, check_fits, fake_model, simulate_step
 from tailora.train.kernel_choice import PLAIN, Kernels, choose_layout, use_kernels
 from tailora.train.loss import CAUSAL_LM, make_batch
 from tailora.train.memory import peak_bytes, reset_peak, used_bytes
+from tailora.train.memory_estimate import AbsentDevice, check_fits, fake_model, simulate_step
 
 pytestmark = pytest.mark.device
 
@@ -87,6 +87,6 @@ def test_what_does_not_fit_names_the_device_and_its_memory(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(r=4, dtype="float32")
-    monkeypatch.setattr("tailora.train.estimate.available_bytes", lambda _: 1000)
+    monkeypatch.setattr("tailora.train.memory_estimate.available_bytes", lambda _: 1000)
     with pytest.raises(MemoryLimitError, match=r"1 kB are free on pretend:0 \(pretend accelerator, .* in total\)"):
         check_fits(config, LLAMA, CAUSAL_LM, examples_of([30]), device, "advice")

@@ -10,11 +10,7 @@ import pytest
 from tailora.evaluation.statistics import Difference, difference_over_seeds
 from tailora.report.files import page_of
 from tailora.report.html import html
-from tailora.study.config import CompareConfig
-from tailora.study.learning_rate_search import LearningRateSearch
-from tailora.study.results import ArmResult, Candidate, Finalist
-from tailora.study.trial import Trial, evaluation_half, selection_half
-from tailora.study.verdict import (
+from tailora.study.comparison_verdict import (
     choose_finalists,
     compare_verdict,
     evaluate_arms,
@@ -22,6 +18,10 @@ from tailora.study.verdict import (
     sample_size_advice,
     search_verdict,
 )
+from tailora.study.config import CompareConfig
+from tailora.study.learning_rate_search import LearningRateSearch
+from tailora.study.results import ArmResult, Candidate, Finalist
+from tailora.study.trial import Trial, evaluation_half, selection_half
 
 # ---- compare
 
