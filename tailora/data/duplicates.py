@@ -1,4 +1,4 @@
-"""Rows that repeat or contradict each other: duplicates, near duplicates, and different replies to the same prompt.
+"""Rows that repeat or contradict each other: duplicates, also across the split, near duplicates, and contradictions.
 
 Texts are compared as token ids. MinHash finds near duplicates without comparing all pairs:
 
@@ -7,7 +7,7 @@ Texts are compared as token ids. MinHash finds near duplicates without comparing
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +25,21 @@ UInt64 = NDArray[np.uint64]
 def duplicates(examples: Sequence[Example]) -> list[list[int]]:
     """Returns groups of indices of equal examples."""
     return [group for group in group_equal([example.hash for example in examples]) if len(group) > 1]
+
+
+def copies(train: Iterable[tuple[bytes, str]], held_out: Iterable[tuple[bytes, str]]) -> Iterator[tuple[str, str]]:
+    """Yields the name in WARNINGS and the location of each copy: on one side of the split, or across it.
+
+    Both sides have the hash and the location of each example.
+    """
+    trained, evaluated = set[bytes](), set[bytes]()
+    for examples, name, seen in ((train, "repeated", trained), (held_out, "eval_copies", evaluated)):
+        for value, location in examples:
+            if value in seen:
+                yield name, location
+            if seen is evaluated and value in trained:
+                yield "duplicates", location
+            seen.add(value)
 
 
 def contradictions(examples: Sequence[Example]) -> list[list[int]]:

@@ -18,6 +18,7 @@ from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, has_tools, to_conversation
 from tailora.data.dataset import WARNINGS, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
+from tailora.data.duplicates import copies
 from tailora.data.image_processor import text_tokenizer
 from tailora.data.images import read_images, store_images
 from tailora.data.messages import has_images, parsed_list, place_images
@@ -259,7 +260,8 @@ def _report(
         if isinstance(sample, Conversation) and has_tools(sample) and not has_tools(fit_to_template(sample, tokenizer)):
             flagged.add("tools_as_text", location)
     flagged.add_suspicious(samples, labels)
-    flagged.add_copies(*(((e.hash, part.location(e)) for part in side for e in part.examples) for side in sides))
+    for name, location in copies(*(((e.hash, p.location(e)) for p in side for e in p.examples) for side in sides)):
+        flagged.add(name, location)
     trained = loaded[: len(sources)]
     mappings = [part.mapping for part in trained]
     lengths = np.concatenate([train.lengths, evaluated.lengths])

@@ -54,17 +54,6 @@ class Flagged:
         for name, location in dict.fromkeys(chain(chats, of_labels)):  # once per row, also if it has several parts
             self.add(name, location)
 
-    def add_copies(self, train: Iterable[tuple[bytes, str]], held_out: Iterable[tuple[bytes, str]]) -> None:
-        """Adds duplicates on the same side of the split, and across it. They have hash and location of each example."""
-        trained, evaluated = set[bytes](), set[bytes]()
-        for examples, name, seen in ((train, "repeated", trained), (held_out, "eval_copies", evaluated)):
-            for value, location in examples:
-                if value in seen:
-                    self.add(name, location)
-                if seen is evaluated and value in trained:
-                    self.add("duplicates", location)
-                seen.add(value)
-
 
 @dataclass(slots=True)
 class RowCounts:

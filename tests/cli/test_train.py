@@ -23,7 +23,8 @@ from tailora.data.dataset import Example, Examples
 from tailora.evaluation.forgetting import KL_TOKENS, kl_texts
 from tailora.formats.run_folder import ADAPTER, PASSPORT, REPORT
 from tailora.report.format import duration
-from tailora.report.pages.train import Result, _numbers, _remedy
+from tailora.report.pages.train import Result, _numbers
+from tailora.report.run_verdict import remedy_of
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.loss import Evaluation
@@ -291,7 +292,7 @@ def test_a_run_that_made_the_model_worse_says_so_and_what_to_try(
 def test_what_to_try_after_a_run_that_made_the_model_worse(
     losses: list[float], method: str, rate: float, flags: list[str], cause: str
 ) -> None:
-    text, found = _remedy({"learning_rate": rate, "method": method}, losses)
+    text, found = remedy_of({"learning_rate": rate, "method": method}, losses)
     assert found == flags
     assert cause in text
     assert " ".join(flags) in text

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -11,35 +11,23 @@ from typing import Any
 import numpy as np
 
 from tailora.data.dataset import sources_of
-from tailora.data.labels import Labels
 from tailora.errors import FormatError
 from tailora.evaluation.classification import (
-    LabelOutputs,
-    as_intervals,
     beats_majority,
-    describe_labels,
-    label_details,
-    label_scores,
 )
 from tailora.evaluation.generate import ComparedAnswer
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
-from tailora.evaluation.rewards import MEANINGS, NOTHING_TRAINED, describe_rewards, reward_changes, scores_of
+from tailora.evaluation.rewards import MEANINGS
 from tailora.evaluation.statistics import (
-    FEW_EXAMPLES,
-    TOO_FEW,
     Interval,
     Z,
-    before_and_after,
-    describe_change,
-    describe_preferences,
-    preference_metrics,
 )
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import SERIES, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
-from tailora.study.config import FIRST_RATES, LORA
+from tailora.report.run_verdict import WHEN, Effect, effect_of, run_verdict
 from tailora.study.results import REWARDS, Measure, measure_of
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
@@ -47,10 +35,7 @@ from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
 
 LONGEST = 300  # characters of a reply in the data
 MOST_SHOWN = 8  # evaluations, and groups, whose samples are shown
-MOST_CUT = 0.9  # share of truncated completions above which the verdict names their limit
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
-WHEN = ("before", "after")
-UNKNOWN = "Whether training worked is unknown without held-out data: use --eval-data FILE."
 
 
 # ---- report.json
@@ -159,8 +144,8 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         _read(folder / name) if (folder / name).exists() else [] for name in (EXAMPLES, COMPLETIONS, SAMPLES)
     )
     steps = [line for line in lines if "loss" in line]
-    effect = _effect(header, examples)
-    verdict, remedy = _verdict(header, settings, result, steps, effect)
+    effect = effect_of(header, examples)
+    verdict, remedy = run_verdict(header, settings, result, steps, effect)
     after, before = effect.metrics.get("after", {}), effect.metrics.get("before", {})
     shared = [name for name in after if name in before]
     metrics = [_metric(name, {part: of_part[name] for part, of_part in effect.metrics.items()}) for name in shared]
@@ -186,77 +171,11 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     return content
 
 
-@dataclass(frozen=True)
-class _Effect:
-    """What training changed on the held-out examples; empty without any."""
-
-    examples: int = 0
-    losses: dict[str, Interval] = field(default_factory=dict)  # "before", "after" and "change"
-    metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)  # of the task, the same parts -> by name
-    labels: dict[str, Any] = field(default_factory=dict)  # `label_details` after training
-    text: str = ""  # the effect on the metrics in words
-
-
-def _effect(header: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> _Effect:
-    if not examples:
-        return _Effect()
-    effect = _Effect(len(examples), before_and_after(*([row[name] for row in examples] for name in (*WHEN, "tokens"))))
-    if header.get("labels"):
-        outputs = [LabelOutputs.of_rows(Labels.from_dict(header["labels"]), examples, when) for when in WHEN]
-        metrics = {when: as_intervals(label_scores(data)) for when, data in zip(WHEN, outputs, strict=True)}
-        labels = label_details(outputs[1])
-        text = describe_labels(metrics["before"], metrics["after"], labels, new_head=header["labels"]["new_head"])
-        return replace(effect, metrics=metrics, labels=labels, text=text)
-    if rewards := header.get("rewards"):
-        changes = reward_changes(*(scores_of(examples, when) for when in WHEN))
-        parts = (*WHEN, "change")
-        metrics = {part: {name: getattr(change, part) for name, change in changes.items()} for part in parts}
-        prompts = plural(len(examples), "held-out prompt")
-        text = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
-        return replace(effect, metrics=metrics, text=text + f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES))
-    if all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
-        metrics = {when: preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN}
-        return replace(effect, metrics=metrics, text=describe_preferences(**metrics))
-    return effect
-
-
-def _verdict(
-    header: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    result: Mapping[str, Any] | None,
-    steps: Sequence[Mapping[str, Any]],
-    effect: _Effect,
-) -> tuple[str, list[str]]:
-    """Returns whether training worked, in sentences, and flags to try after a run that made the model worse."""
-    losses, after, unit = effect.losses, effect.metrics.get("after", {}), header.get("loss_unit", NATS_PER_TOKEN)
-    if result is None:
-        return "The run has not finished: it was interrupted, failed, or is still running.", []
-    if header.get("rewards"):
-        all_equal = not settings.get("beta") and all(step["equal_groups"] == 1 for step in steps)
-        verdict = NOTHING_TRAINED if all_equal else effect.text or UNKNOWN
-        cut = after["truncated"].value if after else 0.0
-        too_long = f" {share(cut, 1)} of the completions reached --max-completion-length; raise it."
-        return verdict + too_long * (cut > MOST_CUT), []
-    if not losses and result["eval_loss_after"] is None:
-        return UNKNOWN, []
-    if not losses:
-        change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
-        return f"Held-out loss went from {change} {unit}; its interval was not recorded.", []
-    verdict = describe_change(losses["change"], plural(effect.examples, "held-out example"), unit)
-    verdict += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
-    is_better = not effect.labels or beats_majority(after["accuracy"].value, effect.labels)
-    verdict = " ".join(filter(None, [verdict, effect.text] if is_better else [effect.text, verdict]))
-    if losses["change"].low > 0:
-        cause, remedy = _remedy(settings, [step["loss"] for step in steps])
-        return f"Worse than before training. {verdict} {cause}", remedy
-    return verdict, []
-
-
 def _with_intervals(
     result: dict[str, Any],
     header: Mapping[str, Any],
     steps: Sequence[Mapping[str, Any]],
-    effect: _Effect,
+    effect: Effect,
     metrics: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Returns the numbers of the run with what its files say about them."""
@@ -269,19 +188,6 @@ def _with_intervals(
         result |= {"eval_loss_change": effect.losses["change"].value}
         result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in effect.losses.items()}
     return result | {f"eval_{m['name']}_{key}": value for m in metrics for key, value in m.items() if key != "name"}
-
-
-def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, list[str]]:
-    """Returns why a run probably made the model worse, and flags to try. losses: of each step, before its update."""
-    last = losses[-max(len(losses) // 4, 1) :]
-    if sum(last) / len(last) < losses[0]:
-        steps = str(max(len(losses) // 10, 1))
-        cause = "The training loss fell, so the model overfits, or the examples differ from the held-out ones."
-        return f"{cause} Use --eval-steps {steps} to keep the best step, or use fewer steps.", ["--eval-steps", steps]
-    now = settings["learning_rate"]
-    rate = learning_rate(min(now / 10, FIRST_RATES[settings.get("method", LORA)]))
-    cause = f"The training loss did not fall: the learning rate {now:g} is too high."
-    return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]
 
 
 def _metric(name: str, parts: Mapping[str, Interval]) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""The verdict of a training run: whether it worked, in sentences, and flags to try if the model became worse."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tailora.data.labels import Labels
+from tailora.evaluation.classification import (
+    LabelOutputs,
+    as_intervals,
+    beats_majority,
+    describe_labels,
+    label_details,
+    label_scores,
+)
+from tailora.evaluation.rewards import NOTHING_TRAINED, describe_rewards, reward_changes, scores_of
+from tailora.evaluation.statistics import (
+    FEW_EXAMPLES,
+    TOO_FEW,
+    Interval,
+    before_and_after,
+    describe_change,
+    describe_preferences,
+    preference_metrics,
+)
+from tailora.report.format import learning_rate, plural, share
+from tailora.study.config import FIRST_RATES, LORA
+from tailora.train.config import NATS_PER_TOKEN
+
+MOST_CUT = 0.9  # share of truncated completions above which the verdict names their limit
+WHEN = ("before", "after")
+UNKNOWN = "Whether training worked is unknown without held-out data: use --eval-data FILE."
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What training changed on the held-out examples; empty without any."""
+
+    examples: int = 0
+    losses: dict[str, Interval] = field(default_factory=dict)  # "before", "after" and "change"
+    metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)  # of the task, the same parts -> by name
+    labels: dict[str, Any] = field(default_factory=dict)  # `label_details` after training
+    text: str = ""  # the effect on the metrics in words
+
+
+def effect_of(header: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Effect:
+    if not examples:
+        return Effect()
+    effect = Effect(len(examples), before_and_after(*([row[name] for row in examples] for name in (*WHEN, "tokens"))))
+    if header.get("labels"):
+        outputs = [LabelOutputs.of_rows(Labels.from_dict(header["labels"]), examples, when) for when in WHEN]
+        metrics = {when: as_intervals(label_scores(data)) for when, data in zip(WHEN, outputs, strict=True)}
+        labels = label_details(outputs[1])
+        text = describe_labels(metrics["before"], metrics["after"], labels, new_head=header["labels"]["new_head"])
+        return replace(effect, metrics=metrics, labels=labels, text=text)
+    if rewards := header.get("rewards"):
+        changes = reward_changes(*(scores_of(examples, when) for when in WHEN))
+        parts = (*WHEN, "change")
+        metrics = {part: {name: getattr(change, part) for name, change in changes.items()} for part in parts}
+        prompts = plural(len(examples), "held-out prompt")
+        text = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
+        return replace(effect, metrics=metrics, text=text + f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES))
+    if all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
+        metrics = {when: preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN}
+        return replace(effect, metrics=metrics, text=describe_preferences(**metrics))
+    return effect
+
+
+def run_verdict(
+    header: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    result: Mapping[str, Any] | None,
+    steps: Sequence[Mapping[str, Any]],
+    effect: Effect,
+) -> tuple[str, list[str]]:
+    """Returns whether training worked, in sentences, and flags to try after a run that made the model worse."""
+    losses, after, unit = effect.losses, effect.metrics.get("after", {}), header.get("loss_unit", NATS_PER_TOKEN)
+    if result is None:
+        return "The run has not finished: it was interrupted, failed, or is still running.", []
+    if header.get("rewards"):
+        all_equal = not settings.get("beta") and all(step["equal_groups"] == 1 for step in steps)
+        verdict = NOTHING_TRAINED if all_equal else effect.text or UNKNOWN
+        cut = after["truncated"].value if after else 0.0
+        too_long = f" {share(cut, 1)} of the completions reached --max-completion-length; raise it."
+        return verdict + too_long * (cut > MOST_CUT), []
+    if not losses and result["eval_loss_after"] is None:
+        return UNKNOWN, []
+    if not losses:
+        change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
+        return f"Held-out loss went from {change} {unit}; its interval was not recorded.", []
+    verdict = describe_change(losses["change"], plural(effect.examples, "held-out example"), unit)
+    verdict += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
+    is_better = not effect.labels or beats_majority(after["accuracy"].value, effect.labels)
+    verdict = " ".join(filter(None, [verdict, effect.text] if is_better else [effect.text, verdict]))
+    if losses["change"].low > 0:
+        cause, remedy = remedy_of(settings, [step["loss"] for step in steps])
+        return f"Worse than before training. {verdict} {cause}", remedy
+    return verdict, []
+
+
+def remedy_of(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, list[str]]:
+    """Returns why a run probably made the model worse, and flags to try. losses: of each step, before its update."""
+    last = losses[-max(len(losses) // 4, 1) :]
+    if sum(last) / len(last) < losses[0]:
+        steps = str(max(len(losses) // 10, 1))
+        cause = "The training loss fell, so the model overfits, or the examples differ from the held-out ones."
+        return f"{cause} Use --eval-steps {steps} to keep the best step, or use fewer steps.", ["--eval-steps", steps]
+    now = settings["learning_rate"]
+    rate = learning_rate(min(now / 10, FIRST_RATES[settings.get("method", LORA)]))
+    cause = f"The training loss did not fall: the learning rate {now:g} is too high."
+    return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]
