@@ -21,23 +21,23 @@ PACKAGE = Path(tailora.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 MOST_LINES = {
-    "errors": 250,
-    "quiet": 100,
-    "core": 7400,
-    "formats": 4300,
-    "model": 550,
-    "data": 5000,
-    "kernels": 1650,
-    "engine": 1000,
-    "train": 9300,
-    "evaluation": 2500,
-    "study": 6400,
-    "verify": 1050,
-    "report": 3050,
-    "serve": 2060,
-    "cli": 4500,
+    "errors": 200,
+    "quiet": 70,
+    "core": 6960,
+    "formats": 4120,
+    "model": 520,
+    "data": 4500,
+    "kernels": 1520,
+    "engine": 940,
+    "train": 9060,
+    "evaluation": 2430,
+    "study": 5050,
+    "verify": 1000,
+    "report": 2640,
+    "serve": 2040,
+    "cli": 4240,
 }
-MOST_LINES_OF_A_FILE = 640
+MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines
 
 # Words that meant several things, or nothing to a newcomer. The glossary in docs/ has the words to use.
