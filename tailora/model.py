@@ -292,7 +292,8 @@ class LoRAModel(nn.Module):
         """Writes an adapter for other tools into a new folder.
 
         to: "peft", "portable", "gguf", "mlx", "merged" or, for models of diffusers, "diffusers".
-        tokenizer: saved with a merged model.    overwrite: replace the folder of an earlier export.
+        tokenizer: saved with a merged model.
+        overwrite: replace the folder of an earlier export.
         The files are read back and compared with this model. If the results differ, the files are deleted.
         """
         from tailora.formats.export import export  # imported here because nothing else needs these formats
@@ -435,7 +436,8 @@ class LoRAModel(nn.Module):
     ) -> Truncation:
         """Adds the adapter `name`: `source` reduced to a lower rank, with its largest singular values.
 
-        r: maximum rank per layer.    energy: share of the squared singular values to keep in each layer, such as 0.99.
+        r: maximum rank per layer.
+        energy: share of the squared singular values to keep in each layer, such as 0.99.
         loss, budget: `loss(model)` may rise by `budget`. It is called about log2(number of singular values) times, with
             only `source` active unless that is active already. Afterwards, the same adapters are active as before.
         Returns rank and error by layer. Raises ConfigError, AdapterError, or DivergedError for a loss that is not

@@ -122,7 +122,8 @@ class Canvas:
     ) -> None:
         """Draws a row for each estimate: a dot with its interval, and the value above it.
 
-        reference: position of a dashed line.    colours: number of each row's series colour; by default all differ.
+        reference: position of a dashed line.
+        colours: number of each row's series colour; by default all differ.
         """
         from matplotlib.ticker import MaxNLocator
 
@@ -154,10 +155,7 @@ class Canvas:
     # ---- A third number as a colour
 
     def heat_map(self, cells: Mapping[tuple[str, int], float], top: float, show: Show, title: str) -> None:
-        """A row for each name, in order of appearance, and a column for each layer.
-
-        cells: (row, layer) -> value.    top: the value with the strongest colour.
-        """
+        """A row for each name, in order of appearance, and a column for each layer. `top` has the strongest colour."""
         from matplotlib.cm import ScalarMappable
         from matplotlib.collections import PolyCollection
         from matplotlib.colors import ListedColormap, Normalize

@@ -106,7 +106,7 @@ def _packaged(name: str) -> str:
 
 
 def svg(draw: Callable[[Canvas], None], width: float, name: str, alt: str) -> str:
-    """Returns an <svg> element. name: unique on the page.    alt: text for screen readers."""
+    """Returns an <svg> element, whose name is unique on the page. alt: text for screen readers."""
     same_ids = {"svg.hashsalt": name}  # every time
     with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, **same_ids}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts draw the text, not matplotlib's

@@ -27,7 +27,7 @@ LONG_WORD = 20  # longer words, such as the path of a layer, may be wrapped afte
 
 
 def print_page(console: Console, page: blocks.Page, *, everything: bool = False, lead_first: bool = False) -> None:
-    """everything: include the blocks that only --all shows.    lead_first: print the lead below the title."""
+    """everything: include the blocks that only --all shows. lead_first prints the lead below the title."""
     details = {"always", "all"} if everything else {"always"}
     _print(console, page.title, style="bold")
     if lead_first:

@@ -210,8 +210,10 @@ def evaluate_finalists(
     trials: list[Candidate],
     **fields: Any,
 ) -> SearchResult:
-    """chosen: the best first.    runs: number -> its runs, one per seed, all done.
-    trials: all trials of the search.    fields: the other fields of SearchResult.
+    """chosen: the best first.
+
+    runs: number -> its runs, one per seed, all done.
+    fields: the other fields of SearchResult.
     """
     statistics = run_statistics({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
     finalists = []
@@ -320,7 +322,7 @@ def _difference_verdict(arm: ArmResult, difference: Difference, reference: ArmRe
 def search_verdict(
     finalists: Sequence[Finalist], cheapest: Finalist, margin: float, unit: str, trials: Sequence[Candidate]
 ) -> str:
-    """Returns the text. finalists: the best first.    trials: all."""
+    """Returns the text. finalists: the best first."""
     best = finalists[0]
     measure = measure_of(unit)
     low, high = sorted(measure.sign * end for end in best.interval)

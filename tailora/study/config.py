@@ -22,7 +22,7 @@ def trial_settings(
 ) -> dict[str, Any]:
     """Returns the settings of one run of a study, without output_dir: `train` with changes.
 
-    leave_out: settings of `train` to drop.    fixed: settings that override the changes.
+    `fixed` overrides the changes.
 
     Raises ConfigError for conflicting settings.
     """

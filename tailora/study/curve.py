@@ -204,8 +204,11 @@ def evaluate_curve(
     runs: Mapping[Point, Sequence[Trial]],
     **fields: Any,
 ) -> LearningCurve:
-    """limit: the flag that limits the steps.    steps: of the final runs at each point.
-    runs: all done, with the same seeds at each point.    fields: the other fields of LearningCurve.
+    """limit: the flag that limits the steps.
+
+    steps: of the final runs at each point.
+    runs: all done, with the same seeds at each point.
+    fields: the other fields of LearningCurve.
     """
     (rank, _), sizes, first = plan.points[0], plan.sizes, runs[plan.points[0]][0]
     indices = trial.evaluation_half(len(first.counts))
@@ -237,7 +240,8 @@ def evaluate_curve(
 def curve_verdict(curve: LearningCurve, margin: float, limit: str, train_examples: int) -> str:
     """Returns the sentences about more data, a quarter of it, a higher rank and more steps.
 
-    limit: the flag that limits the steps.    train_examples: number of training examples in total.
+    limit: the flag that limits the steps.
+    train_examples: number of training examples in total.
     """
     largest, last, trend, quarter = curve.largest, curve.doublings[-1], curve.trend, curve.quarter
     text, advice = (

@@ -42,7 +42,7 @@ class LearningRateSearch:
         return max(candidates) if self.tried[above] < self.tried[below] else min(candidates)
 
     def record(self, rate: float, loss: float, *, fits: bool = True) -> None:
-        """loss: infinite for a run that diverged.    fits: whether the run fit into memory."""
+        """loss: infinite for a run that diverged. fits: into memory."""
         self.tried[rate] = loss if math.isfinite(loss) else math.inf
         self.fits = self.fits and fits
 

@@ -69,7 +69,8 @@ def score_rows(
 ) -> RowsResult:
     """Completes the study in `train.output_dir` and returns its result.
 
-    train: settings of the finished run `study.run`, with the folder of the study.    processes: of each run of a proof.
+    train: settings of the finished run `study.run`, with the folder of the study.
+    processes: of each run of a proof.
     Raises ConfigError, and any error of a run except divergence and lack of memory.
     """
     finished, folder = FinishedRun.read(Path(study.run)), Path(train.output_dir)

@@ -173,7 +173,8 @@ def fit_to_model(
 ) -> tuple[dict[str, Axis], list[str]]:
     """Returns the space without values that the model does not support, and messages about the removed ones.
 
-    groups: `model_layout.target_groups` of the model.    given: the user's axes, not the default ones.
+    groups: `model_layout.target_groups` of the model.
+    given: the user's axes, not the default ones.
 
     Raises ConfigError if a removed value was given by the user, or if an axis has no value left.
     """

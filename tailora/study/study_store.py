@@ -52,8 +52,8 @@ Plan = TypeVar("Plan")
 def locked(folder: Path, name: str, *, wait: bool = True) -> Iterator[BaseFileLock]:
     """Locks the folder, after creating it if necessary. Waits while another process has the lock.
 
-    name: of the file with the settings.    wait: if not, raises ConfigError instead.
-    Raises ConfigError for a folder with other files, without changing it.
+    name: of the file with the settings.
+    Raises ConfigError for a folder with other files, without changing it, and for a lock if `wait` is False.
     """
     create_output_folder(folder)
     others = {entry.name for entry in folder.iterdir()} - {LOCK}
@@ -83,7 +83,8 @@ def open_folder(
 ) -> None:
     """Writes the settings of a new study, or checks them when it is resumed. The folder must be locked.
 
-    name: of the file with the settings.    begun: whether there are results; until then new settings replace the old.
+    name: of the file with the settings.
+    begun: whether there are results; until then new settings replace the old.
     identity: the part of the settings that must not change, in addition to `same_steps`.
     """
     file, content = folder / name, json.loads(json.dumps(settings))  # tuples become lists, as in a file
