@@ -66,8 +66,8 @@ def train(arm: str, watch: Stopwatch, files: tuple[Path, Path], folder: Path) ->
     config = TrainConfig(**{**DEFAULTS, **paths})
     function, settings = ARMS[arm]
     base, tokenizer = load_base(config.model)
-    settings = DataSettings(max_length=config.max_length, validation_split=0)
-    examples = prepare(str(files[0]), tokenizer, settings).train
+    data = DataSettings(max_length=config.max_length, validation_split=0)
+    examples = prepare(str(files[0]), tokenizer, data).train
     if function is tailora:
         del base  # the run loads its own
         tailora(config, watch, **settings)
