@@ -95,7 +95,7 @@ def chat(
     model = base_model_name(model, list(folders.values()))
     log("loading the model")
     loaded = load_model(model, folders, quantize=quantize, device=device)
-    from tailora.evaluation.generate import image_obstacle
+    from tailora.train.generate import image_obstacle
 
     systems = training_systems(system, folders or {model: Path(model)})
     obstacle = image_obstacle(loaded.model, loaded.tokenizer)
@@ -132,7 +132,7 @@ def attach_images(session: ChatSession, images: list[Any]) -> str:
 
 def answer(session: ChatSession, text: str) -> None:
     """Streams the answer. Ctrl-C ends it and keeps the text so far. If answering fails, the message is dropped."""
-    from tailora.evaluation.generate import stream_reply
+    from tailora.train.generate import stream_reply
     from tailora.train.memory import explain_out_of_memory
 
     loaded = session.loaded

@@ -119,7 +119,7 @@ def predict(
     if labels is not None:
         results = label_predictions(loaded, labels, rows, config)
         return write_predictions(results, len(rows), model, loaded, given)
-    from tailora.evaluation.generate import image_obstacle
+    from tailora.train.generate import image_obstacle
 
     obstacle = image_obstacle(loaded.model, loaded.tokenizer)
     check_accepts_images(obstacle, images)
@@ -288,7 +288,7 @@ def answer_predictions(
     show: receives each answer while it is generated, and a line break after it.
     """
     from tailora.data.chat_template import ChatTokenizer, DataSettings
-    from tailora.evaluation.generate import stream_reply
+    from tailora.train.generate import stream_reply
 
     tokenizer = ChatTokenizer.of(loaded.tokenizer, DataSettings(system=options.system))
     items = [read_question(row, options, tokenizer) for row in rows]

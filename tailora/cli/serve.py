@@ -133,7 +133,7 @@ def new_engine(loaded: Loaded, flags: ServerFlags) -> "Engine":
     from tailora.data.tokenize import stop_ids
     from tailora.engine.continuous_batching import ContinuousEngine, make_engine
     from tailora.engine.interface import positions_of_short_factors
-    from tailora.evaluation.generate import free_positions
+    from tailora.train.generate import free_positions
     from tailora.train.memory import keep_freed_memory
 
     keep_freed_memory(loaded.model.device)

@@ -30,8 +30,8 @@ from tailora.train.config import GRPO, TASK_TYPES, TrainConfig
 from tailora.train.launch import count_processes, how_to_resume, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
-    from tailora.evaluation.generate import ComparedAnswer
     from tailora.train.events import TrainResult
+    from tailora.train.generate import ComparedAnswer
 
 Flags: Any = train_flags()
 
@@ -221,7 +221,7 @@ def write_results(
 
 def answer_samples(result: "TrainResult", config: TrainConfig) -> list["ComparedAnswer"]:
     """Returns answers of the base and the fine-tuned model to the first held-out prompts."""
-    from tailora.evaluation.generate import ANSWER_TOKENS, compare_answers
+    from tailora.train.generate import ANSWER_TOKENS, compare_answers
     from tailora.train.memory import explain_out_of_memory
 
     if result.data and result.data.report.task in TASK_TYPES:  # the model predicts labels

@@ -28,13 +28,13 @@ from tailora.data.samples import Conversation, Pair
 from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ
 from tailora.data.tokenize import EncodedSample, reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
-from tailora.evaluation.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of
 from tailora.evaluation.metrics import CHANGE, METRICS
 from tailora.evaluation.multiple_choice import log_likelihoods, right_is_likeliest, tokenize_choices
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import data_settings, resolved_sources
+from tailora.train.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.kernel_choice import choose_layout
 from tailora.train.loss import SEQ2SEQ_TASK, Evaluation, Task, evaluate

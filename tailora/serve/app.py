@@ -42,7 +42,6 @@ from tailora.engine.interface import Engine, SamplingParams
 from tailora.engine.interface import Request as EngineRequest
 from tailora.engine.sampling import json_matcher
 from tailora.errors import DataError
-from tailora.evaluation.generate import EncodedPrompt, image_obstacle
 from tailora.serve import schemas
 from tailora.serve.answers import Answer, ChatResponse, CompletionResponse, Generation, Json
 from tailora.serve.images import decode_images
@@ -50,6 +49,7 @@ from tailora.serve.metrics import Metrics
 from tailora.serve.playground import add_page
 from tailora.serve.registry import RESERVED, AdapterRegistry
 from tailora.serve.schemas import ERRORS, ERRORS_OF_TEXT, GenerationRequest, RequestError, new_id
+from tailora.train.generate import EncodedPrompt, image_obstacle
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
 LARGEST_BODY = 4 * 2**20  # bytes; parsing 16 MiB of JSON would block all other requests for seconds

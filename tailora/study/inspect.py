@@ -23,7 +23,6 @@ from tailora.core.low_rank import Update
 from tailora.errors import ConfigError
 from tailora.evaluation import spectral
 from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
-from tailora.evaluation.generate import is_seq2seq
 from tailora.evaluation.scores import loss_on_data
 from tailora.evaluation.spectral import ModuleReport
 from tailora.evaluation.statistics import Interval, paired_difference
@@ -40,6 +39,7 @@ from tailora.study.advice import (
 )
 from tailora.study.model_layout import by_group, in_order, layer_count
 from tailora.train.config import TrainConfig
+from tailora.train.generate import is_seq2seq
 from tailora.train.loss import Evaluation
 from tailora.train.model_loading import labels_of_adapter, load_base, task_of_adapter
 

@@ -26,9 +26,9 @@ from tailora.data.chat_template import ChatTokenizer
 from tailora.data.messages import Messages
 from tailora.errors import DataError
 from tailora.evaluation.forgetting import sample_texts
-from tailora.evaluation.generate import free_positions
 from tailora.formats.export import with_only_adapter
 from tailora.formats.peft_config import base_model_name
+from tailora.train.generate import free_positions
 from tailora.train.parallel import is_sharded
 from tailora.train.state import seeded
 from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, Passport, Probe

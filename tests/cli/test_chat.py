@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 from tailora.cli.main import main
 from tailora.cli.models import load_model, parse_adapters
 from tailora.errors import ConfigError
-from tailora.evaluation.generate import stream_reply
 from tailora.formats.run_folder import write_system_message
+from tailora.train.generate import stream_reply
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from command_line import call, check_refused, found
 from tiny_vision import COLORS, outspoken_llava, plain_answer, save, save_image, tiny_llava
 
 from tailora.cli.main import main
-from tailora.evaluation.generate import image_obstacle
+from tailora.train.generate import image_obstacle
 
 TOKENS = 8
 

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from tailora.cli.main import main
 from tailora.errors import WORSE
-from tailora.evaluation import generate
 from tailora.report.blocks import Figure, Table
 from tailora.report.files import read_page
 from tailora.report.pages.train import write_train_report
 from tailora.report.terminal import print_page
+from tailora.train import generate
 
 REWARDS = """
 def share(completions, **kwargs):

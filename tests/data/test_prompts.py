@@ -14,8 +14,8 @@ from tailora.data.chat_template import DataSettings
 from tailora.data.prepare import prepare
 from tailora.data.readers import Source
 from tailora.errors import DataError
-from tailora.evaluation.generate import prompt_of
 from tailora.report.pages.data import facts_of
+from tailora.train.generate import prompt_of
 
 SETTINGS = DataSettings(task="grpo")
 CHAT = [

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.samples import Conversation, Pair, Text
 from tailora.errors import DataError
-from tailora.evaluation.generate import (
+from tailora.train.generate import (
     ComparedAnswer,
     EncodedPrompt,
     cache_implementation,

@@ -33,9 +33,9 @@ from tailora.data.chat_template import DataSettings
 from tailora.data.image_processor import accepted_inputs
 from tailora.data.prepare import prepare
 from tailora.errors import ConfigError
-from tailora.evaluation.generate import chat_ids
 from tailora.kernels.loss import Batch
 from tailora.train.dataloader import TrainingData
+from tailora.train.generate import chat_ids
 from tailora.train.image_text_to_text import check_processor, language_model_task
 from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.model_loading import load_tokenizer

@@ -15,7 +15,6 @@ from tailora.errors import FormatError
 from tailora.evaluation.classification import (
     beats_majority,
 )
-from tailora.evaluation.generate import ComparedAnswer
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
 from tailora.evaluation.rewards import MEANINGS
 from tailora.evaluation.statistics import (
@@ -30,6 +29,7 @@ from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.report.run_verdict import WHEN, Effect, effect_of, run_verdict
 from tailora.study.results import REWARDS, Measure, measure_of
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
+from tailora.train.generate import ComparedAnswer
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
 
