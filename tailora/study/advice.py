@@ -82,16 +82,6 @@ class HeldOutLosses:
         return _is_above_zero(self.improvement, self.improvement_low)
 
 
-@dataclass(frozen=True)
-class ReducedStrength:
-    """The held-out loss (None without data) and the forgetting of the adapter at a lower strength."""
-
-    strength: float
-    loss: float | None
-    kl: float
-    base_text_rise: float
-
-
 # ---- The inspection
 
 
@@ -110,7 +100,6 @@ class Advice:
 class Inspection:
     """training: settings of the run that trained the adapter, {} if unknown.
     forgetting: KL divergence from the base and loss on other text (`evaluation.forgetting`).
-    dial: the adapter at lower strengths, measured if it forgets a lot.
     """
 
     adapter: str
@@ -124,17 +113,8 @@ class Inspection:
     training: dict[str, Any] = field(default_factory=dict)
     held_out: HeldOutLosses | None = None
     forgetting: dict[str, Any] | None = None
-    dial: list[ReducedStrength] = field(default_factory=list)
     advice: list[Advice] = field(default_factory=list)
     seconds: float = 0.0
-
-    @property
-    def forgets_much(self) -> bool:
-        """True if the loss on other text rose by more than FORGETTING times the improvement on the data."""
-        losses, lost = self.held_out, self.forgetting
-        if losses is None or lost is None or not losses.has_gain:
-            return False
-        return float(lost["loss_after"] - lost["loss_before"]) > FORGETTING * losses.improvement
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the `group` and the `use` (effective rank / rank) of every module."""
@@ -339,32 +319,20 @@ def scales(inspection: Inspection) -> Iterator[Advice]:
 def forgetting(inspection: Inspection) -> Iterator[Advice]:
     """Applies if the loss on other text rises by more than FORGETTING times the improvement on the data.
 
-    The threshold is our choice; the effects of lower strengths are measured.
+    The threshold is our choice.
     """
     losses, forgotten = inspection.held_out, inspection.forgetting
-    if losses is None or forgotten is None or not inspection.forgets_much:
+    if losses is None or forgotten is None or not losses.has_gain:
         return
     rise = forgotten["loss_after"] - forgotten["loss_before"]
-    measured = [(reduced, reduced.loss) for reduced in inspection.dial if reduced.loss is not None]
-    tried = ", ".join(f"{reduced.strength:g}: loss {loss:.3f}, KL {reduced.kl:.3f}" for reduced, loss in measured)
-    remedy = "None of the lower strengths tried is within the limit. Use a lower learning rate, or mix in other data."
-    setting, to_copy = {}, ""
-    for reduced, loss in measured:
-        gain = losses.base_loss - loss
-        if reduced.base_text_rise <= FORGETTING * gain:
-            gain_share, strength = gain / losses.improvement, f"{reduced.strength:g}"
-            remedy = f"At strength {strength} it keeps {gain_share:.0%} of the improvement and is within the limit."
-            setting = {"set_scale": reduced.strength}
-            parts = ["--adapter", f"a={inspection.adapter}", "--weight", f"a={strength}"]
-            to_copy = command("combine", *parts, "--output-dir", f"{inspection.adapter}-{strength}")
-            break
+    if rise <= FORGETTING * losses.improvement:
+        return
     yield Advice(
         "forgetting",
-        f"On {forgotten['text']} the loss rose by {rise:.3f} nats per token, KL {forgotten['kl']:.3f}; "
-        f"on the data it fell by {losses.improvement:.3f} (limit: {FORGETTING:g} of that). {remedy} ({tried})",
+        f"On {forgotten['text']} the loss rose by {rise:.3f} nats per token, KL {forgotten['kl']:.3f}; on the data it "
+        f"fell by {losses.improvement:.3f} (limit: {FORGETTING:g} of that). Use a lower learning rate, mix in "
+        "other data, or lower the adapter's strength (`model.set_scale`).",
         {"rise": rise, "kl": forgotten["kl"], "improvement": losses.improvement, "limit": FORGETTING},
-        setting=setting,
-        command=to_copy,
     )
 
 

@@ -158,23 +158,6 @@ def test_of_an_odd_number_of_values_the_larger_half_stays(monkeypatch: pytest.Mo
     assert held.half.cost == pytest.approx(0.5)
 
 
-def test_lower_strengths_are_shares_of_the_one_that_is_set() -> None:
-    model = stirred_model(chat_model().eval(), LoRAConfig(r=2))
-    model.set_scale("default", 0.5)
-    layer = next(iter(model.adapter().low_rank.values()))
-    set_now: list[float] = []
-
-    def evaluate() -> Evaluation:
-        set_now.append(layer.strength)
-        return evaluation(2.0)
-
-    found = inspecting._reduced_strengths(model, "default", [[1, 2, 3]], evaluate, lambda _: None)
-    assert [step.strength for step in found] == [0.75, 0.5, 0.25]
-    assert set_now == [0.375, 0.25, 0.125]
-    assert layer.strength == 0.5
-    assert found[0].kl > found[1].kl > found[2].kl > 0
-
-
 def test_what_it_cannot_look_at_is_refused(tuned: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="add --model"):
         inspect(tuned.output_dir, data=tuned.data)
