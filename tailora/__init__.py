@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from tailora.core.config import LoRAConfig
     from tailora.core.layer import LoRALayer, loraplus_groups
     from tailora.core.layer_types import register_layer_type, unregister_layer_type
-    from tailora.model import LoRAModel, from_peft
+    from tailora.model import LoRAModel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "LoRALayer",
     "LoRAModel",
     "__version__",
-    "from_peft",
     "loraplus_groups",
     "register_layer_type",
     "unregister_layer_type",
@@ -24,7 +23,6 @@ _HOMES = {
     "LoRAConfig": "tailora.core.config",
     "LoRALayer": "tailora.core.layer",
     "LoRAModel": "tailora.model",
-    "from_peft": "tailora.model",
     "loraplus_groups": "tailora.core.layer",
     "register_layer_type": "tailora.core.layer_types",
     "unregister_layer_type": "tailora.core.layer_types",

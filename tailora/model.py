@@ -28,7 +28,6 @@ from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.fold_scale import ExportSource
 from tailora.formats.load import LoadOptions, load
 from tailora.formats.peft import write_peft_folder
-from tailora.formats.peft_model import PEFT_NAMES, check_no_adapter_names, read_peft_model, release_base
 from tailora.formats.run_folder import ADAPTER_CONFIG
 from tailora.formats.upload import UPLOAD_OPTIONS, make_public, upload
 
@@ -40,6 +39,20 @@ TRAINER = (
     "trainers of transformers and TRL would not save a LoRAModel as an adapter; wrap the trainer's class with "
     "tailora.train.huggingface.adapting: adapting(Trainer)(model=lora_model, ...)"
 )
+PEFT_NAMES = {  # attribute of a PeftModel -> its replacement in a LoRAModel
+    "peft_config": "adapters (name -> LoRAConfig)",
+    "get_base_model": "base_model",
+    "active_adapter": "active_adapters",
+    "merge_adapter": "merge()",
+    "unmerge_adapter": "unmerge()",
+    "add_weighted_adapter": "combine({name: weight}, new_name)",
+    "get_model_status": "summary()",
+    "get_layer_status": "summary()",
+    "enable_adapters": "set_adapter(name)",
+    "disable_adapters": "set_adapter(None), or `with disable_adapter():`",
+    "enable_adapter_layers": "set_adapter(name)",
+    "disable_adapter_layers": "set_adapter(None), or `with disable_adapter():`",
+}
 
 
 class LoRAModel(nn.Module):
@@ -98,21 +111,6 @@ class LoRAModel(nn.Module):
         check_base(tuned_model)
         adapter, report = compress.extract(base_model, tuned_model, r=r, energy=energy, config=config or LoRAConfig())
         return cls.__new__(cls)._wrap(base_model, {adapter_name: adapter}), report
-
-    @classmethod
-    def from_peft(cls, peft_model: Any) -> Self:
-        """Converts a `peft.PeftModel` in place, with all its LoRA adapters; the same adapters stay active.
-
-        Outputs and scales stay the same; do not use `peft_model` afterwards. If PEFT changed base weights
-        (PiSSA, OLoRA, trained biases), they remain changed. Everything is checked before the model changes. Raises
-        TargetError or FormatError with everything that cannot be converted.
-        """
-        adapters, active = read_peft_model(peft_model)
-        base_model = release_base(peft_model)
-        model = cls.__new__(cls)._wrap(base_model, adapters)
-        model.training = base_model.training
-        model.set_adapter(active)
-        return model
 
     def _wrap(self, base_model: nn.Module, adapters: Mapping[str, Adapter]) -> Self:
         """Freezes the base model and attaches adapters that fit it. The first one is active."""
@@ -505,4 +503,10 @@ class LoRAModel(nn.Module):
         return self.base_model
 
 
-from_peft = LoRAModel.from_peft
+def check_no_adapter_names(arguments: Mapping[str, Any]) -> None:
+    """Raises AdapterError for PEFT's argument of a forward, which many base models would accept and ignore."""
+    if "adapter_names" in arguments:
+        raise AdapterError(
+            "adapter_names is an argument of PEFT; call the model within `with model.adapter_rows(names):`, "
+            "with None for PEFT's '__base__'"
+        )

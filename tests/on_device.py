@@ -10,7 +10,7 @@ TESTS = Path(__file__).parent
 FILES = {  # room -> names of its files, between "test_" and ".py"
     "core": "combine inference init layer merge mixed_batch model parameters running_statistics",
     "evaluation": "forgetting generate multiple_choice scores",
-    "formats": "merged peft_model",
+    "formats": "merged",
     "laws": "combine extras frozen_start laws",
     "papers": "dora",
     "train": "adapter_init classification divergence full loss loss_forms loss_scale "

@@ -141,10 +141,6 @@ def with_double_rank(config: LoRAConfig) -> LoRAConfig:
 # ---- adapter_config.json -> LoRAConfig
 
 
-def changes_the_base(init_lora_weights: object) -> bool:
-    return str(init_lora_weights).lower().startswith(INITS_THAT_CHANGE_THE_BASE)
-
-
 def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path) -> LoRAConfig:
     """Returns the LoRAConfig for PEFT's settings.
 
@@ -166,7 +162,7 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
         )
     elif init not in INITS_WITHOUT_EFFECT:
         why = "is unknown; merge the adapter with PEFT"
-        if changes_the_base(init):
+        if init.startswith(INITS_THAT_CHANGE_THE_BASE):
             why = "changed the base's weights, which are not in the folder; convert the adapter with PEFT "
             why += "(path_initial_model_for_weight_conversion)"
         problems.append(f"init_lora_weights = {settings['init_lora_weights']!r} {why}")

@@ -4,7 +4,7 @@ A file of `report/pages` turns a result into a `Page`; `report/html.py` and `rep
 is plain text, which html.py escapes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,19 +64,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class HeatMap:
-    """A value for each matrix (a row) and layer (a column). In the terminal each value is one character."""
-
-    name: str
-    title: str
-    cells: Mapping[tuple[str, int], float]  # (row, layer) -> value
-    top: float  # the value with the strongest colour
-    show: Callable[[float], str]
-    caption: str
-    detail: Detail = "page"
-
-
-@dataclass(frozen=True)
 class Answers:
     """The same questions, answered before and after. rows: question, answer before, answer after."""
 
@@ -121,7 +108,7 @@ class Code:
     detail: Detail = "always"
 
 
-Block = Table | Figure | HeatMap | Answers | Sample | Finding | Paragraph | Code
+Block = Table | Figure | Answers | Sample | Finding | Paragraph | Code
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Widths and heights are in CSS pixels. matplotlib is optional, so it is only impo
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 # Placeholders for the page's variables, which have a light and a dark value (style.css)
 INK, SOFT, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = [f"#0a0a0{i}" for i in range(8)]
-HEAT = [f"#0b0b{i:02x}" for i in range(16)]  # from low to high
 VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", PAPER: "paper"}
 VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
-VARIABLES |= {colour: f"heat-{i}" for i, colour in enumerate(HEAT)}
 DASHED = (0, (4, 3))
 
 FEW_STEPS = 8  # runs of at most this many steps get no running mean
@@ -62,14 +60,11 @@ class Canvas:
         self.wide = width > 600
         self.figure = Figure()
 
-    def set_height(self, height: float) -> None:
-        self.figure.set_size_inches(self.width / 72, height / 72)
-
     def new_axes(self, height: float, x_label: str = "", y_label: str = "", *, whole_numbers: str = "") -> "Axes":
         """whole_numbers: "x" or "y", the axis with ticks only at whole numbers."""
         from matplotlib.ticker import MaxNLocator
 
-        self.set_height(height)
+        self.figure.set_size_inches(self.width / 72, height / 72)
         self.axes = self.figure.add_subplot()
         self.axes.set_xlabel(x_label)
         self.axes.set_ylabel(y_label)
@@ -104,11 +99,6 @@ class Canvas:
         axis.set_major_formatter(FuncFormatter(lambda number, _: show(number)))
         axis.set_minor_locator(NullLocator())
 
-    def _name_rows(self, names: Sequence[str]) -> None:
-        """Labels the rows, the first at the top."""
-        self.axes.set_yticks(range(len(names)), [one_line(name, 22) for name in names])
-        self.axes.spines["left"].set_visible(False)
-
     # ---- Values side by side, the first at the top
 
     def estimates(
@@ -139,7 +129,8 @@ class Canvas:
             axes.annotate(f"{row.value:{form}}".replace("-", "−"), (row.value, y), weight="bold", **place)
         if reference is not None:
             axes.axvline(reference, color=SOFT, linewidth=1.2, linestyle=DASHED)
-        self._name_rows([row.name for row in rows])
+        axes.set_yticks(range(len(rows)), [one_line(row.name, 22) for row in rows])
+        axes.spines["left"].set_visible(False)
         axes.set_ylim(len(rows) - 0.45, -0.75)
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if self.wide else 5))
@@ -151,37 +142,6 @@ class Canvas:
         steps = range(1, len(losses) + 1)
         self.axes.plot(steps, losses, color=colour, linewidth=1, alpha=0.4)
         self.axes.plot(steps, running_mean(np.array(losses)), color=colour, label=name)
-
-    # ---- A third number as a colour
-
-    def heat_map(self, cells: Mapping[tuple[str, int], float], top: float, show: Show, title: str) -> None:
-        """A row for each name, in order of appearance, and a column for each layer. `top` has the strongest colour."""
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.collections import PolyCollection
-        from matplotlib.colors import ListedColormap, Normalize
-
-        rows = list(dict.fromkeys(row for row, _ in cells))
-        layers = sorted({layer for _, layer in cells})
-        axes = self.new_axes(92 + 22 * len(rows), "layer")
-        centres = [(layers.index(layer), rows.index(row)) for row, layer in cells]
-        square = ((-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47))  # leaves a gap between cells
-        corners = [[(x + right, y + down) for right, down in square] for x, y in centres]
-        shades = ScalarMappable(Normalize(0, top or 1), ListedColormap(HEAT))
-        colours = shades.to_rgba(np.array(list(cells.values())))
-        axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0))
-        axes.set_xlim(-0.5, len(layers) - 0.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        self._name_rows(rows)
-        every = math.ceil(len(layers) / (self.width / 34))
-        axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
-        axes.grid(visible=False)
-        axes.spines["bottom"].set_visible(False)
-        bar = self.figure.colorbar(shades, ax=axes, location="top", shrink=0.5, aspect=26, anchor=(0.0, 0.0), pad=0.03)
-        bar.outline.set_visible(False)
-        ticks = np.linspace(0, top, 3)
-        bar.set_ticks(ticks.tolist(), labels=[show(tick) for tick in ticks])
-        bar.ax.tick_params(length=0, labelsize=11)
-        bar.set_label(title, size=11.5, labelpad=6)
 
 
 def running_mean(values: Floats) -> Floats:

@@ -9,7 +9,6 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from functools import partial
 from importlib.resources import files
 from typing import Any
 from xml.etree import ElementTree
@@ -22,7 +21,7 @@ from markupsafe import Markup
 
 from tailora import __version__
 from tailora.formats.run_folder import REPORT
-from tailora.report.blocks import Figure, HeatMap, Page, Section
+from tailora.report.blocks import Page, Section
 from tailora.report.charts import GRID, INK, SERIES, SOFT, VARIABLES, Canvas
 from tailora.report.format import printable
 
@@ -68,9 +67,9 @@ REFERENCE = re.compile(r"#([\w-]+)")
 
 
 def html(page: Page) -> str:
-    sections = []  # without blocks of None; heat maps become figures
+    sections = []  # without blocks of None
     for section in [page.conclusion, *page.sections] if page.conclusion else page.sections:
-        blocks = [_figure_of(block) if isinstance(block, HeatMap) else block for block in section.blocks if block]
+        blocks = [block for block in section.blocks if block]
         if blocks:
             sections.append(Section(section.title, section.text, blocks))
     environment = Environment(
@@ -89,13 +88,6 @@ def html(page: Page) -> str:
         style=Markup(_packaged("style.css").strip()),
         svg=lambda figure, width: Markup(svg(figure.draw, width, f"{figure.name}-{width:.0f}", figure.alt)),
     )
-
-
-def _figure_of(heat: HeatMap) -> Figure:
-    (row, layer), most = max(heat.cells.items(), key=lambda item: item[1])
-    alt = f"Heat map of {heat.title} by layer and matrix. Highest: {heat.show(most)} in layer {layer}, {row}."
-    draw = partial(Canvas.heat_map, cells=heat.cells, top=heat.top, show=heat.show, title=heat.title)
-    return Figure(heat.name, draw, alt, heat.caption, wide=True)
 
 
 def _packaged(name: str) -> str:

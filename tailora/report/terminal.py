@@ -7,13 +7,12 @@ are never wrapped, nor is anything if the output is not a terminal.
 """
 
 import re
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +20,6 @@ from rich.text import Text
 from tailora.report import blocks
 from tailora.report.format import NONE, plural, printable
 
-SHADES = "▁▂▃▄▅▆▇█"
 GAP = 2  # between two columns
 LONG_WORD = 20  # longer words, such as the path of a layer, may be wrapped after . / and _
 
@@ -67,7 +65,7 @@ def print_section(console: Console, section: blocks.Section) -> None:
             if after_table:
                 console.print()
             _print_block(console, block)
-            after_table = isinstance(block, blocks.Table | blocks.HeatMap | blocks.Answers)
+            after_table = isinstance(block, blocks.Table | blocks.Answers)
 
 
 def _print_block(console: Console, block: blocks.Block) -> None:
@@ -77,8 +75,6 @@ def _print_block(console: Console, block: blocks.Block) -> None:
         case blocks.Answers():
             columns = [blocks.Column(""), *map(blocks.Column, block.names)]
             _print_table(console, blocks.Table(columns, block.rows), lines_between_rows=True)
-        case blocks.HeatMap():
-            _print_heat_map(console, block)
         case blocks.Finding():
             _print(console, f"{block.title}: {block.text}")
             _print_lines(console, [f"  {line}" for line in block.code.splitlines()])
@@ -222,28 +218,3 @@ def _wrapped(text: str, width: int) -> str:
             current += part
         lines.append(current.rstrip())
     return "\n".join(lines)
-
-
-# ---- Heat maps
-
-
-def _print_heat_map(console: Console, heat: blocks.HeatMap) -> None:
-    """Prints a line for each name, with a character for each layer, or for the mean of several if there are many."""
-    layers = sorted({layer for _, layer in heat.cells})
-    names = list(dict.fromkeys(name for name, _ in heat.cells))
-    spelled = {name: set_cell_size(printable(name), max(map(cell_len, names))) for name in names}
-    margin = max(map(cell_len, spelled.values())) + GAP
-    step = -(-len(layers) // max(console.width - margin, 1))
-    groups = [layers[start : start + step] for start in range(0, len(layers), step)]
-    lines = []
-    for name in names:
-        line = spelled[name] + " " * GAP
-        for group in groups:
-            values = [heat.cells[name, layer] for layer in group if (name, layer) in heat.cells]
-            share = min(statistics.fmean(values) / heat.top, 1.0) if values and heat.top else 0.0
-            line += SHADES[round(share * (len(SHADES) - 1))] if values else " "
-        lines.append(line)
-    first, last = str(layers[0]), str(layers[-1])
-    lines.append(" " * margin + first.ljust(max(len(groups) - len(last), 2)) + last)
-    _print(console, f"{heat.title} by layer, up to {heat.show(heat.top)}", style="bold")
-    console.print(Text(printable("\n".join(lines)), no_wrap=True))

@@ -16,7 +16,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter import layer_key
 from tailora.core.layer_types import forward_obstacle
 from tailora.errors import AdapterError, ConfigError, MergeError, TargetError
-from tailora.formats.peft_model import PEFT_NAMES
+from tailora.model import PEFT_NAMES
 
 
 def net() -> nn.Sequential:

@@ -101,7 +101,7 @@ def test_text_is_never_taken_as_html_or_as_mathematics(page: tuple[str, str]) ->
     assert "$x^2$" in Outline(text).text
 
 
-REPEATED = ("train", "inspect")  # lines, dots, and a heat map
+REPEATED = ("train", "inspect")  # lines, dots, and tables
 
 
 @pytest.mark.slow

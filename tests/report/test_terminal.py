@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
 from report.contents import CONTENTS
 from rich.console import Console
 
-from tailora.report.blocks import Answers, Code, Column, Finding, HeatMap, Page, Paragraph, Section, Table
-from tailora.report.charts import HEAT, Canvas, running_mean
+from tailora.report.blocks import Answers, Code, Column, Finding, Page, Paragraph, Section, Table
+from tailora.report.charts import running_mean
 from tailora.report.files import page_of
 from tailora.report.format import signed
 from tailora.report.terminal import print_page, print_section
@@ -82,10 +81,7 @@ def always_shown(page: Page) -> str:
 def test_the_terminal_shows_the_numbers_of_the_page(kind: str, page: Page, written_page: Callable[[str], Path]) -> None:
     in_browser = numbers(TAGS.sub(" ", written_page(kind).read_text(encoding="utf-8")))
     in_terminal = numbers(shown(page, 120, everything=True))
-    maps = [block for section in page.sections for block in section.blocks if isinstance(block, HeatMap)]
-    on_maps = {number for heat in maps for number in numbers(heat.show(heat.top))}  # in figures of the page
-    on_maps |= {str(layer) for heat in maps for _, layer in heat.cells}
-    assert in_terminal <= in_browser | on_maps
+    assert in_terminal <= in_browser
     expected = numbers(always_shown(page))
     assert len(expected) > 5
     assert expected <= in_terminal
@@ -228,16 +224,6 @@ def test_an_inspection_proposes_only_data_that_it_can_read(task_type: str | None
 def test_a_number_that_would_be_rounded_to_zero_has_an_exponent_and_no_other() -> None:
     texts = [signed(number) for number in (0.0007, -0.0006, 0.0004, -2.1e-5, 0.0)]
     assert texts == ["+0.001", "-0.001", "+4.0e-04", "-2.1e-05", "+0.000"]
-
-
-def test_a_heat_map_shows_values_above_its_top_as_the_strongest() -> None:
-    cells = {("q", 0): 0.0, ("q", 1): 1.0, ("q", 2): 5.0}
-    text = section_shown(Section("", "", [HeatMap("x", "energy", cells, 1.0, str, "")]), 80)
-    assert "▁██" in text
-    canvas = Canvas(400)
-    canvas.heat_map(cells, 1.0, str, "energy")
-    colours = [to_hex(colour) for colour in canvas.axes.collections[0].get_facecolor()]
-    assert colours == [HEAT[0], HEAT[-1], HEAT[-1]]
 
 
 def test_changes_alone_have_a_sign_and_improvements_are_counted() -> None:

@@ -7,16 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import LEADING, ModuleReport
 from tailora.formats.run_folder import ADAPTER
-from tailora.report.blocks import Block, Column, Finding, HeatMap, Number, Page, Paragraph, Section, Table
+from tailora.report.blocks import Block, Column, Finding, Number, Page, Paragraph, Section, Table
 from tailora.report.format import NONE, interval, plural, signed, value_range
 from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 from tailora.study.advice import HeldOutLosses, Inspection, first_few
 from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
-FEWEST_LAYERS = 3  # for a heat map
 FIRST_ROWS = 8  # of the table by depth, in a terminal
 
 
@@ -51,7 +49,7 @@ def inspect_page(inspection: Inspection) -> Page:
         Section(
             "Where the update is",
             "Grouped by thirds of the layers, highest energy first. Energy is a sum; all other values are means.",
-            [by_depth_table, legend, *_heat_maps(inspection.modules), *_remarks(inspection), every_module],
+            [by_depth_table, legend, *_remarks(inspection), every_module],
         ),
         *([_truncation(losses)] if losses else []),
         Section("Forgetting", "", [_forgetting(inspection.forgetting) if inspection.forgetting else None]),
@@ -174,27 +172,6 @@ def _remarks(inspection: Inspection) -> list[Paragraph]:
         if module.note:
             by_text.setdefault(module.note, []).append(module.path)
     return [Paragraph(f"{text}: {first_few(paths)}") for text, paths in by_text.items()]
-
-
-def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
-    names = _short_names(modules)
-
-    def heat_map(measure: str, title: str, form: str, top: float | None, caption: str) -> HeatMap:
-        cells = {
-            (names[module.path], layer): float(getattr(module, measure))
-            for module in modules
-            if (layer := layer_index(module.path)) is not None
-        }
-        highest = max(cells.values(), default=0.0) if top is None else top
-        return HeatMap(f"map-{measure}", title, cells, highest, form.format, caption)
-
-    if len({layer_index(module.path) for module in modules} - {None}) < FEWEST_LAYERS:
-        return []
-    caption = "Share of the adapter's squared norm."
-    energy = heat_map("energy", "energy", "{:.1%}", None, caption)
-    caption = "Effective rank / rank. 1: all directions are used equally. Near 0: only one is used."
-    use = heat_map("use", "effective rank / rank", "{:.2f}", 1.0, caption)
-    return [heat for heat in (energy, use) if any(heat.cells.values())]
 
 
 # ---- On held-out data
