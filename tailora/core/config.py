@@ -1,5 +1,6 @@
 """The settings of an adapter: rank, scale, targets. The names are PEFT's."""
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -70,6 +71,11 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix for our validators
     message = message.partition(", unable to parse string")[0]  # redundant
     return f"{name} = {shown}: {message[:1].lower()}{message[1:]}" if name else message
+
+
+def scaling_divisor(r: int, use_rslora: bool) -> float:
+    """What alpha is divided by: r (arXiv:2106.09685, sec. 4.1), or sqrt(r) (rsLoRA, arXiv:2312.03732, thm. 3.2)."""
+    return math.sqrt(r) if use_rslora else r
 
 
 ALL_LINEAR, LANGUAGE_MODEL = "all-linear", "language-model"  # words of target_modules

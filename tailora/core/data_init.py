@@ -4,7 +4,6 @@
 components with subspace iteration, without a full covariance matrix (arXiv:0909.4061, alg. 4.4).
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
-from tailora.core.config import LoRAConfig
+from tailora.core.config import LoRAConfig, scaling_divisor
 from tailora.core.device import wide_dtype
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import computing_device
@@ -64,7 +63,7 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
 
 def alpha_at_same_scale(layer: LoRALayer, r: int) -> float:
     """Returns the alpha for rank r with the layer's current scale."""
-    return layer.lora_alpha * (math.sqrt(r / layer.r) if layer.use_rslora else r / layer.r)
+    return layer.lora_alpha * (scaling_divisor(r, layer.use_rslora) / scaling_divisor(layer.r, layer.use_rslora))
 
 
 # ---- Calling the model on the data

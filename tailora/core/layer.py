@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tailora.core import dora
 from tailora.core.attach import AdapterPart
+from tailora.core.config import scaling_divisor
 from tailora.core.float32_products import adapted_linear
 from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, LayerType, Shape, qualified_name, whole_tensor
@@ -36,11 +37,6 @@ def gaussian(factor: Tensor, r: int) -> None:
 
 
 INITS: dict[str, Callable[[Tensor, int], None]] = {"kaiming": kaiming, "gaussian": gaussian}
-
-
-def initial_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """alpha/r (arXiv:2106.09685, sec. 4.1), or alpha/sqrt(r) (rsLoRA, arXiv:2312.03732, thm. 3.2)."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def concatenate_ranks(A: Tensor, other: Tensor, groups: int) -> Tensor:
@@ -138,9 +134,8 @@ class LoRALayer(nn.Module, AdapterPart):
         self._parameters.update(lora_magnitude_vector=None, lora_bias=None, bias=None)
         if lora_bias:
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
-        configured = initial_scaling(rank, self.lora_alpha, use_rslora)
-        scaling = self._scalar(configured)
-        if configured > torch.finfo(scaling.dtype).max:
+        scaling = self._scalar(self.configured_scaling)
+        if self.configured_scaling > torch.finfo(scaling.dtype).max:
             raise ConfigError(f"lora_alpha = {self.lora_alpha:g} overflows {scaling.dtype}; use a value from 1 to 1000")
         self.register_buffer("scaling", scaling)
         if learn_scaling:
@@ -296,7 +291,7 @@ class LoRALayer(nn.Module, AdapterPart):
     @property
     def configured_scaling(self) -> float:
         """The scale computed from r and alpha, before training or assignment changes it."""
-        return initial_scaling(self.r, self.lora_alpha, self.use_rslora)
+        return self.lora_alpha / scaling_divisor(self.r, self.use_rslora)
 
     @property
     def learns_scaling(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tailora.core import patterns
-from tailora.core.config import ALL_LAYERS, LANGUAGE_MODEL, LoRAConfig
+from tailora.core.config import ALL_LAYERS, LANGUAGE_MODEL, LoRAConfig, scaling_divisor
 from tailora.core.extras import ExtraTargets, Modules, extra_targets
 from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_calls import Use, last_names, use_of
@@ -166,9 +166,10 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     if not lowered or (was_set and len(lowered) == len(candidates)):
         return config
     ranks = {patterns.exactly(path): r for path, r in lowered.items()}
-    power = 0.5 if config.use_rslora else 1
+    divisor = scaling_divisor(config.r, config.use_rslora)
     alphas = {
-        patterns.exactly(path): target_of(candidates[path], config).lora_alpha * (r / config.r) ** power
+        patterns.exactly(path): target_of(candidates[path], config).lora_alpha
+        * (scaling_divisor(r, config.use_rslora) / divisor)
         for path, r in lowered.items()
     }
     if was_set:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tailora.core.config import LoRAConfig
-from tailora.core.layer import initial_scaling
+from tailora.core.config import LoRAConfig, scaling_divisor
 from tailora.core.low_rank import Factors, Update
 from tailora.core.patterns import by_pattern, ends_of, matches
 from tailora.errors import ConfigError, FormatError, listing
@@ -105,7 +104,7 @@ def _update(
 ) -> Update | None:
     """Returns None if A mixes groups. Raises FormatError for factors that are damaged."""
     A, B = slots["A"], slots["B"]
-    configured = initial_scaling(r, alpha, use_rslora)  # the same if rank and alpha are doubled for a start
+    configured = alpha / scaling_divisor(r, use_rslora)  # the same if rank and alpha are doubled for a start
     if stored.metadata.start and stored.settings is None:  # PEFT's settings have the doubled rank already
         r *= 2
     per_group = B.shape[1] if B.ndim > 1 else 0

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 from packaging.version import InvalidVersion, Version
 from torch import nn
 
-from tailora.core.config import LoRAConfig, TaskType
+from tailora.core.config import LoRAConfig, TaskType, scaling_divisor
 from tailora.core.patterns import by_pattern, ends_with, exactly, matches, portable_targets
 from tailora.core.targets import HEADS_OF_TASK, saved_modules
 from tailora.errors import ConfigError, FormatError, TailoraWarning, listing
@@ -115,7 +115,7 @@ def as_peft_computes(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRACon
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for layer in layers:
-        path, alpha = layer.pattern_path, layer.scale * (math.sqrt(layer.r) if config.use_rslora else layer.r)
+        path, alpha = layer.pattern_path, layer.scale * scaling_divisor(layer.r, config.use_rslora)
         if layer.r != by_pattern(path, config.rank_pattern, config.r):
             ranks[exactly(path)] = layer.r
         if not math.isclose(alpha, by_pattern(path, config.alpha_pattern, config.lora_alpha), rel_tol=1e-9):
@@ -129,7 +129,7 @@ def as_peft_computes(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRACon
 
 def with_double_rank(config: LoRAConfig) -> LoRAConfig:
     """Returns a config with the same scales for factors of twice the rank."""
-    factor = math.sqrt(2) if config.use_rslora else 2
+    factor = scaling_divisor(2, config.use_rslora)
     return config.replaced(
         r=2 * config.r,
         lora_alpha=factor * config.lora_alpha,

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from tailora.core.config import ALL_LAYERS, ALL_LINEAR
+from tailora.core.config import ALL_LAYERS, ALL_LINEAR, scaling_divisor
 from tailora.core.setting_names import ALIASES, OUR_NAMES, suggestion
 from tailora.errors import ConfigError, listing
 from tailora.train.config import GRPO, GRPO_FIELDS, PREFERENCE_FIELDS, TrainConfig
@@ -154,7 +154,7 @@ def first_values(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any
     """Returns the values of the first trial: the run's own, or the nearest ones in the space."""
     values = {}
     for name, axis in space.items():
-        scale = train.lora_alpha / (math.sqrt(train.r) if train.use_rslora else train.r)
+        scale = train.lora_alpha / scaling_divisor(train.r, train.use_rslora)
         current = scale if name == SCALE else getattr(train, name)
         if isinstance(axis, Range):
             values[name] = axis.low if current is None else min(max(current, axis.low), axis.high)
@@ -209,9 +209,8 @@ def settings_of(values: Mapping[str, Any], groups: Mapping[str, list[str] | str]
     """
     changes = dict(values)
     if SCALE in changes:
-        r = changes.get("r", train.r)
-        rslora = changes.get("use_rslora", train.use_rslora)
-        changes["lora_alpha"] = changes.pop(SCALE) * (math.sqrt(r) if rslora else r)
+        given = (changes.get(name, getattr(train, name)) for name in ("r", "use_rslora"))
+        changes["lora_alpha"] = changes.pop(SCALE) * scaling_divisor(*given)
     if "target_modules" in changes:
         word = changes["target_modules"]
         changes["target_modules"] = groups.get(word, word if word in ALL_LAYERS else word.split("+"))

@@ -14,7 +14,7 @@ from tiny_adapters import adapted
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.layer import initial_scaling
+from tailora.core.config import scaling_divisor
 from tailora.errors import DivergedError, FormatError, WriteError
 from tailora.formats.peft import read_peft_folder
 from tailora.formats.peft_config import with_double_rank
@@ -175,4 +175,5 @@ def test_factors_of_twice_the_rank_have_the_same_scale(use_rslora: bool) -> None
     twice = [(doubled.r, doubled.lora_alpha), (doubled.rank_pattern["q"], doubled.alpha_pattern["q"])]
     for (r, alpha), (twice_r, twice_alpha) in zip(pairs, twice, strict=True):
         assert twice_r == 2 * r
-        assert initial_scaling(twice_r, twice_alpha, use_rslora) == pytest.approx(initial_scaling(r, alpha, use_rslora))
+        scale = alpha / scaling_divisor(r, use_rslora)
+        assert twice_alpha / scaling_divisor(twice_r, use_rslora) == pytest.approx(scale)
