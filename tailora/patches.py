@@ -3,7 +3,8 @@
     before_loading              `PreTrainedModel._load_pretrained_model` is replaced
     attention_of                reads `config._attn_implementation`
     compiled_call               reads and sets `Module._compiled_call_impl`
-    schedule, report_failures   subclasses for transformers' continuous batching
+    add_scheduler, report_failures,
+    survive_failures            subclasses for transformers' continuous batching
 
 Each checks that what it needs is still there, and raises ConfigError otherwise. `tests/test_patches.py` tests them with
 the installed transformers, and with `-m network` also with the oldest and the newest supported one.
@@ -132,3 +133,24 @@ def report_failures(manager: Any, report: Callable[[str, str], None]) -> None:
                 self.deliver(output)
 
     manager.output_router = FailureRouter()
+
+
+def survive_failures(manager: Any) -> None:
+    """Lets a forward that fails end only the requests of its batch. By itself, a manager ends with all its requests."""
+    from transformers.generation.continuous_batching import continuous_api
+
+    owner = continuous_api.ContinuousBatchingManager
+    parameters = [*inspect.signature(getattr(owner, "_generation_step", _check)).parameters]
+    _check("transformers", "_generation_step", parameters == ["self"] and type(manager) is owner)
+
+    class SurvivingManager(continuous_api.ContinuousBatchingManager):  # type: ignore[misc]
+        def _generation_step(self) -> None:
+            try:
+                super()._generation_step()
+            except Exception as error:  # noqa: BLE001  # whatever the code of a model raises
+                processor = self.batch_processor
+                processor.handle_batch_error(error)
+                processor.scheduler._requests_to_fork.clear()
+                processor.inputs_and_outputs.requests_in_batch = []  # which `update_batch` reads next
+
+    manager.__class__ = SurvivingManager  # an attribute would make a cycle, which keeps the cache in memory

@@ -15,7 +15,7 @@ import torch
 from tiny import chat_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from tailora.core.adapter_set import AdapterSet
@@ -30,6 +30,7 @@ from tailora.patches import (
     report_failures,
     set_compiled_call,
     sort_batches,
+    survive_failures,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,7 @@ def test_batches_are_sorted_and_failures_are_reported(monkeypatch: pytest.Monkey
     [
         (PreTrainedModel, "_load_pretrained_model", lambda: before_loading(print).__enter__()),
         (OutputRouter, "deliver_batch", lambda: report_failures(None, print)),
+        (ContinuousBatchingManager, "_generation_step", lambda: survive_failures(None)),
         (nn.Module, "_compiled_call_impl", lambda: set_compiled_call(nn.Identity(), None)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

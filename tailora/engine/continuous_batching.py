@@ -3,12 +3,13 @@
 `make_engine` uses it if transformers supports the model, and `PaddedEngine` otherwise.
 
 transformers' continuous batching packs the tokens of all requests into one row and keeps their keys and values in a
-paged cache. It has no support for adapters and a single seed for all requests. So we change three things in its
+paged cache. It has no support for adapters and a single seed for all requests. So we change four things in its
 manager (`_new_manager`):
 
     the scheduler's batches   are sorted by adapter, so that each adapter has one segment of the row (`_set_batch`)
     the logits processor      chooses the token of every request and passes it on (`_next_tokens`)
     the output router         only reports failed requests (`_end_failed`)
+    a forward that fails      ends the requests of its batch instead of the manager (`survive_failures`)
 
 The cache must not share blocks between requests: equal prompts have different keys under different adapters.
 
@@ -36,7 +37,7 @@ from tailora.engine.interface import Engine, EventHandler, Finish, Request, Samp
 from tailora.engine.padded_batching import PaddedEngine
 from tailora.engine.sampling import ChosenTokens, RunningRequest, next_tokens
 from tailora.errors import AdapterError, ConfigError
-from tailora.patches import add_scheduler, attention_of, report_failures, sort_batches
+from tailora.patches import add_scheduler, attention_of, report_failures, sort_batches, survive_failures
 from tailora.quiet import silent_loggers
 
 PAGE_SIZE = 32  # tokens in a block of the cache
@@ -278,6 +279,7 @@ class ContinuousEngine(Engine):
             ),
         )
         report_failures(manager, self._end_failed)
+        survive_failures(manager)
         manager.logit_processor.logits_processor.append(ChosenTokens(self._next_tokens))
         manager.logit_processor.do_processing = True
         if self._attention == "sdpa":  # before the manager asks which masks are needed

@@ -380,21 +380,52 @@ def test_stop_ends_what_runs(engine: Engine) -> None:
         engine.submit(Request("y", (9,), None, SamplingParams(1)), lambda _: None)
 
 
-def test_a_forward_that_fails_ends_its_requests_and_no_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = engine.adapter_set.base_model.get_submodule("model.layers.0.mlp")
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("failing", [1, 2, 6])
+def test_a_forward_that_fails_ends_the_requests_of_its_batch_and_no_others(kind: str, failing: int) -> None:
+    """Whichever fails, the others get their tokens, and nothing of the failed ones is left in the cache."""
+    base, count = base_model(), 0
+    adapter_set = AdapterSet(base, {name: adapter(base, name) for name in CONFIGS})
 
+    def fail(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == failing:
+            raise RuntimeError("a kernel failed")
+
+    with started(ENGINES[kind](adapter_set, [EOS], max_positions=64, max_requests=2)) as engine:
+        for _ in range(3):
+            answers, count = Answers(engine), 0
+            asked = [(name, prompt[:50], model) for name, prompt, model in prompts()][:7]
+            with base.get_submodule("model.layers.0.mlp").register_forward_pre_hook(fail):
+                with engine.paused():
+                    for request in asked:
+                        answers.submit(*request)
+                    answers.submit_group(range(2), [9, 10, 11], "large")
+                tokens = answers.wait()
+            failed = {name for name, finish in answers.finishes.items() if "a kernel failed" in finish.message}
+            assert failed == {name for name, finish in answers.finishes.items() if finish.reason == "error"}
+            assert 1 <= len(failed) <= 2
+            expected = {name: alone(model, prompt) for name, prompt, model in asked}
+            expected |= dict.fromkeys(["seed 0", "seed 1"], alone("large", [9, 10, 11]))
+            assert tokens == expected | {name: tokens[name] for name in failed}
+            with engine.paused():
+                assert engine.load == (0, 0)
+
+
+def test_a_forward_that_fails_ends_the_requests_that_wait_for_its_prompt(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forward(*_: Any) -> None:
         raise RuntimeError("a kernel failed")
 
     answers = Answers(engine)
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", forward)
-        answers.submit("fails", [9, 10], "small")
+        patch.setattr(engine.adapter_set.base_model.get_submodule("model.layers.0.mlp"), "forward", forward)
         answers.submit_group(range(4), [9, 10, 11], "large")
         answers.wait()
     assert all("a kernel failed" in finish.message for finish in answers.finishes.values())
     again = Answers(engine)
-    again.submit("x", [9, 10, 11], "large")
     again.submit_group(range(4), [9, 10, 11], "large")
     assert set(map(tuple, again.wait().values())) == {tuple(alone("large", [9, 10, 11]))}
 
