@@ -3,7 +3,6 @@
     METHODS  name of --quantize -> how to quantize
     nf4            bitsandbytes: 4 bits, in blocks of 64; the scales are quantized too (QLoRA, arXiv:2305.14314)
     int8           bitsandbytes: 8 bits, one scale a row (LLM.int8, arXiv:2208.07339); evaluation rounds inputs too
-    torchao-int8   torchao: 8 bits, one scale a row, weights only; its backward keeps a 16-bit copy of every weight
 
     QUANTIZED_FORMATS  quant_method of config.json -> how to load the files
 
@@ -57,7 +56,6 @@ class Stored:
 
 @dataclass(frozen=True)
 class Method:
-    package: str
     settings: Callable[[torch.dtype], Any]  # precision of the other tensors -> quantization_config of transformers
     layer: Callable[[nn.Linear], nn.Module]  # plain layer -> quantized layer
     stored: Stored
@@ -89,37 +87,16 @@ def _nf4(dtype: torch.dtype) -> Any:
     )
 
 
-def _torchao_int8(_: torch.dtype) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
-
-
-def _torchao_layer(plain: nn.Linear) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(plain.requires_grad_(False), Int8WeightOnlyConfig(version=2))
-    return plain
-
-
 METHODS = {
     "nf4": Method(
-        "bitsandbytes",
         _nf4,
         partial(_bitsandbytes_layer, "Linear4bit", {"quant_type": "nf4"}),
         Stored(4, _four_bit_scales),
     ),
     "int8": Method(
-        "bitsandbytes",
         _int8,
         partial(_bitsandbytes_layer, "Linear8bitLt", {"has_fp16_weights": False}),
         Stored(8, lambda weight: 4 * len(weight), per_output=4),  # sums of int8 are int32
-    ),
-    "torchao-int8": Method(
-        "torchao",
-        _torchao_int8,
-        _torchao_layer,
-        Stored(8, lambda weight: weight.itemsize * len(weight), keeps_dense=True),
     ),
 }
 
@@ -139,14 +116,14 @@ def settings_for(name: str, dtype: torch.dtype, device: torch.device) -> Any:
 def obstacle(name: str, device: torch.device) -> str | None:
     """Tries the method on a small layer, forward and backward; returns why it does not work here, or None."""
     method = METHODS[name]
-    if importlib.util.find_spec(method.package) is None:
-        return f"{method.package} is not installed: {EXTRA}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return f"bitsandbytes is not installed: {EXTRA}"
     try:
-        with quiet_loggers(method.package):  # bitsandbytes logs a kernel that it does not find
+        with quiet_loggers("bitsandbytes"):  # it logs a kernel that it does not find
             return _try_layer(method, device)
     except (ImportError, OSError, RuntimeError, AssertionError, ValueError) as error:
         cause = (str(error).strip() or repr(error)).splitlines()[0]
-        return f"{method.package} cannot run on {device}: {cause}"
+        return f"bitsandbytes cannot run on {device}: {cause}"
 
 
 def _try_layer(method: Method, device: torch.device) -> str | None:
@@ -157,7 +134,7 @@ def _try_layer(method: Method, device: torch.device) -> str | None:
     layer = method.layer(plain)
     prevent_repacking(layer)
     if not is_quantized(layer):
-        return f"{method.package} did not quantize the weight"
+        return "bitsandbytes did not quantize the weight"
     dense = dense_weight(layer)  # merging needs it
     x: Tensor = torch.randn(8, PROBE_SIZE, generator=generator, device="cpu").to(device, dense.dtype)
     with torch.no_grad():
@@ -193,7 +170,7 @@ def _stored_by_bitsandbytes(settings: dict[str, Any]) -> Stored | None:
 
 def _stored_by_torchao(settings: dict[str, Any]) -> Stored | None:
     is_int8 = "Int8WeightOnlyConfig" in str(settings.get("quant_type"))
-    return METHODS["torchao-int8"].stored if is_int8 else None
+    return Stored(8, lambda weight: weight.itemsize * len(weight), keeps_dense=True) if is_int8 else None
 
 
 def _stored_in_groups(settings: dict[str, Any]) -> Stored:

@@ -72,7 +72,7 @@ def test_predict_and_export_take_the_quantization_of_the_run(
     assert "did you mean nf4" in capfd.readouterr().err
 
     changes = []  # a merge is into the base that the run had; other exports leave the base out
-    for quantize in ([], ["--quantize", "none"], ["--quantize", "torchao-int8"]):
+    for quantize in ([], ["--quantize", "none"], ["--quantize", "int8"]):
         folder = str(tmp_path / f"merged{len(changes)}")
         assert main(["export", str(out), "--to", "merged", "--output", folder, "--json", *quantize]) == 0
         changes.append(json.loads(capfd.readouterr().out)["changes"])

@@ -91,7 +91,7 @@ def save_model(shape: LlamaConfig, dtype: torch.dtype, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"fast": "off"}, {"packing": "off"}, {"quantize": "nf4"}, {"quantize": "int8"}, {"quantize": "torchao-int8"}],
+    [{}, {"fast": "off"}, {"packing": "off"}, {"quantize": "nf4"}, {"quantize": "int8"}],
     ids=str,
 )
 def test_what_a_forward_keeps_is_what_the_real_one_keeps(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -177,8 +177,7 @@ def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantize", "tied"),
-    [(None, False), (None, True), ("nf4", False), ("nf4", True), ("int8", False), ("torchao-int8", False)],
+    ("quantize", "tied"), [(None, False), (None, True), ("nf4", False), ("nf4", True), ("int8", False)]
 )
 def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quantize: str | None, tied: bool) -> None:
     shape = LlamaConfig(**shape_of(320, 128, 256, 2, 4, 4), tie_word_embeddings=tied)

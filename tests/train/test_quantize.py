@@ -61,8 +61,8 @@ def test_a_method_that_does_not_work_here_is_refused_with_the_reason(monkeypatch
     monkeypatch.setitem(METHODS, "nf4", replace(METHODS["nf4"], layer=broken))
     with pytest.raises(ConfigError, match="nf4 does not work here: bitsandbytes cannot run on cpu: no kernel image"):
         settings_for("nf4", torch.float32, CPU)
-    monkeypatch.setitem(METHODS, "nf4", replace(METHODS["nf4"], package="no_such_package"))
-    with pytest.raises(ConfigError, match=r"no_such_package is not installed: pip install 'tailora\[quantize\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes is not installed: pip install 'tailora\[quantize\]'"):
         settings_for("nf4", torch.float32, CPU)
     with pytest.raises(ConfigError, match="did you mean nf4"):
         settings_for("nf8", torch.float32, CPU)

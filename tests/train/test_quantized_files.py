@@ -17,7 +17,8 @@ from peft import PeftModel
 from quantized_files import Dense, awq, compressed, fp8, gptq, linear_layers, mxfp4
 from runs import run_and_collect
 from torch import nn
-from transformers import AutoModelForCausalLM
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
@@ -270,13 +271,19 @@ def test_an_unknown_layout_cannot_be_estimated(of_format: Callable[..., str]) ->
         fake_trainable(TrainConfig(model=name, r=2), read_config(name), CPU)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
 def test_models_that_were_saved_quantized_are_counted(kind: str, tmp_path: Path) -> None:
     fp8(tmp_path / "model")
     plain, tokenizer = load_base(str(tmp_path / "model"))
     plain.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
-    base, _ = load_base(str(tmp_path / "plain"), "bfloat16", "cpu", kind)
+    if kind == "torchao":
+        settings = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        base = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "plain", dtype=torch.bfloat16, quantization_config=settings
+        )
+    else:
+        base, _ = load_base(str(tmp_path / "plain"), "bfloat16", "cpu", kind)
     base.save_pretrained(tmp_path / "quantized")
     tokenizer.save_pretrained(tmp_path / "quantized")
     config = TrainConfig(model=str(tmp_path / "quantized"), dtype="bfloat16", r=2)

@@ -29,7 +29,6 @@ LABELS = {"task": "sequence-classification"}
         ({"fsdp_offload_params": True}, "requires --fsdp"),
         ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "unquantized weights; remove it"),
         ({"fsdp": True, "quantize": "int8"}, "--fsdp does not support --quantize int8"),
-        ({"fsdp": True, "quantize": "torchao-int8"}, "--fsdp does not support --quantize torchao-int8"),
         # labels
         ({**LABELS, "streaming": True, "max_steps": 2}, "streaming"),
         ({**LABELS, "fsdp": True}, "fsdp"),
