@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
 
-from tailora.cli.flags import Json, NprocPerNode, flags_of, log_columns, merge_with_run
+from tailora.cli.flags import SWITCH, Json, NprocPerNode, flags_of, log_columns, merge_with_run
 from tailora.cli.main import ARGUMENTS, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import (
     BaseModel,
@@ -63,6 +63,25 @@ NORMALIZE_HELP = "what exact_match ignores: case, punctuation, space, strip (lea
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter or of its training run")]
 
 
+@Parameter(name="*", group=Group.create_ordered("lm-evaluation-harness"))
+@dataclass(frozen=True, kw_only=True)
+class HarnessFlags:
+    """Flags with the names that lm_eval uses."""
+
+    tasks: Annotated[list[str] | None, Parameter(metavar="A,B", help="tasks, such as hellaswag,arc_easy")] = None
+    include_path: Annotated[Path | None, Parameter(help="folder with your own tasks")] = None
+    num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="few-shot examples before each question")] = None
+    apply_chat_template: Annotated[bool, SWITCH, Parameter(help="format questions with the chat template")] = False
+    batch_size: Annotated[PositiveInt, Parameter(help="questions per forward pass")] = 8
+
+    @property
+    def names(self) -> list[str]:
+        return [name for text in self.tasks or () for name in text.split(",") if name]
+
+
+NO_HARNESS_FLAGS = HarnessFlags()
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class EvalFlags:
@@ -108,10 +127,15 @@ class Evaluation:
 
     target: EvalTarget
     given: EvalFlags
+    harness: HarnessFlags
     config: TrainConfig  # for reading the data, as in the adapter's run
     gates: Sequence[Gate]
     metrics: Sequence[str]
     base: bool  # also evaluate the base model
+
+    @property
+    def gates_on_data(self) -> list[Gate]:
+        return [gate for gate in self.gates if not (self.harness.names and gate.is_on_task)]
 
     def load(self, device: str, labels: "Labels | None" = None) -> tuple["LoRAModel", Any]:
         from tailora.evaluation.scores import without_adapter
@@ -127,6 +151,7 @@ def eval(
     /,
     *,
     given: EvalFlags = NO_FLAGS,
+    harness: HarnessFlags = NO_HARNESS_FLAGS,
     flags: Flags = None,
 ) -> int:
     """Evaluate an adapter and its base model on held-out data.
@@ -134,14 +159,17 @@ def eval(
     Without an adapter, only --model is evaluated. --nproc-per-node or torchrun splits the examples across processes.
     """
     started = time.monotonic()
-    evaluation = checked(adapter, given, flags)
+    evaluation = checked(adapter, given, harness, flags)
     nproc = None if is_launched_by_tailora() else given.nproc_per_node
     to_start = 0 if nproc is None else count_processes(nproc, given.device)
+    if harness.names and max(to_start, world_size()) > 1:
+        raise ConfigError("--tasks only supports a single process; start without --nproc-per-node or torchrun")
     if to_start > 1:
         log(f"starting {to_start} processes")
         return launch(ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
     log("loading the model and data")
-    log_columns(flags, evaluation.config)
+    if given.data is not None:
+        log_columns(flags, evaluation.config)
     labels = labels_of(evaluation.target.model, list(evaluation.target.folders.values()))
     refuse_system(labels, flags)
     if labels is not None:
@@ -149,36 +177,42 @@ def eval(
     return evaluate_language_model(evaluation, started)
 
 
-def checked(adapter: str | None, given: EvalFlags, flags: Mapping[str, Any] | None) -> Evaluation:
+def checked(
+    adapter: str | None, given: EvalFlags, harness: HarnessFlags, flags: Mapping[str, Any] | None
+) -> Evaluation:
     """Raises ConfigError, DataError or FormatError for what can be checked before loading torch."""
     gates, metrics = parse_gates(given.gate or []), parse_metrics(given.metrics or [])
-    if given.data is None:
-        raise ConfigError("nothing to evaluate on; use --data FILE")
+    on_data = [gate for gate in gates if not (harness.names and gate.is_on_task)]
+    if given.data is None and on_data:
+        raise ConfigError(f"--gate {on_data[0]} needs held-out data; add --data FILE, or set a gate on TASK/METRIC")
+    if given.data is None and not harness.names:
+        raise ConfigError("nothing to evaluate on; use --data FILE, or --tasks TASK (lm-evaluation-harness)")
     check_sources(data=[given.data])
     target = find_target(adapter, given.model)
     base = given.base and target.folder is not None
-    named = [gate.metric.removesuffix(CHANGE) for gate in gates]
-    check_gates(gates, [*METRICS, *LABEL_METRICS, *filter(OF_CLASS.fullmatch, named)], base=base)
+    named = [gate.metric.removesuffix(CHANGE) for gate in on_data]
+    check_gates(on_data, [*METRICS, *LABEL_METRICS, *filter(OF_CLASS.fullmatch, named)], base=base)
     check_report_kind(given.output_dir, KIND)
     config = merge_with_run(flags, target.folder, arguments={"model": target.model})
-    return Evaluation(target, given, config, gates, metrics, base)
+    return Evaluation(target, given, harness, config, gates, metrics, base)
 
 
 def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
-    """Evaluates on the data; returns the exit code."""
-    from tailora.evaluation.scores import EvalOptions, normalizer
+    """Evaluates on the data and on the tasks of lm-evaluation-harness; returns the exit code."""
+    from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
+    from tailora.evaluation.scores import EvalOptions, Scores, normalizer
     from tailora.train.failures import ignore_signals
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.parallel import first_of_ranks
     from tailora.train.setup import launched_ranks
 
-    given = evaluation.given
-    check_gates(evaluation.gates, list(METRICS), base=evaluation.base)
+    given, harness, base = evaluation.given, evaluation.harness, evaluation.base
+    check_gates(evaluation.gates_on_data, list(METRICS), base=base)
     if wrong := [name for name in evaluation.metrics if name not in METRICS]:
         raise ConfigError(f"--metrics {','.join(wrong)} is for models that predict labels; use {', '.join(METRICS)}")
     options = EvalOptions(
         metrics=tuple(evaluation.metrics),
-        extra_metrics=tuple(gate.metric for gate in evaluation.gates),
+        extra_metrics=tuple(gate.metric for gate in evaluation.gates if not gate.is_on_task),
         max_length=evaluation.config.max_length,
         max_new_tokens=given.max_new_tokens,
         normalize=() if given.normalize == "none" else tuple(given.normalize.split(",")),
@@ -187,9 +221,18 @@ def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
         image_folder=evaluation.config.image_folder,
     )
     normalizer(options.normalize)
+    tasks = find_tasks(harness.names, harness.include_path) if harness.names else None
+    if tasks is not None:
+        check_gates(evaluation.gates, [*(METRICS if given.data else ()), *tasks.metrics], base=base)
+    scores = Scores({}, {} if base else None, {} if base else None)
     with explain_out_of_memory("evaluating", MEMORY_ADVICE), launched_ranks(given.device) as ranks:
         model, tokenizer = evaluation.load(given.device if ranks is None else str(ranks.device))
-        scores = data_scores(evaluation, options, model, tokenizer, ranks)
+        if given.data is not None:
+            scores = scores.merge(data_scores(evaluation, options, model, tokenizer, ranks))
+        if tasks is not None:
+            asked: Any = {"batch_size": harness.batch_size, "num_fewshot": harness.num_fewshot, "limit": given.limit}
+            asked["apply_chat_template"] = harness.apply_chat_template
+            scores = scores.merge(evaluate_tasks(model, tokenizer, tasks, base=base, **asked))
         code = None
         if ranks is None or ranks.is_main_process:
             code = finish(evaluation, scores, started)
@@ -220,7 +263,9 @@ def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.model_loading import labels_of_config, read_config
 
-    target, given, gates = evaluation.target, evaluation.given, evaluation.gates
+    target, given, gates = evaluation.target, evaluation.given, evaluation.gates_on_data
+    if given.data is None or evaluation.harness.names:
+        raise ConfigError(f"--tasks does not support {labels.task}; use --data with labeled rows instead")
     if given.nproc_per_node is not None or world_size() > 1:
         raise ConfigError("labels are only evaluated in a single process; start without --nproc-per-node or torchrun")
     base = evaluation.base and labels_of_config(read_config(target.model)) == labels
@@ -235,7 +280,7 @@ def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
     reading["trained_rows"] = target.trained_rows
     model, tokenizer = evaluation.load(given.device, labels)
     with explain_out_of_memory("evaluating", MEMORY_ADVICE), counter(stderr(), "rows") as progress:
-        scores = evaluate_labels(model, tokenizer, labels, str(given.data), base=base, progress=progress, **reading)
+        scores = evaluate_labels(model, tokenizer, labels, given.data, base=base, progress=progress, **reading)
     needed = [*evaluation.metrics, *(gate.metric.removesuffix(CHANGE) for gate in gates)]
     if missing := [name for name in needed if name not in scores.metrics]:
         raise ConfigError(

@@ -50,7 +50,7 @@ QUOTES_HINT = "put it in quotes, because the shell interprets < and >: --gate 'l
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A condition on a metric."""
+    """A condition on a metric; `metric` may be TASK/METRIC of an lm-evaluation-harness task."""
 
     metric: str
     operator: str
@@ -58,6 +58,10 @@ class Gate:
 
     def __str__(self) -> str:
         return f"{self.metric}{self.operator}{self.bound:g}"
+
+    @property
+    def is_on_task(self) -> bool:
+        return "/" in self.metric
 
     def is_met(self, value: float) -> bool:
         """False if the value is not a number."""

@@ -99,9 +99,10 @@ class Scores:
     metrics: dict[str, Score]
     base: dict[str, Score] | None  # of the model without its adapter
     change: dict[str, Score] | None  # metrics - base, on the same examples
-    data: EvalDataReport
+    data: EvalDataReport | None = None
     too_long: int = 0  # examples without room for their choices or an answer, not in accuracy or exact_match
     samples: dict[str, list[Match]] = field(default_factory=dict)  # "tuned", "base" -> answers
+    tasks: dict[str, Any] = field(default_factory=dict)  # facts about the tasks of lm-evaluation-harness
     labels: dict[str, Any] | None = None  # for classification: `classification.label_details`
 
     def values(self) -> dict[str, float]:
@@ -117,6 +118,18 @@ class Scores:
         }
         return replace(self, **chosen)
 
+    def merge(self, other: "Scores") -> "Scores":
+        return Scores(
+            metrics={**self.metrics, **other.metrics},
+            base=None if self.base is None else {**self.base, **(other.base or {})},
+            change=None if self.change is None else {**self.change, **(other.change or {})},
+            data=self.data or other.data,
+            too_long=self.too_long + other.too_long,
+            samples={**self.samples, **other.samples},
+            tasks={**self.tasks, **other.tasks},
+            labels=self.labels if self.labels is not None else other.labels,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         def scores(of: Mapping[str, Score] | None) -> dict[str, Any] | None:
             return None if of is None else {name: score.to_dict() for name, score in of.items()}
@@ -125,7 +138,8 @@ class Scores:
             "metrics": scores(self.metrics),
             "base": scores(self.base),
             "change": scores(self.change),
-            "data": {**asdict(self.data), "too_long": self.too_long},
+            "data": None if self.data is None else {**asdict(self.data), "too_long": self.too_long},
+            "tasks": self.tasks or None,
             "labels": self.labels,
             "samples": {model: [asdict(match) for match in matches] for model, matches in self.samples.items()},
         }

@@ -76,6 +76,7 @@ def test_the_columns_of_the_run_are_named_once_where_data_is_read(
     code, _, told = call(*command, "--data", quiz)
     assert code == 0, told
     assert told.count("using the column names from training: --field prompt=question; ") == 1
+    assert "as in training" not in call(*command, "--tasks", "no-such-task")[2]
     monkeypatch.setattr("tailora.cli.eval.launch", lambda *_, **__: 0)  # the processes that it starts say it
     assert "as in training" not in call(*command, "--data", quiz, "--nproc-per-node", "2", "--device", "cpu")[2]
 
@@ -181,6 +182,7 @@ def test_an_adapter_that_is_trained_further_has_the_rows_of_both_runs(tmp_path: 
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing": (["--data", "CHATS"], "no model; pass an ADAPTER"),
     "no data": (["ONE"], "nothing to evaluate on; use --data"),
+    "gate without data": (["ONE", "--gate", "loss<1"], "--gate loss<1 needs held-out data; add --data"),
     "unknown gate": (["ONE", "--data", "CHATS", "--gate", "lss<1"], "did you mean loss"),
     "normalize": (["ONE", "--data", "CHATS", "--normalize", "strp"], "did you mean strip"),
     "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "remove --no-base"),
@@ -303,3 +305,6 @@ def test_a_gate_that_is_not_met_and_a_mistake_have_their_exit_codes_on_two_proce
     two = on_two_processes("tailora", *tokens, "--dtype", "float8")
     assert two.returncode == 2
     assert two.stderr.count("error: ") == 1
+    two = on_two_processes("tailora", *tokens, "--tasks", "arc_easy")
+    assert two.returncode == 2
+    assert "--tasks only supports a single process; start without --nproc-per-node" in two.stderr

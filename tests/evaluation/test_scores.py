@@ -18,7 +18,7 @@ from tailora.data.samples import Pair
 from tailora.errors import ConfigError, DataError
 from tailora.evaluation import scores as scores_module
 from tailora.evaluation.metrics import METRICS
-from tailora.evaluation.scores import EvalOptions, Score, loss_on_data, match_answer, normalizer, score
+from tailora.evaluation.scores import EvalOptions, Score, Scores, loss_on_data, match_answer, normalizer, score
 from tailora.train.config import TrainConfig
 
 QUIZ = [{"prompt": f"hello {n}", "choices": ["how are", "you today", "user"], "answer": n % 3} for n in range(6)]
@@ -161,9 +161,21 @@ def test_normalizations_are_applied_in_one_order() -> None:
         normalizer(["strp", "xyz"])
 
 
-def test_a_score_becomes_json_without_nan_or_infinity() -> None:
-    assert Score(1.0, float("nan"), float("nan"), 1).to_dict() == {"value": 1.0, "interval": None, "n": 1}
-    assert Score(float("inf"), 0.0, 1.0, 2).to_dict() == {"value": None, "interval": [0.0, 1.0], "n": 2}
+def test_scores_become_json_without_nan_and_are_merged() -> None:
+    one = Scores({"loss": Score(1.0, float("nan"), float("nan"), 1)}, None, None)
+    other = Scores({"t/acc": Score(float("inf"), 0.0, 1.0, 2)}, None, None, tasks={"lm_eval": "0"})
+    assert one.merge(other).to_dict() == {
+        "metrics": {
+            "loss": {"value": 1.0, "interval": None, "n": 1},
+            "t/acc": {"value": None, "interval": [0.0, 1.0], "n": 2},
+        },
+        "base": None,
+        "change": None,
+        "data": None,
+        "tasks": {"lm_eval": "0"},
+        "labels": None,
+        "samples": {},
+    }
 
 
 def test_a_change_is_from_the_base_to_the_adapter_and_perplexity_is_the_exponential_of_the_loss() -> None:

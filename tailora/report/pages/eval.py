@@ -46,15 +46,16 @@ class GateOutcome:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """The report.json of an evaluation."""
+    """The report.json of an evaluation. data: None if only tasks of lm-evaluation-harness were run."""
 
     model: str
     adapter: str | None
     metrics: dict[str, Value]
-    data: dict[str, Any]
     seconds: float
     base: dict[str, Value] | None = None
     change: dict[str, Value] | None = None
+    data: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
     samples: dict[str, list[Match]] = field(default_factory=dict)
     gates: list[GateOutcome] = field(default_factory=list)
     labels: dict[str, Any] | None = None
@@ -62,7 +63,7 @@ class EvalReport:
     @property
     def rows_of_training(self) -> str:
         """Returns a note on rows that were trained on; "" if there are none, or if it is unknown."""
-        data = self.data
+        data = self.data or {}
         if not data.get("trained_on"):
             return ""
         rows = plural(data["rows"] - data["cut_away"] - data["copies"], "evaluated row")
@@ -70,17 +71,20 @@ class EvalReport:
 
 
 def eval_page(report: EvalReport) -> Page:
-    data, evaluated = report.data, report.adapter or report.model
-    tokens = f"; {data['supervised_tokens']:,} tokens are scored" if data.get("supervised_tokens") else ""
-    rows = distinct_of(data["rows"], data["rows"] - data.get("copies", 0), "row")
-    lead = f"{evaluated} on {data['source']}: {rows}, read as {data['shape']}{tokens}."
+    data, tasks, evaluated = report.data or {}, report.tasks or {}, report.adapter or report.model
+    if report.data is None:
+        lead = f"{evaluated} on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
+    else:
+        tokens = f"; {data['supervised_tokens']:,} tokens are scored" if data.get("supervised_tokens") else ""
+        rows = distinct_of(data["rows"], data["rows"] - data.get("copies", 0), "row")
+        lead = f"{evaluated} on {data['source']}: {rows}, read as {data['shape']}{tokens}."
     numbers = [
         Number(name.replace("_", " "), value.shown(), value.ends(), detail="page")
         for name, value in report.metrics.items()
         if value.value is not None
     ]
     numbers.append(Number("time", duration(report.seconds), detail="page"))
-    facts = {"model": report.model, **data}
+    facts = {"model": report.model, **data, **tasks}
     loss = "Loss is in nats per token."
     if report.labels is not None:
         loss = "Loss is in nats per row or word." if report.labels else "Loss is the mean squared error."
