@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, Port, PositiveFloat, PositiveInt
+from cyclopts.validators import Number
 
 from tailora.cli.main import log, note
 from tailora.cli.models import Adapters, Device, Loaded, Model, Quantize, base_model_name, load_model, parse_adapters
@@ -18,6 +19,7 @@ from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder, read_syst
 
 if TYPE_CHECKING:
     from tailora.engine.interface import Engine
+    from tailora.serve.app import ServerSettings
 
 API_KEY, ADMIN_KEY = "TAILORA_API_KEY", "TAILORA_ADMIN_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -46,6 +48,9 @@ class ServerFlags:
     adapter_memory: Annotated[
         PositiveFloat | None, Parameter(help="memory limit for adapters in GB; default: no limit")
     ] = None
+    max_image_megapixels: Annotated[
+        float, Parameter(help="maximum million pixels of an image in a request", validator=Number(gt=0, lte=64))
+    ] = 16.0
     drain_seconds: Annotated[
         NonNegativeFloat, Parameter(help="seconds to wait at shutdown for running requests to finish")
     ] = 30.0
@@ -76,18 +81,13 @@ def serve(
     """
     require_packages("fastapi", "uvicorn", "prometheus_client", "httpx", "llguidance", extra="serve")
     from tailora.data.schemas import SEQ2SEQ
-    from tailora.train.config import TASK_TYPES
     from tailora.train.model_loading import check_writes_text, label_task_of_adapter, task_of_adapter
 
     api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)
     given = parse_adapters(adapter or [])
     for path in given.values():
         check_writes_text(str(path), label_task_of_adapter(path))
-    in_folder = {} if adapters is None else adapters_in(adapters)
-    in_folder = skip_adapters(
-        in_folder, label_task_of_adapter, TASK_TYPES, "they predict labels instead of generating text"
-    )
-    in_folder = {name: path for name, path in in_folder.items() if name not in given}
+    in_folder = {} if adapters is None else {k: v for k, v in adapters_in(adapters).items() if k not in given}
     folders = given | in_folder
     model = base_model_name(model, list(folders.values()))
     with listen(host, port) as listener, ExitStack() as stack:  # before loading the model, which takes long
@@ -96,8 +96,7 @@ def serve(
         if not loaded.model.config.is_encoder_decoder:
             in_folder = skip_adapters(in_folder, task_of_adapter, [SEQ2SEQ], "they need an encoder-decoder base model")
             folders = given | in_folder
-        from tailora.serve.app import ServerSettings, create_app, run_server
-        from tailora.serve.playground import LOCAL_HOSTS
+        from tailora.serve.app import create_app, run_server
         from tailora.serve.registry import AdapterRegistry
 
         engine = new_engine(loaded, flags)
@@ -110,21 +109,29 @@ def serve(
         engine.start()
         for adapter_name, folder in folders.items():
             registry.load(adapter_name, folder, trusted=True)
-        settings = ServerSettings(
-            max_queue=flags.max_queue,
-            max_tokens=flags.max_tokens,
-            drain_seconds=flags.drain_seconds,
-            allowed_hosts=LOCAL_HOSTS if host in LOCAL else ("*",),  # other sites must not reach a local server
-            api_key=api_key,
-            admin_key=admin_key,
-        )
         if host not in LOCAL and not api_key:
             log(f"note: anyone who can reach {host} can use this server; set {API_KEY} to require a key")
         log(f"models: {', '.join([name, *folders])}")
         report_systems({name: system, **{named.name: named.system for named in registry.list()}}, folders)
         log(f"listening at {address(host, listener)} (open it in a browser to try the model); press Ctrl-C to stop")
+        settings = server_settings(flags, host, api_key, admin_key)
         run_server(create_app(engine, registry, loaded.tokenizer, settings), listener, log)
     return 0
+
+
+def server_settings(flags: ServerFlags, host: str, api_key: str | None, admin_key: str | None) -> "ServerSettings":
+    from tailora.serve.app import ServerSettings
+    from tailora.serve.playground import LOCAL_HOSTS
+
+    return ServerSettings(
+        max_queue=flags.max_queue,
+        max_tokens=flags.max_tokens,
+        max_image_pixels=round(flags.max_image_megapixels * 1e6),
+        drain_seconds=flags.drain_seconds,
+        allowed_hosts=LOCAL_HOSTS if host in LOCAL else ("*",),  # other sites must not reach a local server
+        api_key=api_key,
+        admin_key=admin_key,
+    )
 
 
 def new_engine(loaded: Loaded, flags: ServerFlags) -> "Engine":
@@ -189,11 +196,19 @@ def address(host: str, listener: socket.socket) -> str:
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """Returns name -> folder of the adapters and runs in a folder. Raises ConfigError if there is no such folder."""
+    """Returns name -> folder of the adapters and runs in a folder that generate text.
+
+    Raises ConfigError if there is no such folder.
+    """
+    from tailora.train.config import TASK_TYPES
+    from tailora.train.model_loading import label_task_of_adapter
+
     if not folder.is_dir():
         hint = nearest_path(folder, folders_only=True) or "; expected a folder with adapters or runs"
         raise ConfigError(f"--adapters {folder} is not a folder{hint}")
-    return {path.name: path for path in sorted(folder.iterdir()) if (adapter_folder(path) / ADAPTER_CONFIG).is_file()}
+    paths = [path for path in sorted(folder.iterdir()) if (adapter_folder(path) / ADAPTER_CONFIG).is_file()]
+    adapters = {path.name: path for path in paths}
+    return skip_adapters(adapters, label_task_of_adapter, TASK_TYPES, "they predict labels instead of generating text")
 
 
 def skip_adapters(

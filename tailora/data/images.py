@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 from uuid import uuid4
 
@@ -28,6 +29,7 @@ from tailora.errors import DataError, WriteError, listing
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # JPEG includes MPO, which phones write
 MOST_PIXELS = 64_000_000
+DECODING = BoundedSemaphore(2)  # images at a time, in all threads; each may need several hundred MB
 MOST_BYTES = 64 << 20  # of a file
 PIXELS_OF_ROW = 200_000_000  # of all its images; decoded, they need 600 MB
 THUMBNAIL = 96  # pixels of the longer side
@@ -106,10 +108,10 @@ def read_image_files(paths: Sequence[Path]) -> list[Image]:
     return _read_all(lambda path: _checked(_file_bytes(path, str(path)), path.absolute(), str(path)), paths)
 
 
-def read_data_url(url: str, formats: Sequence[str]) -> Image:
+def read_data_url(url: str, formats: Sequence[str], most_pixels: int) -> Image:
     """Returns the image of a data: URL without storing it. Raises DataError unless it can be used."""
     content, name = _from_data_url(url), short_repr(url)
-    return replace(_checked(content, None, name, formats), content=content)
+    return replace(_checked(content, None, name, formats, most_pixels), content=content)
 
 
 def _read_all(read: Callable[[Any], Image], values: Sequence[Any]) -> list[Image]:
@@ -252,11 +254,13 @@ def _stored(content: bytes, name: str) -> Image:
     return image
 
 
-def _checked(content: bytes, path: Path | None, name: str, formats: Sequence[str] = FORMATS) -> Image:
+def _checked(
+    content: bytes, path: Path | None, name: str, formats: Sequence[str] = FORMATS, most_pixels: int = MOST_PIXELS
+) -> Image:
     """Decodes an image to see that it is complete. Raises DataError."""
     if len(content) > MOST_BYTES:
         raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
-    with _opened(content, name, formats) as (image, orientation):
+    with _opened(content, name, formats, most_pixels) as (image, orientation):
         width, height = image.size
         size = (height, width) if orientation in SIDEWAYS else (width, height)
         image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))  # JPEG is read completely, but computed smaller
@@ -265,7 +269,9 @@ def _checked(content: bytes, path: Path | None, name: str, formats: Sequence[str
 
 
 @contextmanager
-def _opened(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iterator[tuple[Any, int]]:
+def _opened(
+    content: bytes, name: str, formats: Sequence[str] = FORMATS, most_pixels: int = MOST_PIXELS
+) -> Iterator[tuple[Any, int]]:
     """Yields a still image of an expected format and size, and the orientation in its EXIF data.
 
     PIL's errors within the block become DataError.
@@ -278,19 +284,20 @@ def _opened(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iter
         with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
             image = PIL.Image.open(BytesIO(content), formats=tuple(formats))
         width, height = image.size
-        if width * height > MOST_PIXELS:
+        if width * height > most_pixels:
             size = f"{width:,} x {height:,} pixels"
-            raise DataError(f"image {name} has {size}; expected at most {MOST_PIXELS:,}. Save it with a smaller size")
+            raise DataError(f"image {name} has {size}; expected at most {most_pixels:,}. Save it with a smaller size")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise DataError(f"image {name} is an animation of {frames:,} frames; save one of them as an image")
-        yield image, image.getexif().get(ORIENTATION, 1)
+        with DECODING:
+            yield image, image.getexif().get(ORIENTATION, 1)
     except DataError:
         raise
     except PIL.UnidentifiedImageError:
         raise DataError(f"image {name} is not an image; expected one of {', '.join(formats)}") from None
     except PIL.Image.DecompressionBombError:
-        raise DataError(f"image {name} has too many pixels; expected at most {MOST_PIXELS:,}") from None
+        raise DataError(f"image {name} has too many pixels; expected at most {most_pixels:,}") from None
     except BROKEN as error:
         raise DataError(f"image {name} cannot be decoded: {error}; repair or remove it") from None
 

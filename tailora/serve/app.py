@@ -56,7 +56,7 @@ LARGEST_BODY = 4 * 2**20  # bytes; parsing 16 MiB of JSON would block all other 
 LARGEST_WITH_IMAGES = 24 * 2**20  # bytes; a long text takes little time, but values do
 MOST_VALUES = LARGEST_BODY // 2  # commas and opening brackets, which bound the number of values
 MOST_IN_PROGRESS = 512 * 2**20  # bytes of all requests in progress
-IMAGE_THREADS = 2  # that decode images; each may need some 500 MB
+IMAGE_THREADS = 2  # that read images; other requests do not wait for them
 REQUEST_SECONDS = 30.0  # minimum time that a client has to send a request
 LAST_SECONDS = 5  # at shutdown, for answers that end when the engine stops
 GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
@@ -68,6 +68,7 @@ class ServerSettings:
 
     max_queue: int = 256  # limit for running and waiting answers; further requests get status 429
     max_tokens: int | None = None  # limit for each answer; None for the model's own limit
+    max_image_pixels: int = 16_000_000  # limit for each image; a larger one would delay all requests for seconds
     drain_seconds: float = 30.0  # seconds that running requests get to finish at shutdown
     allowed_hosts: tuple[str, ...] = ("*",)  # host names that requests may use; "*" for any
     api_key: str | None = None  # required for all requests; None for no key
@@ -122,7 +123,8 @@ class Server:
         param = "messages"
         try:
             marked = marked_messages([message.model_dump() for message in body.messages], "messages")
-            messages = decode_images([message for message, _ in marked], self.image_obstacle)
+            messages = [message for message, _ in marked]
+            messages = decode_images(messages, self.image_obstacle, self.settings.max_image_pixels)
             messages = with_system(messages, self.registry.system_message(body.model))
             param = "tools" if tools else param
             chat = Conversation(messages, first=len(messages), tools=tools or None)

@@ -12,10 +12,11 @@ LARGEST_IMAGE = 10 * 2**20  # bytes of a file
 MOST_ELONGATED = 200  # ratio of the sides; processors scale up the shorter one
 
 
-def decode_images(messages: Messages, obstacle: str) -> Messages:
+def decode_images(messages: Messages, obstacle: str, most_pixels: int) -> Messages:
     """Returns the messages with an `Image` for every data: URL.
 
     obstacle: why the model cannot read images; "" if it can.
+    most_pixels: of an image.
     Raises RequestError, which names the part.
     """
     parts = {
@@ -35,7 +36,7 @@ def decode_images(messages: Messages, obstacle: str) -> Messages:
     images: list[Image] = []
     for name, url in parts.items():
         try:
-            images.append(_decoded(url))
+            images.append(_decoded(url, most_pixels))
             if pixel_count(images) > PIXELS_OF_REQUEST:
                 raise DataError(f"the images have more than {PIXELS_OF_REQUEST:,} pixels in total; send smaller ones")
         except DataError as error:
@@ -43,10 +44,10 @@ def decode_images(messages: Messages, obstacle: str) -> Messages:
     return replace_images(messages, images)
 
 
-def _decoded(url: str) -> Image:
+def _decoded(url: str, most_pixels: int) -> Image:
     if len(url) > LARGEST_IMAGE * 4 // 3 + 100:  # base64, and what precedes it
         raise DataError(f"the image has more than {LARGEST_IMAGE >> 20} MiB; send a smaller one")
-    image = read_data_url(url, FORMATS_OF_REQUEST)
+    image = read_data_url(url, FORMATS_OF_REQUEST, most_pixels)
     if max(image.width, image.height) > MOST_ELONGATED * min(image.width, image.height):
         raise DataError(
             f"the image has {image.width:,} x {image.height:,} pixels; one side may be at most {MOST_ELONGATED} times "

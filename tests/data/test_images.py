@@ -5,17 +5,21 @@ import json
 import os
 import re
 import struct
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from textwrap import dedent
+from threading import Lock
 from typing import Any
 
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 import pyarrow
 import pyarrow.parquet
@@ -24,7 +28,7 @@ from tiny_vision import COLORS, SIDE, save_image, tiny_llava, tiny_vlm
 from transformers import ProcessorMixin
 
 from tailora.data.chat_template import ChatTokenizer, DataSettings
-from tailora.data.images import read_image
+from tailora.data.images import read_data_url, read_image
 from tailora.data.prepare import encode_source, prepare
 from tailora.data.readers import Row, read_hub
 from tailora.data.tokenize import EncodedSample, preview
@@ -302,7 +306,8 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "tiff": (lambda: content_of(NOISE, "TIFF"), "is not an image; expected one of PNG, JPEG, WEBP, GIF, BMP"),
     "empty": (lambda: b"", "is not an image: it is empty"),
     "bomb": (lambda: png_header(50_000, 50_000), "has too many pixels; expected at most 64,000,000"),
-    "large": (lambda: png_header(9_000, 9_000), "has 9,000 x 9,000 pixels; expected at most 64,000,000"),
+    "large": (lambda: png_header(8_001, 8_000), "has 8,001 x 8,000 pixels; expected at most 64,000,000"),
+    "largest": (lambda: png_header(8_000, 8_000), "cannot be decoded: .*; repair or remove it"),
     "half a PNG": (lambda: content_of(NOISE)[:3000], "cannot be decoded: .*; repair or remove it"),
     "half a JPEG": (lambda: content_of(NOISE, "JPEG")[:1000], "cannot be decoded: image file is truncated"),
     "GIF": (lambda: animation("GIF"), "is an animation of 3 frames; save one of them as an image"),
@@ -317,6 +322,27 @@ def test_an_unusable_image_is_reported_with_its_row(colors: Path, processor: Pro
     (colors / "a.png").write_bytes(make())
     (problem,) = problems(write_rows(colors, [chat("?", image="red.png"), chat("?", image="a.png")]), processor)
     assert re.match(rf"{colors}/rows.jsonl:2: image a.png {cause}", problem)
+
+
+def test_at_most_two_images_are_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are checked or used."""
+    counts, lock = [0], Lock()
+    load = PIL.ImageFile.ImageFile.load
+
+    def slow(image: Any) -> Any:
+        with lock:
+            counts.append(counts[-1] + 1)
+        time.sleep(0.01)
+        with lock:
+            counts.append(counts[-1] - 1)
+        return load(image)
+
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", slow)
+    url = f"data:image/png;base64,{base64.b64encode(RED).decode()}"
+    with ThreadPoolExecutor(6) as pool:
+        images = pool.map(lambda _: read_data_url(url, ["PNG"], 10**6).load(), range(12))
+        assert {image.size for image in images} == {(SIDE, SIDE)}
+    assert max(counts) == 2
 
 
 def test_all_problems_of_all_rows_are_reported_at_once(colors: Path, processor: ProcessorMixin) -> None:

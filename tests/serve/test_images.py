@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tiny_server import Running, chat, held_forwards, running, started, write_ad
 from tiny_vision import COLORS, FAMILIES, SIDE, outspoken_llava, plain_answer, plain_inputs, save_image, tiny_vlm
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.serve import ServerFlags, server_settings
 from tailora.core.adapter_set import AdapterSet
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.image_processor import accepted_inputs
@@ -31,6 +33,8 @@ from tailora.engine.interface import Finish, Request, SamplingParams, Token
 from tailora.engine.padded_batching import PaddedEngine
 from tailora.errors import ConfigError
 from tailora.serve import images
+from tailora.serve.app import ServerSettings
+from tailora.serve.playground import LOCAL_HOSTS
 from tailora.serve.schemas import ChatRequest
 
 JSON = {"Content-Type": "application/json"}
@@ -261,17 +265,19 @@ def square(side: int = SIDE, color: str = "red") -> PIL.Image.Image:
 
 GOOD = data_url(saved(square()))
 HOSTILE: dict[str, tuple[Callable[[], list[str]], str]] = {
-    "many": (lambda: [GOOD] * 100, "the request has 100 images; use at most 16"),
+    "many": (lambda: [GOOD] * 17, "the request has 17 images; use at most 16"),
     "huge": (lambda: [GOOD, data_url(png_header(50_000, 50_000))], "messages.0.content.1: image "),
-    "large": (lambda: [data_url(png_header(9_000, 9_000))], "has 9,000 x 9,000 pixels; expected at most 64,000,000"),
-    "long": (lambda: [data_url(saved(PIL.Image.new("1", (60_000, 1))))], "one side may be at most 200 times as long"),
+    "large": (lambda: [data_url(png_header(4_001, 4_000))], "has 4,001 x 4,000 pixels; expected at most 16,000,000"),
+    "largest": (lambda: [data_url(png_header(4_000, 4_000))], "cannot be decoded"),
+    "long": (lambda: [data_url(saved(PIL.Image.new("1", (201, 1))))], "one side may be at most 200 times as long"),
     "in total": (
-        lambda: [data_url(saved(PIL.Image.new("1", (6_000, 6_000))))] * 2,
-        "messages.0.content.1: the images have more than 64,000,000 pixels in total; send smaller ones",
+        lambda: [data_url(saved(PIL.Image.new("1", (4_000, 4_000))))] * 4 + [GOOD],
+        "messages.0.content.4: the images have more than 64,000,000 pixels in total; send smaller ones",
     ),
     "text": (lambda: [data_url(b"hello")], "is not an image; expected one of PNG, JPEG, WEBP, GIF"),
     "other format": (lambda: [data_url(saved(square(), kind="BMP"))], "is not an image; expected one of PNG, JPEG,"),
-    "large file": (lambda: [data_url(bytes(11 << 20))], "messages.0.content.0: the image has more than 10 MiB"),
+    "large file": (lambda: [data_url(bytes((10 << 20) + 99))], "messages.0.content.0: the image has more than 10 MiB"),
+    "largest file": (lambda: [data_url(bytes(10 << 20))], "is not an image; expected one of PNG, JPEG, WEBP, GIF"),
     "file": (lambda: ["file:///etc/passwd"], "send the image as a data: URL (data:image/png;base64,...); this server"),
     "http": (lambda: ["http://127.0.0.1/a.png"], "messages.0.content.0.image_url.url: send the image as a data: URL"),
     "a path": (lambda: ["C:\\a.png"], "this server fetches nothing"),
@@ -289,6 +295,25 @@ def test_an_image_that_cannot_be_used_is_refused_with_its_part(server: Running, 
     assert len(error["message"]) < 400
     assert (error["param"], error["code"], error["type"]) == ("messages", 400, "BadRequestError")
     assert chat(server, "text", messages=user(GOOD), max_tokens=1).choices
+
+
+def test_images_at_the_limits_are_answered(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    core, long = server.app.state.server, data_url(saved(PIL.Image.new("1", (200, 1))))
+    for parts, most in ([GOOD] * 16, SIDE * SIDE), ([long], 200):
+        monkeypatch.setattr(core, "settings", replace(core.settings, max_image_pixels=most))
+        assert chat(server, "text", messages=user(*parts), max_tokens=1).choices
+        monkeypatch.setattr(core, "settings", replace(core.settings, max_image_pixels=most - 1))
+        with pytest.raises(
+            openai.BadRequestError, match=f"pixels; expected at most {most - 1}. Save it with a smaller"
+        ):
+            chat(server, "text", messages=user(*parts))
+
+
+def test_every_flag_reaches_the_server() -> None:
+    flags = ServerFlags(max_queue=3, max_tokens=4, max_image_megapixels=2.5, drain_seconds=6.0)
+    assert server_settings(flags, "0.0.0.0", "a", "b") == ServerSettings(3, 4, 2_500_000, 6.0, ("*",), "a", "b")
+    local = server_settings(ServerFlags(), "::1", None, None)
+    assert local == replace(ServerSettings(), allowed_hosts=LOCAL_HOSTS)
 
 
 @pytest.mark.parametrize(
