@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tailora.core.cache import cache_folder
 from tailora.core.device import HALF, device_name
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 BLOCK_ELEMENTS = 1 << 20  # of a weight that are converted at a time: 4 MB in float32, which a core's caches hold
 TOKENS = (4, 16, 64)  # of the products that are timed
 TIMES = 3  # measurements of each; the shortest counts
@@ -77,38 +77,26 @@ def _blocks(weight: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
-def without_modes(function: Function) -> Function:
-    """Calls torch inside the function without modes such as `Float32Products`, which take as long as short calls."""
-
-    @wraps(function)
-    def called(*args: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return function(*args)
-
-    return cast(Function, called)
-
-
 class _Linear(torch.autograd.Function):
     """`float32_linear`, with B (A x) of an adapter in float32; it keeps its 16-bit arguments for the backward."""
 
     @staticmethod
-    @without_modes
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None = None, B: Tensor | None = None
     ) -> Tensor:
         ctx.adds_per_token = bias is not None and bias.ndim > 1
-        if A is None or B is None:
-            ctx.save_for_backward(x if weight.requires_grad else None, weight, None, None, None)
-            return float32_linear(x, weight, bias)
-        wide = x.float()
-        hidden = F.linear(wide.flatten(0, -2), A)  # (tokens, r)
-        ctx.save_for_backward(x, weight, A, B, hidden)
-        return float32_linear(wide, weight, bias, (hidden, B))
+        with torch._C.DisableTorchFunction():  # modes such as `Float32Products` take as long as short calls
+            if A is None or B is None:
+                ctx.save_for_backward(x if weight.requires_grad else None, weight, None, None, None)
+                return float32_linear(x, weight, bias)
+            wide = x.float()
+            hidden = F.linear(wide.flatten(0, -2), A)  # (tokens, r)
+            ctx.save_for_backward(x, weight, A, B, hidden)
+            return float32_linear(wide, weight, bias, (hidden, B))
 
     @staticmethod
-    @without_modes
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, hidden = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # without modes, as torch calls it
+        x, weight, A, B, hidden = ctx.saved_tensors  # which a checkpoint computes again, in modes of its own
         dy, dx, dweight, dbias, dA, dB, update = gradients[0], None, None, None, None, None, None
         wide = dy
         if A is not None:
@@ -138,17 +126,32 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B:
 
 
 class Float32Products(TorchFunctionMode):
-    """Within the block, 16-bit products of at least `tokens` tokens are computed in float32, on a CPU."""
+    """Within the block, 16-bit products of at least `tokens` tokens are computed in float32, on a CPU; None: nothing.
 
-    def __init__(self, tokens: int) -> None:
+    Of several blocks in a thread, the innermost decides.
+    """
+
+    def __init__(self, tokens: int | None) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.decides = tokens, True
+
+    def __enter__(self) -> "Float32Products":
+        self.outer = _innermost()
+        if self.outer is not None:
+            self.outer.decides = False
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self.outer is not None:
+            self.outer.decides = True
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (replacement := REPLACEMENTS.get(func)) is not None:
+        if self.tokens is not None and self.decides and (replacement := REPLACEMENTS.get(func)) is not None:
             result = replacement(self.tokens, func, args, kwargs)
             if result is not None:
                 return result
@@ -157,13 +160,17 @@ class Float32Products(TorchFunctionMode):
 
 def float32_products(tokens: int | None) -> AbstractContextManager[object]:
     """Within the block, 16-bit products of `tokens` or more are computed in float32; None: all in 16 bits."""
-    return nullcontext() if tokens is None else Float32Products(tokens)
+    return nullcontext() if tokens is None and _innermost() is None else Float32Products(tokens)
+
+
+def _innermost() -> Float32Products | None:
+    """Returns the innermost mode of this thread; None outside, and in the compiler."""
+    modes: list[Any] = [] if torch.compiler.is_compiling() else _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return next((mode for mode in reversed(modes) if isinstance(mode, Float32Products)), None)
 
 
 def _current_tokens() -> int | None:
-    """Returns the tokens of the innermost `Float32Products`; None outside, and in the compiler."""
-    modes: list[Any] = [] if torch.compiler.is_compiling() else _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return next((mode.tokens for mode in reversed(modes) if isinstance(mode, Float32Products)), None)
+    return None if (mode := _innermost()) is None else mode.tokens
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
@@ -179,18 +186,15 @@ def use_fastest_products(base: nn.Module) -> None:
     tokens = fastest_products(base)
     if tokens is None:
         return
-    entered: list[AbstractContextManager[object]] = []
+    forward = type(base).forward
 
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @wraps(forward)
+    def with_products(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        entered.append(float32_products(tokens if ids is None or ids.numel() >= tokens else None))
-        entered[-1].__enter__()
+        with float32_products(tokens if ids is None or ids.numel() >= tokens else None):
+            return forward(module, *args, **kwargs)
 
-    def leave(*_: Any) -> None:
-        entered.pop().__exit__(None, None, None)
-
-    base.register_forward_pre_hook(enter, with_kwargs=True)
-    base.register_forward_hook(leave, always_call=True)
+    base.forward = MethodType(with_products, base)  # a copy of the model gets its own
 
 
 def pays(tokens: int, *operands: Any) -> bool:

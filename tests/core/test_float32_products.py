@@ -1,8 +1,12 @@
 """16-bit products in float32: results, gradients, what is kept for the backward, and the choice by measurement."""
 
+import copy
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
+from threading import Event
 from typing import Any
 
 import pytest
@@ -12,17 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import float32_products
 from tailora.core.attach import attached_parts
 from tailora.core.device import HALF
-from tailora.core.float32_products import Float32Products, checkpoint_contexts, fastest_products, use_fastest_products
+from tailora.core.float32_products import Float32Products, fastest_products, use_fastest_products
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LINEAR
 from tailora.kernels import cpu_attention
+from tailora.train.kernel_choice import checkpointed_layers
 
 TOKENS = 4
 
@@ -131,28 +135,35 @@ def test_attention_of_packed_rows_is_computed_in_float32_too() -> None:
     assert 0 < errors["ours"] < errors["half"]
 
 
+@pytest.mark.parametrize("half", HALF)
 @pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM"])
-def test_a_model_and_its_adapter_compute_as_well_as_in_16_bits(class_name: str) -> None:
-    """Gradients of the factors, beside those of the same weights in float32: the median of six models."""
+def test_a_model_and_its_adapter_compute_as_well_as_in_16_bits(class_name: str, half: torch.dtype) -> None:
+    """Gradients of the factors, beside those of the same weights in float32: the median of six models.
 
-    def gradients(dtype: torch.dtype, tokens: int, seed: int) -> Tensor:
-        base = tiny_model(class_name).bfloat16().to(dtype)
+    Checkpointing changes no bit. torch leaves all modes in a backward, which it has to enter again.
+    """
+
+    def gradients(dtype: torch.dtype, tokens: int | None, seed: int, *, checkpointed: bool = False) -> Tensor:
+        base = tiny_model(class_name).to(half).to(dtype)
         torch.manual_seed(seed)
         ids = torch.randint(80, (2, 20))
-        model = LoRAModel(base, LoRAConfig(r=4)).eval()
+        model = LoRAModel(base, LoRAConfig(r=4)).train()  # or layers are not checkpointed
         for parameter in model.lora_layers.parameters():
             parameter.data.normal_(std=0.1)
-        with Float32Products(tokens):
-            model(input_ids=ids, labels=ids).loss.backward()
+        again = checkpointed_layers(base) if checkpointed else nullcontext()
+        with again, float32_products.float32_products(tokens):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
-    errors: dict[int, list[float]] = {999: [], TOKENS: []}
+    errors: dict[int | None, list[float]] = {None: [], TOKENS: []}
     for seed in range(6):
-        exact = gradients(torch.float32, 999, seed)
+        exact = gradients(torch.float32, None, seed)
         for tokens, found in errors.items():
-            found.append(float((gradients(torch.bfloat16, tokens, seed) - exact).norm() / exact.norm()))
-    assert errors[TOKENS] != errors[999]
-    assert median(errors[TOKENS]) < 1.1 * median(errors[999])
+            ours = gradients(half, tokens, seed)
+            assert seed or torch.equal(gradients(half, tokens, seed, checkpointed=True), ours)
+            found.append(float((ours - exact).norm() / exact.norm()))
+    assert errors[TOKENS] != errors[None]
+    assert median(errors[TOKENS]) < 1.1 * median(errors[None])
 
 
 @pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
@@ -196,14 +207,56 @@ def test_forwards_of_enough_tokens_use_the_faster_products(monkeypatch: pytest.M
     assert len(_get_current_function_mode_stack()) == 0
 
 
-def test_what_checkpointing_computes_again_is_the_same() -> None:
-    """torch leaves all modes in a backward, so without contexts it would recompute in 16 bits, or fail."""
-    torch.manual_seed(0)
-    weight, x = random(8, 8), random(TOKENS, 8, grad=True)
-    with Float32Products(TOKENS), Operators() as operators:
-        y = checkpoint(lambda x: F.linear(x, weight).exp(), x, use_reentrant=False, context_fn=checkpoint_contexts)
-        torch.autograd.backward(y.sum())
-    assert {precision for _, precision in operators.seen} == {torch.float32}
+def test_two_threads_use_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward that begins first ends first. A copy of the model computes with its own weights."""
+    monkeypatch.setattr(float32_products, "fastest_products", lambda _: 8)
+    base, inside, left = tiny_model("LlamaForCausalLM").bfloat16().eval(), Event(), Event()
+    few, many = torch.arange(7)[None], torch.arange(8)[None]
+    alone = [base(few).logits]
+    with Float32Products(8):
+        alone.append(base(many).logits)
+    use_fastest_products(base)
+    with ThreadPoolExecutor(1) as thread:
+
+        def wait(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].numel() == few.numel():
+                inside.set()
+                assert left.wait(9)
+            else:
+                second.append(thread.submit(base, few))
+                assert inside.wait(9)
+
+        second = list[Future[Any]]()
+        with base.get_input_embeddings().register_forward_pre_hook(wait):
+            found = base(many).logits
+            left.set()
+            assert torch.equal(second[0].result().logits, alone[0])
+        assert thread.submit(_get_current_function_mode_stack).result() == _get_current_function_mode_stack() == []
+    assert torch.equal(found, alone[1])
+    copied = copy.deepcopy(base)
+    copied.get_output_embeddings().weight.data.zero_()
+    assert not copied(many).logits.any()
+    assert torch.equal(base(many).logits, alone[1])
+
+
+@pytest.mark.parametrize("outer", [None, TOKENS, 64])
+@pytest.mark.parametrize("inner", [None, TOKENS, 64])
+def test_the_innermost_block_decides(outer: int | None, inner: int | None) -> None:
+    x, weight = random(TOKENS, 8), random(8, 8)
+
+    def precision() -> torch.dtype:
+        with Operators() as operators:
+            F.linear(x, weight)
+        ((_, dtype),) = operators.seen
+        return dtype
+
+    expected = {None: torch.bfloat16, TOKENS: torch.float32, 64: torch.bfloat16}
+    block = float32_products.float32_products
+    with block(outer):
+        for _ in range(2):  # the same within, and afterwards
+            with block(inner):
+                assert precision() == expected[inner]
+            assert precision() == expected[outer]
 
 
 # ---- The choice
