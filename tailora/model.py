@@ -22,7 +22,7 @@ from tailora.core.attach import evaluating
 from tailora.core.combine import Combination, Truncation, combine_adapters
 from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
-from tailora.core.targets import fitted_config, select
+from tailora.core.targets import select
 from tailora.errors import AdapterError, ConfigError
 from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.fold_scale import ExportSource
@@ -76,8 +76,8 @@ class LoRAModel(nn.Module):
         fresh: bool = True,
     ) -> None:
         check_base(base_model)
-        config = fitted_config(base_model, LoRAConfig() if config is None else config)
-        self._wrap(base_model, {adapter_name: create(select(base_model, config), config, fresh=fresh)})
+        selection = select(base_model, LoRAConfig() if config is None else config, fit=True)
+        self._wrap(base_model, {adapter_name: create(selection, fresh=fresh)})
 
     @classmethod
     def from_pretrained(
@@ -211,8 +211,7 @@ class LoRAModel(nn.Module):
         """Adds a new adapter without activating it. Raises AdapterError, TargetError."""
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("add an adapter")
-        config = fitted_config(self.base_model, config)
-        self._adapter_set.add(name, create(select(self.base_model, config), config))
+        self._adapter_set.add(name, create(select(self.base_model, config, fit=True)))
 
     def load_adapter(self, folder: str | Path, name: str = "default", **options: Unpack[LoadOptions]) -> None:
         """Adds an adapter written by tailora, PEFT, mlx-lm, Kohya's tools or diffusers, without activating it.

@@ -69,13 +69,13 @@ class Adapter:
 # ---- A fresh adapter
 
 
-def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> Adapter:
+def create(selection: Selection, *, fresh: bool = True) -> Adapter:
     """Returns a new adapter for the selected layers, on their devices. It does not change their outputs yet.
 
     fresh=False: factors and frozen starts are zero, to be filled from a state dict.
     Raises TargetError if a layer does not support the config's initialization.
     """
-    init = config.init_lora_weights
+    config, init = selection.config, selection.config.init_lora_weights
     check_init(selection.targets, init)
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     share_parameters(selection.to_save, saved)

@@ -86,7 +86,7 @@ class LoRAConfig(StrictModel):
     """The settings of one adapter.
 
     r: rank of the update, at most min(in, out) of the layer. Smaller layers selected by "all-linear" or a regular
-        expression get a lower rank at the same scale (see `core.targets.fitted_config`).
+        expression get a lower rank at the same scale (see `core.targets.with_fitting_ranks`).
     lora_alpha: alpha. The update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
     lora_dropout: dropout probability for the inputs of A in training.
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
@@ -144,6 +144,10 @@ class LoRAConfig(StrictModel):
     learn_scaling: bool = False
     init_lora_weights: Init = "kaiming"
     task_type: Annotated[TaskType | None, BeforeValidator(lambda task: getattr(task, "value", task))] = None
+
+    def alpha_at_rank(self, lora_alpha: float, r: int, new_r: int) -> float:
+        """Returns the alpha that keeps the scale of `lora_alpha` and r at a different rank."""
+        return lora_alpha * (scaling_divisor(new_r, self.use_rslora) / scaling_divisor(r, self.use_rslora))
 
     @property
     def layers_patterns(self) -> list[str]:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
-from tailora.core.config import LoRAConfig, scaling_divisor
+from tailora.core.config import LoRAConfig
 from tailora.core.device import wide_dtype
-from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import computing_device
 from tailora.core.low_rank import EXACT, EXTRA, gaussian
 from tailora.core.patterns import exactly
@@ -46,7 +45,9 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
         )
     limits = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
     ranks = distribute_ranks(variances, {path: target.r for path, target in targets.items()}, limits)
-    alphas = {path: alpha_at_same_scale(adapter.low_rank[path], r) for path, r in ranks.items()}
+    alphas = {
+        path: adapter.config.alpha_at_rank(target.lora_alpha, target.r, ranks[path]) for path, target in targets.items()
+    }
     config = adapter.config.replaced(
         rank_pattern={exactly(path): r for path, r in ranks.items() if r != adapter.config.r},
         alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != adapter.config.lora_alpha},
@@ -59,11 +60,6 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
         layer.lora_B.data.zero_()
         layers[path] = layer.train(old.training)
     return Adapter(config, layers, adapter.saved, adapter.extras)
-
-
-def alpha_at_same_scale(layer: LoRALayer, r: int) -> float:
-    """Returns the alpha for rank r with the layer's current scale."""
-    return layer.lora_alpha * (scaling_divisor(r, layer.use_rslora) / scaling_divisor(layer.r, layer.use_rslora))
 
 
 # ---- Calling the model on the data

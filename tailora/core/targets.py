@@ -1,12 +1,10 @@
-"""Finds the layers that a LoRAConfig selects. A name that matches nothing is an error; all errors are raised at once.
+"""`select` finds the layers of a LoRAConfig. A name that matches nothing is an error; all errors are raised at once.
 
-    Fitted config    the config completed for a model: heads to train in full, and ranks that fit
-    Candidates       all matrices of the model that could be adapted: layers, parts of fused layers, parameters
-    Selection        the result of target_modules, target_parameters, exclude_modules and layers_to_transform: Targets
-                     with their rank and alpha; and the modules_to_save
-    Problems         messages about settings that match nothing, conflict with each other or cannot be applied
-
-`select` runs the steps from Candidates to Problems in this order.
+Fit              completes the config of a new adapter: heads to train in full, and ranks that fit
+Candidates       all matrices of the model that could be adapted: layers, parts of fused layers, parameters
+Selection        the result of target_modules, target_parameters, exclude_modules and layers_to_transform: Targets
+                 with their rank and alpha; and the modules_to_save
+Problems         messages about settings that match nothing, conflict with each other or cannot be applied
 """
 
 import re
@@ -18,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tailora.core import patterns
-from tailora.core.config import ALL_LAYERS, LANGUAGE_MODEL, LoRAConfig, scaling_divisor
+from tailora.core.config import ALL_LAYERS, LANGUAGE_MODEL, LoRAConfig
 from tailora.core.extras import ExtraTargets, Modules, extra_targets
 from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_calls import Use, last_names, use_of
@@ -88,29 +86,35 @@ class TargetCandidate:
         return W if self.output_slice is None else self.output_slice.take(W.mT).mT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target(TargetCandidate):
     """A selected candidate with its rank and alpha."""
 
-    r: int = 1
-    lora_alpha: float = 1.0
+    r: int
+    lora_alpha: float
 
 
 @dataclass(frozen=True)
 class Selection:
     """Everything a config selects in a model. to_save: path -> module to train in full."""
 
+    config: LoRAConfig
     targets: list[Target]
     to_save: dict[str, nn.Module]
     extras: ExtraTargets
     modules: Modules
 
 
-def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Returns what `config` selects, targets in the model's order. Raises TargetError with all problems."""
+def select(model: nn.Module, config: LoRAConfig, *, fit: bool = False) -> Selection:
+    """Returns what `config` selects, targets in the model's order. Raises TargetError with all problems.
+
+    fit: complete the config first, by `with_heads` and `with_fitting_ranks`.
+    """
     modules = dict(model.named_modules())
+    config = with_heads(model, config) if fit else config
     candidates = module_candidates(modules, config)
-    selected = selected_candidates(model, modules, config)
+    selected = selected_candidates(model, modules, config, candidates)
+    config = with_fitting_ranks(selected, config) if fit else config
     targets = [target_of(candidate, config) for candidate in selected.values()]
     to_save = saved_modules(modules, config)
     extras, extra_problems = extra_targets(model, modules, config, selected, to_save)
@@ -124,7 +128,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         problems.append(_nothing_selected(candidates, config))
     if problems:
         raise TargetError(listing(problems))
-    return Selection(targets, to_save, extras, modules)
+    return Selection(config, targets, to_save, extras, modules)
 
 
 # ---- Completing a config for a model: heads to train in full, and ranks that fit
@@ -139,23 +143,24 @@ HEADS_OF_TASK = {
 }
 
 
-def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """Returns the config with heads to train in full, and ranks that fit the model's layers.
-
-    Heads: `task_heads`, if the targets are one of ALL_LAYERS and modules_to_save is not set, or for a task_type with
-        such heads, as in PEFT.
-    Ranks: layers selected by such a word or a regular expression get at most the rank of their smaller side, at the
-        same scale, with rank_pattern and alpha_pattern. If r is too large for every layer, `select` raises an error.
-    """
+def with_heads(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """Adds `task_heads` to modules_to_save if it is not set with ALL_LAYERS, or for a task_type with heads (PEFT)."""
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"expected a LoRAConfig, such as LoRAConfig(r=16), got {type(config).__name__}")
     is_open = config.target_modules in ALL_LAYERS and config.modules_to_save is None
     heads = task_heads(model) if is_open or config.task_type in HEADS_OF_TASK else []
-    if missing := [head for head in heads if head not in (config.modules_to_save or [])]:
-        config = config.replaced(modules_to_save=[*(config.modules_to_save or []), *missing])
+    missing = [head for head in heads if head not in (config.modules_to_save or [])]
+    return config.replaced(modules_to_save=[*(config.modules_to_save or []), *missing]) if missing else config
+
+
+def with_fitting_ranks(selected: Mapping[str, TargetCandidate], config: LoRAConfig) -> LoRAConfig:
+    """Lowers ranks to the smaller side of layers that a word or a regular expression selects, at the same scale.
+
+    If r is too large for every layer, it stays, and `select` raises an error.
+    """
     if not isinstance(config.target_modules, str):
         return config
-    candidates = selected_candidates(model, dict(model.named_modules()), config.replaced(target_parameters=None))
+    candidates = {path: c for path, c in selected.items() if not (c.layer_type.is_stacked or c.parameter_path)}
     lowered = {
         path: min(candidate.dims)
         for path, candidate in candidates.items()
@@ -166,10 +171,8 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     if not lowered or (was_set and len(lowered) == len(candidates)):
         return config
     ranks = {patterns.exactly(path): r for path, r in lowered.items()}
-    divisor = scaling_divisor(config.r, config.use_rslora)
     alphas = {
-        patterns.exactly(path): target_of(candidates[path], config).lora_alpha
-        * (scaling_divisor(r, config.use_rslora) / divisor)
+        patterns.exactly(path): config.alpha_at_rank(target_of(candidates[path], config).lora_alpha, config.r, r)
         for path, r in lowered.items()
     }
     if was_set:
@@ -178,7 +181,7 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
             f"r = {config.r} exceeds the smaller dimension of some layers ({len(lowered)}), which get a lower rank at "
             f"the same scale (see rank_pattern and alpha_pattern in the adapter's config): {shown}",
             TailoraWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return config.replaced(rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
 
@@ -291,14 +294,16 @@ def _parameters_of(path: str, module: nn.Module) -> Iterator[TargetCandidate]:
 # ---- Selection
 
 
-def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, TargetCandidate]:
+def selected_candidates(
+    model: nn.Module, modules: Modules, config: LoRAConfig, candidates: Mapping[str, TargetCandidate] | None = None
+) -> dict[str, TargetCandidate]:
     """Returns the candidates that the config selects, by path. Names that match nothing are not an error here.
 
     As in PEFT, modules in `modules_to_save` and everything inside them are excluded: `target_modules=["dense"]` with
     `modules_to_save=["classifier"]` does not select `classifier.dense`.
     """
     saved = saved_modules(modules, config)
-    candidates = module_candidates(modules, config)
+    candidates = module_candidates(modules, config) if candidates is None else candidates
     if config.target_modules in ALL_LAYERS:
         path = language_model_path(model) if config.target_modules == LANGUAGE_MODEL else ""
         linear = _all_linear(model, candidates)

@@ -60,7 +60,7 @@ ENGINES = {"continuous": ContinuousEngine, "padded": PaddedEngine}
 
 def adapter(base: Any, name: str) -> Adapter:
     torch.manual_seed(sorted(CONFIGS).index(name))
-    new = create(select(base, CONFIGS[name]), CONFIGS[name])
+    new = create(select(base, CONFIGS[name]))
     for part in new.parts.values():
         for parameter in part.parameters():
             parameter.data += torch.randn_like(parameter) * 0.3
