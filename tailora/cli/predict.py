@@ -240,11 +240,12 @@ def label_predictions(
 ) -> Iterator[Prediction]:
     """Yields the predictions of a model for labels. Raises DataError with all unreadable rows first."""
     from tailora.data.schemas import convert_row, detect_schema
+    from tailora.data.tokenize import result_of
     from tailora.evaluation.classification import predict_labels
 
     mapping = detect_schema(rows[0].file, rows, config.field, labels.task, has_labels=False)
-    samples: list[Any] = [convert_row(row, mapping) for row in rows]
-    if problems := [sample for sample in samples if isinstance(sample, RowProblem)]:
+    samples = [result_of(convert_row, row, mapping) for row in rows]
+    if problems := [row.problem(s) for row, s in zip(rows, samples, strict=True) if isinstance(s, DataError)]:
         raise data_error(problems)
     for first in range(0, len(rows), CHUNK):
         part = slice(first, first + CHUNK)

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -162,11 +162,13 @@ def read_labels(
         items = list(read_rows(name))
         mapping = detect_schema(name, items, field, task)
         for item in items:
-            sample = convert_row(item, mapping) if isinstance(item, Row) else item
-            if isinstance(sample, RowProblem):
-                problems.append(sample)
-            elif isinstance(item, Row) and isinstance(sample, Labelled | Tagged):
-                samples.append((item, sample))
+            if isinstance(item, RowProblem):
+                problems.append(item)
+                continue
+            try:
+                samples.append((item, cast(Labelled | Tagged, convert_row(item, mapping))))
+            except DataError as error:
+                problems.append(item.problem(error))
     lists = sum(isinstance(sample, Labelled) and isinstance(sample.label, list) for _, sample in samples)
     several = 2 * lists > len(samples)  # a single wrong row must not decide
     counts, source = Counter[str](), ", ".join(sources)

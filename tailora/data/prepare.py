@@ -38,7 +38,7 @@ from tailora.data.schemas import (
     detect_schema,
     weight_of,
 )
-from tailora.data.tokenize import EncodedSample, encode_samples, tokenized_parts
+from tailora.data.tokenize import EncodedSample, encode_samples, result_of, tokenized_parts
 from tailora.errors import ConfigError, DataError, listing
 
 CHUNK = 1000  # rows to tokenize at a time
@@ -88,38 +88,34 @@ def _encode_rows(
 ) -> Iterator[EncodedSample | RowProblem]:
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
-        samples = [_sample_of(item, mapping, tokenizer) for _, item in chunk]
-        for (index, item), results in zip(chunk, encode_samples(samples, tokenizer), strict=True):
+        samples = [result_of(_sample_of, item, mapping, tokenizer) for _, item in chunk if isinstance(item, Row)]
+        encoded = iter(encode_samples(samples, tokenizer))
+        for index, item in chunk:
             if isinstance(item, RowProblem):
                 yield item
-            elif isinstance(results, DataError):
-                yield item.problem(results)
-            else:
-                weight = weight_of(item, mapping)
-                for result in results:
-                    example = replace(result.example, source_index=index, weight=weight)
-                    yield replace(result, example=example, location=item.location)
+                continue
+            results = result_of(_with_origin, next(encoded), index, item, mapping)
+            yield from [item.problem(results)] if isinstance(results, DataError) else results
 
 
-def _sample_of(row: Row | RowProblem, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> AnySample | DataError:
-    """Returns the sample of a row with its images, which were read and checked, or the reason why it has none."""
-    if isinstance(row, RowProblem):
-        return DataError(row.cause)
+def _with_origin(encoded: list[EncodedSample], index: int, row: Row, mapping: ColumnMapping) -> list[EncodedSample]:
+    """Adds the row's position, location and weight. Raises DataError for an invalid weight."""
+    origin = {"source_index": index, "weight": weight_of(row, mapping)}
+    return [replace(part, example=replace(part.example, **origin), location=row.location) for part in encoded]
+
+
+def _sample_of(row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> AnySample:
+    """Returns the sample of a row with its images, which were read and checked. Raises DataError."""
     sample = convert_row(row, mapping)
-    if isinstance(sample, RowProblem):
-        return DataError(sample.cause)
     columns = [mapping.columns[key] for key in IMAGE_COLUMNS if key in mapping.columns]
     conversations = [part for part in tokenized_parts(sample) if isinstance(part, Conversation)]
     in_messages = any(has_images(conversation.messages) for conversation in conversations)
     if not (tokenizer.processor or columns or in_messages):
         return sample
-    try:
-        if isinstance(sample, Conversation | Pair):
-            return _with_images(sample, row, columns, tokenizer)
-        if in_messages:
-            raise DataError("images are only supported in chats and in prompts with a completion")
-    except DataError as error:
-        return error
+    if isinstance(sample, Conversation | Pair):
+        return _with_images(sample, row, columns, tokenizer)
+    if in_messages:
+        raise DataError("images are only supported in chats and in prompts with a completion")
     return sample
 
 

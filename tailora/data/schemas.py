@@ -481,9 +481,6 @@ def weight_of(row: Row, mapping: ColumnMapping) -> float:
     return weight
 
 
-def convert_row(row: Row, mapping: ColumnMapping) -> AnySample | RowProblem:
-    try:
-        weight_of(row, mapping)
-        return mapping.schema.convert(mapping.values(row.fields))
-    except DataError as error:
-        return row.problem(error)
+def convert_row(row: Row, mapping: ColumnMapping) -> AnySample:
+    """Raises DataError with the cause."""
+    return mapping.schema.convert(mapping.values(row.fields))

@@ -95,19 +95,19 @@ def encode_samples(
 
     A conversation becomes several examples if the template cannot render all its replies in one text as in generation.
     """
-    prepared = [_result_of(with_system, sample, tokenizer) for sample in samples]
+    prepared = [result_of(with_system, sample, tokenizer) for sample in samples]
     if tokenizer.settings.task in (SEQ2SEQ, GRPO) or tokenizer.settings.labels is not None:
-        return [_result_of(_encode_one, sample, tokenizer) for sample in prepared]
-    rendered = [_result_of(_render, sample, tokenizer) for sample in prepared]
+        return [result_of(_encode_one, sample, tokenizer) for sample in prepared]
+    rendered = [result_of(_render, sample, tokenizer) for sample in prepared]
     tokens = iter(tokenizer.tokenize([part.text for parts in rendered if isinstance(parts, list) for part in parts]))
     tokenized = [[(part, next(tokens)) for part in parts] if isinstance(parts, list) else parts for parts in rendered]
     return [
-        _result_of(_encode_texts, parts, sample, tokenizer) for parts, sample in zip(tokenized, prepared, strict=True)
+        result_of(_encode_texts, parts, sample, tokenizer) for parts, sample in zip(tokenized, prepared, strict=True)
     ]
 
 
-def _result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> Any:
-    """Returns the function's result for a sample, or the DataError that it or an earlier step raised."""
+def result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> Any:
+    """Returns the function's result for a sample or row, or the DataError that it or an earlier step raised."""
     if isinstance(sample, DataError):
         return sample
     try:
@@ -131,7 +131,7 @@ def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> list[EncodedSamp
 # ---- Language models
 
 
-def tokenized_parts(sample: AnySample | DataError) -> list[Sample]:
+def tokenized_parts(sample: AnySample) -> list[Sample]:
     """Returns the parts of a sample that a language model reads."""
     match sample:
         case Choices():
