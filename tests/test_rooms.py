@@ -29,13 +29,13 @@ MOST_LINES = {
     "data": 4500,
     "kernels": 1520,
     "engine": 940,
-    "train": 9340,
+    "train": 9540,
     "evaluation": 2140,
     "study": 5050,
     "verify": 1000,
     "report": 2640,
     "serve": 2040,
-    "cli": 4240,
+    "cli": 4260,
 }
 MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines

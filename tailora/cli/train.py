@@ -104,7 +104,7 @@ def train(
         if config.fsdp or is_main:
             answers = answer_samples(result, config)
             measured = measure_forgetting(result, config)
-    code = WORSE if is_worse(result) else 0
+    code = WORSE if is_worse(result, config.task) else 0
     if not is_main:
         return code
     folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
@@ -188,12 +188,18 @@ def first_prompt(folder: Path) -> str:
     return textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH] or "Hello!"
 
 
-def is_worse(result: "TrainResult") -> bool:
-    """True if training raised the held-out loss, and the 95% interval rules out chance."""
-    from tailora.evaluation.statistics import paired_difference
+def is_worse(result: "TrainResult", task: str) -> bool:
+    """True if training made the held-out loss or reward worse: what the verdict says, too."""
+    from tailora.evaluation.rewards import reward_changes
+    from tailora.train.significance import change_of
 
     before, after = result.before, result.after
-    return before is not None and after is not None and paired_difference(before.sums, after.sums, after.counts).low > 0
+    if before is None or after is None:
+        return False
+    if task == GRPO and before.scores is not None and after.scores is not None:
+        rewards = reward_changes({"reward": before.scores[:, 0]}, {"reward": after.scores[:, 0]})
+        return "reward" in rewards and rewards["reward"].change.finding == "worse"
+    return change_of(before.sums, after.sums, after.counts, higher_is_better=False).finding == "worse"
 
 
 def write_results(

@@ -100,8 +100,11 @@ def _encode_rows(
 
 def _with_origin(encoded: list[EncodedSample], index: int, row: Row, mapping: ColumnMapping) -> list[EncodedSample]:
     """Adds the row's position, location and weight. Raises DataError for an invalid weight."""
-    origin = {"source_index": index, "weight": weight_of(row, mapping)}
-    return [replace(part, example=replace(part.example, **origin), location=row.location) for part in encoded]
+    weight = weight_of(row, mapping)
+    return [
+        replace(part, example=replace(part.example, source_index=index, weight=weight), location=row.location)
+        for part in encoded
+    ]
 
 
 def _sample_of(row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> AnySample:

@@ -27,14 +27,14 @@ from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION
 from tailora.data.tokenize import encode_samples, first_tokens
 from tailora.errors import DataError, require_packages
 from tailora.evaluation.scores import BASE, TUNED, Progress, Score, Scores, models_to_score, token_budget
-from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
+from tailora.evaluation.statistics import mean_interval, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.classification import label_task
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_choice import choose_layout
 from tailora.train.loss import Evaluation, evaluate
+from tailora.train.significance import Floats, Interval, change_of
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 DRAWS, DRAWS_AT_ONCE = 2000, 50  # of a bootstrap
 SAME = 1e-9  # shares that differ by less
@@ -261,7 +261,7 @@ def label_changes(before: LabelOutputs, after: LabelOutputs) -> dict[str, Score]
 
     changes = _with_intervals(statistic, len(after.counts))
     if after.labels.task not in (REGRESSION, TOKEN_CLASSIFICATION):
-        changes["accuracy"] = Score(*share_difference(_hits(before), _hits(after)), len(after.counts))
+        changes["accuracy"] = Score(*change_of(_hits(before), _hits(after)).interval, len(after.counts))
     return changes
 
 
@@ -406,7 +406,7 @@ def evaluate_labels(
     change = None
     if BASE in outputs:
         (before, old), (after, new) = outputs[BASE], outputs[TUNED]
-        loss = Score(*paired_difference(old.sums, new.sums, new.counts), len(new.counts))
+        loss = Score(*change_of(old.sums, new.sums, new.counts).interval, len(new.counts))
         change = {"loss": loss, **label_changes(before, after)}
     return Scores(scores[TUNED], scores.get(BASE), change, data=facts, labels=label_details(outputs[TUNED][0]))
 

@@ -15,9 +15,10 @@ import numpy as np
 from tailora.core.inference import constant_adapters
 from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
 from tailora.evaluation.scores import BASE, TUNED, Score, Scores, models_to_score
-from tailora.evaluation.statistics import Z, paired_difference, share_difference, wilson_interval
+from tailora.evaluation.statistics import wilson_interval
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_loggers
+from tailora.train.significance import Z, change_of
 from tailora.train.state import seeded
 
 NO_FILTER = "none"
@@ -102,9 +103,7 @@ class _TaskMetric:
         """Returns the change, with an interval if documents can be paired."""
         if not self.documents or len(self.documents) != len(base.documents):
             return Score(self.value - base.value, math.nan, math.nan, self.n)
-        if {*self.documents, *base.documents} <= {0.0, 1.0}:
-            return Score(*share_difference(base.documents, self.documents), self.n)
-        return Score(*paired_difference(base.documents, self.documents, [1] * len(self.documents)), self.n)
+        return Score(*change_of(base.documents, self.documents).interval, self.n)
 
 
 def evaluate_tasks(

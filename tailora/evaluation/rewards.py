@@ -3,8 +3,8 @@
 A reward is gamed if the model finds completions that score high without being better. Rewards that only judge
 (--eval-reward) are not trained on, so a model that improves raises them too. A judge
 
-    rose           if the interval of its change is above 0
-    did not rise   if that interval ends below 0, or below SHARE_OF_RISE of the reward's own rise
+    rose           if its change is "better" (train/significance.py)
+    did not rise   if its change is "worse", or its interval ends below SHARE_OF_RISE of the reward's own rise
     cannot rise    if it was near its highest value before training
     is undecided   otherwise: the interval is too wide, or too few prompts were judged
 
@@ -18,16 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tailora.evaluation.statistics import Interval, before_and_after, share_difference, wilson_interval
-from tailora.train.grpo import group_means
+from tailora.evaluation.statistics import mean_interval, wilson_interval
+from tailora.train.significance import MOST_MISSING, Change, Floats, Interval, change_of
 
-Floats = npt.NDArray[np.float64]
 RewardsByName = Mapping[str, Floats]  # name -> (prompts, completions of each), NaN: not scored
 SHARE_OF_RISE = 0.25  # a judge that rises by less than this share of the reward's rise did not rise
 NEAR_HIGHEST = 0.05  # share of the range of a judge's values; closer to its highest, it cannot rise
-FEWEST_JUDGED = 8  # prompts; bootstrap intervals of fewer are too narrow to call a reward gamed
 NO_REWARDS = ("completion_tokens", "truncated", "kl")
 MEANINGS = {
     "reward": "weighted sum of the rewards that were trained on, mean over the completions of each prompt",
@@ -50,12 +47,11 @@ FINDINGS = {  # the sentence for the judges with each finding
 
 @dataclass(frozen=True)
 class RewardChange:
-    """A score of each held-out prompt, before and after training, and its change, with 95% intervals."""
+    """A score of the held-out completions, before and after training, and its change, with 95% intervals."""
 
     before: Interval
     after: Interval
-    change: Interval
-    prompts: int
+    change: Change
     std: float  # over the prompts, before and after
     lowest: float  # score of a completion; 0 if all scores are 0 or 1
     highest: float
@@ -66,6 +62,9 @@ def reward_changes(before: RewardsByName, after: RewardsByName) -> dict[str, Rew
     changes: dict[str, RewardChange | None] = {}
     for name in before:
         pair = before[name], after[name]
+        if name != "reward":  # a function returns None for the prompts that it skips
+            scored = ~np.isnan(pair).all((0, 2))
+            pair = pair[0][scored], pair[1][scored]
         changes[name] = _change(*pair)
         if name not in ("reward", *NO_REWARDS) and _is_pass_or_fail(*pair):
             k = pair[0].shape[1]  # pass@1 is the mean
@@ -74,22 +73,21 @@ def reward_changes(before: RewardsByName, after: RewardsByName) -> dict[str, Rew
 
 
 def _change(before: Floats, after: Floats) -> RewardChange | None:
-    """Compares the means of the same prompts; None if no prompt has both.
-
-    before, after: (prompts, completions).
-    """
-    first, second = group_means(before), group_means(after)
-    known = ~(np.isnan(first) | np.isnan(second))
-    first, second = first[known], second[known]
-    if not len(first):
+    """Compares the completions that have both scores; None if there are none. before, after: (prompts, completions)."""
+    known = ~np.isnan(before + after)
+    prompts = known.any(1)
+    if not prompts.any():
         return None
-    if len(first) > 1 and _is_pass_or_fail(first, second):
-        old, new, change = wilson_interval(first), wilson_interval(second), share_difference(first, second)
+    counts, sums = known[prompts].sum(1), [np.where(known, part, 0)[prompts].sum(1) for part in (before, after)]
+    means = [part / counts for part in sums]  # of each prompt
+    if len(counts) > 1 and _is_pass_or_fail(*means):
+        old, new = map(wilson_interval, means)
     else:
-        old, new, change = before_and_after(first, second, np.ones(len(first))).values()
+        old, new = (mean_interval(part, counts) for part in sums)
     values = [0.0, 1.0] if _is_pass_or_fail(before, after) else [before, after]
-    std = float(np.concatenate([first, second]).std())
-    return RewardChange(old, new, change, len(first), std, float(np.nanmin(values)), float(np.nanmax(values)))
+    change = change_of(sums[0], sums[1], counts, missing=int((~known).sum()))
+    std = float(np.concatenate(means).std())
+    return RewardChange(old, new, change, std, float(np.nanmin(values)), float(np.nanmax(values)))
 
 
 def _is_pass_or_fail(*scores: Floats) -> bool:
@@ -112,14 +110,12 @@ def pass_at_k(scores: Floats, k: int) -> Floats:
 
 def find(judge: RewardChange, reward: RewardChange) -> str:
     """Returns whether a judge rose with the reward, which rose: a key of FINDINGS."""
-    most, limit = judge.change.high, SHARE_OF_RISE * reward.change.value
+    most, limit = judge.change.interval.high, SHARE_OF_RISE * reward.change.interval.value
     room = judge.highest - judge.before.value
-    if judge.prompts < FEWEST_JUDGED:
+    if judge.change.finding != "cannot tell":
+        return "rose" if judge.change.finding == "better" else "did not rise"
+    if judge.change.is_too_few or judge.change.missing > MOST_MISSING:
         return "undecided"
-    if judge.change.low > 0:
-        return "rose"
-    if most < 0:
-        return "did not rise"
     if room <= NEAR_HIGHEST * (judge.highest - judge.lowest):
         return "cannot rise"
     is_small_share = most / room < limit / (reward.highest - reward.before.value)
@@ -135,24 +131,29 @@ def describe_rewards(
     trained, judges: names of rewards.
     prompts: number and name, such as "20 held-out prompts".
     """
+    if "reward" not in changes:
+        return "Cannot tell whether the held-out reward changed: no completion has a score before and after training."
     reward = changes["reward"].change
-    if np.isnan(reward.low):
-        return f"The held-out reward changed by {reward.value:+.3f} over {prompts}: too little data to tell."
-    ends = f"95% interval {reward.low:+.3f} to {reward.high:+.3f}, over {prompts}"
-    if reward.low <= 0 <= reward.high:
-        return f"No change of the held-out reward shown: {reward.value:+.3f} ({ends})."
-    if reward.value < 0:
-        return f"The held-out reward fell by {-reward.value:.3f} ({ends})."
-    rose = f"The held-out reward rose by {reward.value:.3f} ({ends})."
+    value, ends = reward.interval.value, f"{reward.numbers}, over {prompts}"
+    if reward.is_too_few:
+        return f"The held-out reward changed by {value:+.3f} over {prompts}: too little data to tell."
+    if reward.missing > MOST_MISSING:
+        left_out = f"{reward.missing:.0%} of the completions have no score before or after training"
+        return f"Cannot tell whether the held-out reward changed: {left_out}. It changed by {value:+.3f} ({ends})."
+    if reward.finding == "cannot tell":
+        return f"No change of the held-out reward shown: {value:+.3f} ({ends})."
+    if reward.finding == "worse":
+        return f"The held-out reward fell by {-value:.3f} ({ends})."
+    rose = f"The held-out reward rose by {value:.3f} ({ends})."
     shown: dict[str, list[str]] = {finding: [] for finding in FINDINGS}
     for name in judges:
         if (change := changes.get(name)) is not None:
-            low, high = change.change.low, change.change.high
+            _, low, high = change.change.interval
             numbers = f"{change.before.value:.3f} to {change.after.value:.3f} (change {low:+.3f} to {high:+.3f})"
             shown[find(change, changes["reward"])].append(f"{name} {numbers}")
     if not any(shown.values()):
         return f"{rose} Without an --eval-reward, a gamed reward cannot be detected."
-    gamed = [name for name in trained if name in changes and changes[name].change.low > 0] or trained
+    gamed = [name for name in trained if name in changes and changes[name].change.finding == "better"] or trained
     texts = [text.format(gamed=" and ".join(gamed), judges=", ".join(shown[key])) for key, text in FINDINGS.items()]
     said = [text for text, named in zip(texts, shown.values(), strict=True) if named]
     return " ".join([*said[:1], rose, *said[1:]] if shown["did not rise"] else [rose, *said])

@@ -30,7 +30,7 @@ from tailora.data.tokenize import EncodedSample, reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
 from tailora.evaluation.metrics import CHANGE, METRICS
 from tailora.evaluation.multiple_choice import log_likelihoods, right_is_likeliest, tokenize_choices
-from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
+from tailora.evaluation.statistics import mean_interval, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import data_settings, resolved_sources
@@ -38,6 +38,7 @@ from tailora.train.generate import free_positions, generation_arguments, is_seq2
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.kernel_choice import choose_layout
 from tailora.train.loss import SEQ2SEQ_TASK, Evaluation, Task, evaluate
+from tailora.train.significance import Interval, change_of
 from tailora.train.step import CPU_TOKENS
 from tailora.train.trainable import Trainable
 
@@ -416,9 +417,9 @@ def _score(metric: str, totals: _Totals, facts: EvalDataReport) -> Score:
 
 def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
     if metric in SHARES:
-        return Score(*share_difference(base.hits[metric], tuned.hits[metric]), len(tuned.hits[metric]))
+        return Score(*change_of(base.hits[metric], tuned.hits[metric]).interval, len(tuned.hits[metric]))
     (before, _), (after, counts) = base.sums_and_counts, tuned.sums_and_counts
-    return Score(*paired_difference(before, after, counts), len(counts))
+    return Score(*change_of(before, after, counts).interval, len(counts))
 
 
 # ---- The loss alone

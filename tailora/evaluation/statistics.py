@@ -2,10 +2,10 @@
 
 Losses are given as sums (nats of each example) and counts (tokens of it that are learned): a loss is sum / count.
 
-    one run, a loss              mean_interval, paired_difference            bootstrap over examples
+    one run, a loss              mean_interval                               bootstrap over examples
     several seeds, a loss        interval_over_seeds, difference_over_seeds  bootstrap; crossed random effects
-    a share of right answers     wilson_interval, share_difference           Wilson; Agresti and Min
-    a run, in words              before_and_after, describe_change
+    a share of right answers     wilson_interval                             Wilson
+    the change of either         train/significance.py; in words: describe_change
     a run on preferences         preference_metrics, describe_preferences
 """
 
@@ -13,25 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import NormalDist
-from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats: TypeAlias = NDArray[np.float64]
+from tailora.train.significance import LEVEL, Change, Floats, Interval, Z, checked_hits, error_over_clusters
+
 FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval is unreliable
 TOO_FEW = f"These are too few for a reliable result: hold out at least {FEW_EXAMPLES} examples."
-Z = NormalDist().inv_cdf(0.975)  # half the width of a 95% interval, in standard errors
-
-
-class Interval(NamedTuple):
-    """An estimate and the ends of its confidence interval, which are NaN if fewer than two examples have tokens."""
-
-    value: float
-    low: float
-    high: float
-
 
 # ---- Bootstrap over examples, and over seeds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sec. 13.3)
 #
@@ -48,14 +37,6 @@ def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> I
     if not tokens.any():
         raise ValueError("expected at least one example with tokens, got counts of 0")
     return _bootstrap(nats[None, tokens > 0], tokens[tokens > 0], draws)
-
-
-def paired_difference(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> Interval:
-    """Returns the change of the loss per token, after - before, on the same examples: what they share cancels.
-
-    before, after: nats, counts: trained tokens; all (examples,).
-    """
-    return mean_interval(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), counts)
 
 
 def interval_over_seeds(sums: ArrayLike, counts: ArrayLike) -> Interval:
@@ -87,7 +68,6 @@ def _bootstrap(nats: Floats, tokens: Floats, draws: int) -> Interval:
 # small when two seeds happen to be alike: 89% to 95% of those intervals contain the truth, 95% to 99% of these
 # (simulated).
 
-LEVEL = 0.05  # error rate of all differences that are compared together
 SMALLEST_LOG_P = -600.0
 
 
@@ -154,10 +134,8 @@ def _standard_errors(differences: Floats, tokens: Floats, value: float) -> list[
     """
     seeds, examples = differences.shape
     residual = (differences - value * tokens) / tokens.mean()  # (seeds, examples): the ratio, linearized; mean 0
-    by_example, by_seed = residual.mean(0), residual.mean(1)
-    # A long example pulls the value towards itself: its residual is the one from the value of all others
-    by_example *= (1 - 1 / examples) / (1 - tokens / tokens.sum())
-    errors = [(float(np.sqrt((by_example**2).sum() / (examples * (examples - 1)))), examples - 1)]
+    by_seed = residual.mean(1)
+    errors = [(error_over_clusters(differences.mean(0) - value * tokens, tokens), examples - 1)]
     if seeds > 1:
         errors.append((float(np.sqrt((by_seed**2).sum() / (seeds * (seeds - 1)))), seeds - 1))
     return errors
@@ -195,60 +173,27 @@ def wilson_interval(hits: ArrayLike) -> Interval:
 
     Raises ValueError if there are no examples or other values.
     """
-    right = _checked_hits(hits)
+    right = checked_hits(hits)
     n, share, z = len(right), float(right.mean()), Z
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def share_difference(before: ArrayLike, after: ArrayLike) -> Interval:
-    """Returns the change of the share, after - before, on the same examples (Agresti and Min, Stat. Med. 24, 2005).
-
-    Only examples that one model got right and the other did not carry information; half an example is added to each
-    of the four outcomes. Raises ValueError as `wilson_interval` does.
-    """
-    first, second = _checked_hits(before), _checked_hits(after)
-    gained, lost = int((second > first).sum()), int((first > second).sum())
-    n = len(first)
-    up, down = (gained + 0.5) / (n + 2), (lost + 0.5) / (n + 2)
-    half = Z * sqrt((up + down - (up - down) ** 2) / (n + 2))
-    return Interval((gained - lost) / n, max(-1.0, up - down - half), min(1.0, up - down + half))
-
-
-def _checked_hits(hits: ArrayLike) -> Floats:
-    right = np.asarray(hits, dtype=np.float64)
-    if right.ndim != 1 or not right.size or not np.isin(right, (0, 1)).all():
-        raise ValueError("expected at least one example, each scored 0 (wrong) or 1 (right)")
-    return right
-
-
 # ---- What training changed on held-out examples
 
 
-def before_and_after(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> dict[str, Interval]:
-    """Returns the loss before and after training, and its change, under these names.
-
-    before, after: sums of losses, counts: how many there are; all (examples,).
-    """
-    return {
-        "before": mean_interval(before, counts),
-        "after": mean_interval(after, counts),
-        "change": paired_difference(before, after, counts),
-    }
-
-
-def describe_change(change: Interval, examples: str, unit: str) -> str:
-    """Describes the change in a sentence; if the interval contains 0, no change was shown.
+def describe_change(change: Change, examples: str, unit: str) -> str:
+    """Describes the change of a loss in a sentence.
 
     examples: number and name, such as "10 held-out examples".
     """
-    value, low, high = change
+    value, low, high = change.interval
     where = f"over {examples}"
-    if math.isnan(low):
+    if change.is_too_few:
         return f"Loss changed by {value:+.3f} {where}: too little data to tell whether it worked."
-    if low <= 0 <= high:
-        return f"No change shown: {value:+.3f} {unit} (95% interval {low:+.3f} to {high:+.3f}, {where})."
+    if change.finding == "cannot tell":
+        return f"No change shown: {value:+.3f} {unit} ({change.numbers}, {where})."
     direction, small, large = ("down", -high, -low) if value < 0 else ("UP", low, high)
     interval = f"95% interval {small:.3f} to {large:.3f}"
     return f"Held-out loss went {direction} by {abs(value):.3f} {unit} ({interval}, {where})."

@@ -17,15 +17,15 @@ from tailora.evaluation.rewards import NOTHING_TRAINED, describe_rewards, reward
 from tailora.evaluation.statistics import (
     FEW_EXAMPLES,
     TOO_FEW,
-    Interval,
-    before_and_after,
     describe_change,
     describe_preferences,
+    mean_interval,
     preference_metrics,
 )
 from tailora.report.format import learning_rate, plural, share
 from tailora.study.config import FIRST_RATES, LORA
 from tailora.train.config import NATS_PER_TOKEN
+from tailora.train.significance import Change, Interval, change_of
 
 MOST_CUT = 0.9  # share of truncated completions above which the verdict names their limit
 WHEN = ("before", "after")
@@ -37,7 +37,8 @@ class Effect:
     """What training changed on the held-out examples; empty without any."""
 
     examples: int = 0
-    losses: dict[str, Interval] = field(default_factory=dict)  # "before", "after" and "change"
+    losses: dict[str, Interval] = field(default_factory=dict)  # "before" and "after"
+    change: Change | None = None  # of the loss
     metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)  # of the task, the same parts -> by name
     labels: dict[str, Any] = field(default_factory=dict)  # `label_details` after training
     text: str = ""  # the effect on the metrics in words
@@ -46,7 +47,9 @@ class Effect:
 def effect_of(header: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Effect:
     if not examples:
         return Effect()
-    effect = Effect(len(examples), before_and_after(*([row[name] for row in examples] for name in (*WHEN, "tokens"))))
+    before, after, tokens = ([row[name] for row in examples] for name in (*WHEN, "tokens"))
+    losses = {"before": mean_interval(before, tokens), "after": mean_interval(after, tokens)}
+    effect = Effect(len(examples), losses, change_of(before, after, tokens, higher_is_better=False))
     if header.get("labels"):
         outputs = [LabelOutputs.of_rows(Labels.from_dict(header["labels"]), examples, when) for when in WHEN]
         metrics = {when: as_intervals(label_scores(data)) for when, data in zip(WHEN, outputs, strict=True)}
@@ -55,11 +58,12 @@ def effect_of(header: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) 
         return replace(effect, metrics=metrics, labels=labels, text=text)
     if rewards := header.get("rewards"):
         changes = reward_changes(*(scores_of(examples, when) for when in WHEN))
-        parts = (*WHEN, "change")
-        metrics = {part: {name: getattr(change, part) for name, change in changes.items()} for part in parts}
+        metrics = {part: {name: getattr(change, part) for name, change in changes.items()} for part in WHEN}
+        metrics["change"] = {name: change.change.interval for name, change in changes.items()}
         prompts = plural(len(examples), "held-out prompt")
         text = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
-        return replace(effect, metrics=metrics, text=text + f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES))
+        text += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
+        return replace(effect, metrics=metrics, text=text)
     if all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
         metrics = {when: preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN}
         return replace(effect, metrics=metrics, text=describe_preferences(**metrics))
@@ -85,14 +89,14 @@ def run_verdict(
         return verdict + too_long * (cut > MOST_CUT), []
     if not losses and result["eval_loss_after"] is None:
         return UNKNOWN, []
-    if not losses:
+    if not losses or effect.change is None:
         change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
         return f"Held-out loss went from {change} {unit}; its interval was not recorded.", []
-    verdict = describe_change(losses["change"], plural(effect.examples, "held-out example"), unit)
+    verdict = describe_change(effect.change, plural(effect.examples, "held-out example"), unit)
     verdict += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
     is_better = not effect.labels or beats_majority(after["accuracy"].value, effect.labels)
     verdict = " ".join(filter(None, [verdict, effect.text] if is_better else [effect.text, verdict]))
-    if losses["change"].low > 0:
+    if effect.change.finding == "worse":
         cause, remedy = remedy_of(settings, [step["loss"] for step in steps])
         return f"Worse than before training. {verdict} {cause}", remedy
     return verdict, []

@@ -22,7 +22,7 @@ import numpy as np
 
 from tailora.data.readers import parse_sources
 from tailora.errors import ConfigError
-from tailora.evaluation.statistics import Difference, Floats, difference_over_seeds
+from tailora.evaluation.statistics import Difference, difference_over_seeds
 from tailora.formats.run_folder import write_report
 from tailora.study import trial
 from tailora.study.comparison_verdict import sample_size_advice
@@ -32,6 +32,7 @@ from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import FEWEST_SEEDS, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec
 from tailora.train.config import GRPO, TrainConfig, batches_per_step
+from tailora.train.significance import Floats
 
 STUDY, RUNS = "curve.json", "runs"
 PARTS = (8, 4, 2, 1)  # the subsets are the data divided by these

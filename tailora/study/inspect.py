@@ -25,7 +25,6 @@ from tailora.evaluation import spectral
 from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
 from tailora.evaluation.scores import loss_on_data
 from tailora.evaluation.spectral import ModuleReport
-from tailora.evaluation.statistics import Interval, paired_difference
 from tailora.formats.hub import name_of_model
 from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import adapter_folder, recorded_settings
@@ -36,6 +35,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.generate import is_seq2seq
 from tailora.train.loss import Evaluation
 from tailora.train.model_loading import labels_of_adapter, load_base, task_of_adapter
+from tailora.train.significance import Interval, change_of
 
 NAME = "default"  # of the adapter in the loaded model
 RECORDED = ("model", "data", "learning_rate", "num_train_epochs", "max_steps", "seed")
@@ -226,7 +226,7 @@ def _held_out_losses(
     log(f"held-out loss of the base {base.loss:.4f}")
     tuned = evaluate()
     log(f"with the adapter {tuned.loss:.4f}")
-    gain = paired_difference(tuned.sums, base.sums, base.counts)
+    gain = change_of(tuned.sums, base.sums, base.counts).interval
 
     def without_lower_half(group: str, paths: Sequence[str]) -> TruncationCost:
         # Keep half of each matrix's singular values, rounded up (of 2r with a frozen start).
@@ -234,7 +234,7 @@ def _held_out_losses(
         with leading_only(adapter, spectra, ranks):
             truncated = evaluate()
         log(f"without the lower half of the singular values in {group} {truncated.loss:.4f}")
-        rise = paired_difference(tuned.sums, truncated.sums, tuned.counts)
+        rise = change_of(tuned.sums, truncated.sums, tuned.counts).interval
         values = sum(spectra[path].S.numel() for path in paths)
         share = values / sum(spectrum.S.numel() for spectrum in spectra.values())
         cost = rise.value / gain.value if gain.value > 0 else None

@@ -309,13 +309,15 @@ def test_the_time_in_steps_of_a_resumed_run_is_no_part_of_its_last_command() -> 
 
 def test_a_change_that_may_be_chance_is_not_worse() -> None:
     def result(*after: float) -> Any:
-        evaluations = [Evaluation(np.array(sums), np.ones(4, np.int64)) for sums in ([1.0] * 4, [*after])]
+        losses = np.ones(len(after)), np.array(after)
+        evaluations = [Evaluation(sums, np.ones(len(sums), np.int64)) for sums in losses]
         return SimpleNamespace(before=evaluations[0], after=evaluations[1])
 
-    assert is_worse(result(1.2, 1.1, 1.1, 1.3))
-    assert not is_worse(result(0.9, 1.1, 1.1, 1.3))
-    assert not is_worse(result(0.8, 0.9, 0.8, 0.9))
-    assert not is_worse(cast(Any, SimpleNamespace(before=None, after=None)))
+    assert is_worse(result(1.2, 1.1, 1.1, 1.3, 1.2, 1.2), "causal-lm")
+    assert not is_worse(result(1.2, 1.1, 1.1, 1.3, 1.2), "causal-lm")  # too few
+    assert not is_worse(result(0.9, 1.1, 1.1, 1.3, 0.9, 0.9), "causal-lm")
+    assert not is_worse(result(0.8, 0.9, 0.8, 0.9, 0.8, 0.8), "causal-lm")
+    assert not is_worse(cast(Any, SimpleNamespace(before=None, after=None)), "causal-lm")
 
 
 def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:

@@ -54,10 +54,14 @@ def test_a_constant_judge_shows_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shares", "prompts"), [((0.3, 0.3), 5), ((0.3, 0.9), 5), ((0.25, 0.33), 12), ((0.9, 0.91), 20)]
+    ("shares", "prompts", "skipped"),
+    [((0.3, 0.3), 100, 95), ((0.3, 0.9), 100, 95), ((0.25, 0.33), 12, 0), ((0.9, 0.91), 20, 0)],
 )
-def test_what_cannot_be_told_is_called_undecided(shares: tuple[float, float], prompts: int) -> None:
-    text = verdict(*judged(0.2, 0.8, judge=shares, prompts=prompts))
+def test_what_cannot_be_told_is_called_undecided(shares: tuple[float, float], prompts: int, skipped: int) -> None:
+    sides = judged(0.2, 0.8, judge=shares, prompts=prompts)
+    for scores in sides:
+        scores["answer"][:skipped] = np.nan
+    text = verdict(*sides)
     assert "Undecided whether these rose with it: answer 0." in text
     assert "gamed" not in text
 
@@ -68,15 +72,32 @@ def test_prompts_that_a_judge_leaves_out_are_left_out() -> None:
     before["answer"][:10], after["answer"][10:12] = np.nan, np.nan
     before["answer"][20, 1:] = np.nan
     changes = reward_changes(before, after)
-    assert (whole.prompts, changes["answer"].prompts) == (PROMPTS, PROMPTS - 12)
-    assert changes["answer"].after.value == pytest.approx(after["answer"][12:].mean())
-    assert changes[f"pass@{COMPLETIONS}/answer"].prompts == PROMPTS - 13  # too few completions are scored of one more
-    assert "gamed" not in describe_rewards(changes, ["score"], ["answer"], "N prompts")
+    found = changes["answer"]
+    assert (len(whole.change.sums), len(found.change.sums)) == (PROMPTS, PROMPTS - 12)
+    known = ~np.isnan(before["answer"] + after["answer"])
+    assert found.after.value == pytest.approx(after["answer"][known].mean())
+    assert found.change.interval.value == pytest.approx(found.after.value - found.before.value)
+    assert found.change.missing == (~known).mean() > 0.05
+    assert len(changes[f"pass@{COMPLETIONS}/answer"].change.sums) == PROMPTS - 13  # one more has too few scores
+    assert "Undecided whether" in describe_rewards(changes, ["score"], ["answer"], "N prompts")
     before["answer"][:] = np.nan
     assert "answer" not in reward_changes(before, after)
     assert "Without an --eval-reward" in describe_rewards(
         reward_changes(before, after), ["score"], ["answer"], "N prompts"
     )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "unscored", "words"), [(5, 0, "too little data"), (20, 9, "6% of the completions")]
+)
+def test_few_prompts_and_missing_scores_decide_nothing(prompts: int, unscored: int, words: str) -> None:
+    sides = judged(0.2, 0.8, prompts=prompts)
+    sides[0]["reward"].flat[:unscored] = np.nan
+    assert words in verdict(*sides)
+    sides[0]["reward"].flat[:8] = 0.0
+    assert ("The held-out reward rose" in verdict(*sides)) == (prompts == 20)
+    sides[0]["reward"][:] = np.nan
+    assert "no completion has a score before and after" in verdict(*sides)
 
 
 def test_judges_that_disagree_are_all_named() -> None:

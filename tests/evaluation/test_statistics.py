@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 
 from tailora.evaluation.statistics import (
-    Interval,
     describe_change,
     difference_over_seeds,
     interval_over_seeds,
     mean_interval,
-    paired_difference,
-    share_difference,
     wilson_interval,
 )
+from tailora.train.significance import change_of
 
 
 def conversations(generator: np.random.Generator, size: int, rate: float = 4.0) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +42,7 @@ def test_pairs_are_surer_than_two_separate_runs() -> None:
     generator = np.random.default_rng(5)
     before, counts = conversations(generator, 80)
     after = before - 0.4 * counts + generator.normal(0, 0.05, size=80) * counts
-    value, low, high = paired_difference(before, after, counts)
+    value, low, high = change_of(before, after, counts).interval
     separate = [mean_interval(sums, counts) for sums in (before, after)]
     apart = np.hypot(*[high - low for _, low, high in separate])
     assert value == pytest.approx(separate[1].value - separate[0].value)
@@ -139,16 +137,6 @@ def test_the_interval_adds_up_what_examples_and_seeds_contribute() -> None:
         assert half == pytest.approx(abs(apart.mean()))
 
 
-def test_a_long_example_counts_by_its_distance_from_the_others() -> None:
-    """As in the jackknife: the value without each example."""
-    counts = np.array([50.0, 5, 8, 6, 4])
-    apart = np.array([[0.4, 0.1, 0.0, 0.2, 0.1]]) * counts
-    found = difference_over_seeds(np.zeros_like(apart), apart, counts)
-    without = [np.delete(apart, i).sum() / np.delete(counts, i).sum() for i in range(5)]
-    error = np.sqrt(4 / 5 * np.sum((np.array(without) - found.value) ** 2))
-    assert found.high - found.value == pytest.approx(2.776445 * error)
-
-
 def test_examples_without_tokens_do_not_count_over_seeds() -> None:
     found = difference_over_seeds([[1.0, 5.0, 2.0]], [[2.0, 9.0, 4.0]], [1, 0, 1])
     assert (found.value, found.examples) == (pytest.approx(1.5), 2)
@@ -190,27 +178,21 @@ def test_the_interval_is_wilson_s() -> None:
     assert wilson_interval([0] * 20)[1:] == pytest.approx((0, 0.161125), abs=1e-6)
 
 
-def test_a_change_needs_rows_that_differ() -> None:
-    before, after = np.array([1, 0] * 20), np.array([1, 1] * 20)
-    gained = share_difference(before, after)
-    assert gained.value == 0.5
-    assert 0 < gained.low < 0.5 < gained.high < 1
-    same = share_difference(before, before)
-    assert same.value == 0
-    assert same.low == pytest.approx(-same.high)
-    assert same.high > 0.03  # 40 rows cannot show that nothing changes anywhere
-
-
 @pytest.mark.parametrize("hits", [[], [2], [0.5], [[0, 1]]])
 def test_other_numbers_are_refused(hits: list[float]) -> None:
     with pytest.raises(ValueError, match="expected at least one example"):
         wilson_interval(hits)
 
 
-def test_a_change_is_said_over_its_examples() -> None:
-    assert "over 7 held-out examples, 3 distinct)" in describe_change(
-        Interval(-1, -2, -0.5), "7 held-out examples, 3 distinct", "nats per token"
+def test_a_change_is_described_as_its_finding() -> None:
+    def words(after: list[float]) -> str:
+        change = change_of(np.ones(len(after)), after, higher_is_better=False)
+        return describe_change(change, "7 held-out examples, 3 distinct", "nats per token")
+
+    assert words([0.1, 0.2, 0.3, 0.4, 0.5, 0.1]) == (
+        "Held-out loss went down by 0.733 nats per token (95% interval 0.562 to 0.905, over 7 held-out examples, "
+        "3 distinct)."
     )
-    assert "over 1 held-out example: too little" in describe_change(
-        Interval(-1, np.nan, np.nan), "1 held-out example", "nats per token"
-    )
+    assert words([1.1, 1.2, 1.3, 1.4, 1.5, 1.1]).startswith("Held-out loss went UP by 0.267 nats per token")
+    assert words([0.1, 1.9, 1.0, 1.0, 1.0, 1.1]).startswith("No change shown: +0.017 nats per token (95% interval -0.")
+    assert words([0.1, 0.2, 0.3, 0.4, 0.5]).endswith("3 distinct: too little data to tell whether it worked.")

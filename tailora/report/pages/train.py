@@ -17,10 +17,6 @@ from tailora.evaluation.classification import (
 )
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
 from tailora.evaluation.rewards import MEANINGS
-from tailora.evaluation.statistics import (
-    Interval,
-    Z,
-)
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import SERIES, Canvas
@@ -32,6 +28,7 @@ from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.generate import ComparedAnswer
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
+from tailora.train.significance import Interval, Z
 
 LONGEST = 300  # characters of a reply in the data
 MOST_SHOWN = 8  # evaluations, and groups, whose samples are shown
@@ -184,9 +181,10 @@ def _with_intervals(
         result |= {name: float(joined(values))} if values else {}
     if header.get("rewards"):  # their loss is minus the reward
         result = {name: value for name, value in result.items() if not name.startswith("eval_loss")}
-    elif effect.losses:
-        result |= {"eval_loss_change": effect.losses["change"].value}
-        result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in effect.losses.items()}
+    elif effect.change is not None:
+        losses = {**effect.losses, "change": effect.change.interval}
+        result |= {"eval_loss_change": effect.change.interval.value}
+        result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
     return result | {f"eval_{m['name']}_{key}": value for m in metrics for key, value in m.items() if key != "name"}
 
 
