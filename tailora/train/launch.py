@@ -16,7 +16,7 @@ import sys
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -132,15 +132,15 @@ def threads_per_process(count: int) -> int:
 
 
 def launch(
+    function: Callable[..., object],
     arguments: Sequence[str],
     count: int,
     output_dir: Path | None = None,
     results: Collection[int] = (),
     *,
-    module: str = "tailora",
     temporary: Path | None = None,
 ) -> int:
-    """Runs `python -m MODULE ARGUMENTS` in `count` processes on this machine, until all have ended.
+    """Calls a function of a module in `count` processes on this machine, until all have ended.
 
     output_dir: of a run, for the message on how to resume it.
     results: exit codes that are no failures.
@@ -151,6 +151,8 @@ def launch(
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from tailora.train.child_process import command_of
 
     threads = os.environ.get("OMP_NUM_THREADS", str(threads_per_process(count)))
     with (
@@ -173,7 +175,8 @@ def launch(
             logs_specs=DefaultLogsSpecs(name, redirects=dict.fromkeys(range(1, count), Std.ALL)),
         )
         # In a thread torch's launcher leaves signals to us: it would kill the processes 30 s after the first.
-        future = executor.submit(elastic_launch(config, sys.executable), "-m", module, *arguments)
+        program, *options = command_of(function)
+        future = executor.submit(elastic_launch(config, program), *options, *arguments)
         signals.forward_until_done(future)
         try:
             future.result()

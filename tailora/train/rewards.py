@@ -270,14 +270,14 @@ def serve() -> None:
     """Runs in the separate process until it is killed, or the parent is gone."""
     messages, parent = messages_of_parent(), connection_to_parent()
     functions, problems = list[RewardFunction](), list[str]()
-    for reward in messages.get():
+    for reward in messages.recv():
         try:
             functions.append(load_reward(reward))
         except ConfigError as error:
             problems.append(str(error))
     parent.send(Problem(listing(problems)) if problems else None)
     while True:
-        column, completions = messages.get()
+        column, completions = messages.recv()
         try:
             reply = _values(functions[column], completions)
         except Exception as error:  # noqa: BLE001  # whatever the user's code raises

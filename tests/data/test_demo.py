@@ -132,8 +132,12 @@ def wheel(shelf: Path) -> MakeWheel:
     return make
 
 
-def test_only_the_extracted_file_of_a_wheel_stays(wheel: MakeWheel, tmp_path: Path) -> None:
+def test_only_the_extracted_file_of_a_wheel_stays(
+    wheel: MakeWheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trap = b"raise SystemExit('imported')"
+    (tmp_path / "random.py").write_bytes(trap)
+    monkeypatch.chdir(tmp_path)
     made = wheel("parcel", {"parcel/__init__.py": trap, "parcel/data.bin": b"content"})
     folder = tmp_path / "out"
     folder.mkdir()

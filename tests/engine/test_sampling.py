@@ -16,6 +16,7 @@ from tiny_server import CHAT, TOKENIZER, Running, running, write_adapters
 from tailora.engine import sampling
 from tailora.engine.interface import Finish, Request, SamplingParams, Token
 from tailora.engine.sampling import WHITESPACE, RunningRequest, allow_only, json_matcher, next_tokens
+from tailora.errors import ConfigError
 from tailora.serve.schemas import ChatRequest, RequestError
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.25, 0.2]  # by likelihood: 1, 3, 4, 2, 0
@@ -232,6 +233,14 @@ def test_json_and_tools_exclude_each_other(server: Running) -> None:
         core.grammar(ChatRequest.model_validate(body))
     assert core.grammar(ChatRequest.model_validate({**body, "tool_choice": "none"})) is not None
     assert core.grammar(ChatRequest.model_validate({**body, "response_format": {"type": "text"}})) is None
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"allOf": [{"$ref": "#"}]}, {"anyOf": [{"$ref": "#"}]}])
+def test_a_schema_that_no_json_matches_is_refused(schema: dict[str, Any]) -> None:
+    tokenizer = from_tokenizer(TOKENIZER, eos_token=[2])
+    with pytest.raises(ConfigError, match=r"no JSON value matches the schema; check \$ref"):
+        json_matcher(schema, tokenizer)
+    assert allowed(json_matcher({"type": "array", "items": {"$ref": "#"}}, tokenizer))  # a list of lists, which may end
 
 
 def test_a_grammar_that_fails_ends_its_own_answer_alone() -> None:

@@ -1,5 +1,7 @@
 """Child processes end with their parent, with all that they started, and import tailora from anywhere."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,25 +11,40 @@ import psutil
 import pytest
 
 from tailora.errors import ConfigError, MemoryLimitError
-from tailora.train.child_process import ChildProcess, command_of, connection_to_parent, messages_of_parent
+from tailora.train.child_process import (
+    ChildProcess,
+    PipeError,
+    command_of,
+    connection_to_parent,
+    messages_of_parent,
+)
 from tailora.train.failures import Failure
 
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
-def answer(start: str) -> None:
-    """In the child: answers the first message with its pid and those of a process that it starts, and waits."""
+
+def answer(what: str) -> None:
+    """In the child: answers the first message with its pid and those of processes that it starts, and goes on."""
     messages, parent = messages_of_parent(), connection_to_parent()
     print("printed")
-    message = messages.get()
-    if start == "fail":
+    message = messages.recv()
+    if what == "fail":
         parent.send(Failure.of(ConfigError(message)))
-    sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    parent.send([message, psutil.Process().pid, sleeping.pid])
+    if what == "write":
+        os.write(parent.fileno(), message.encode())
+    assert not sys.stdin.read()  # the pipe of the messages is not its input
+    started = [subprocess.Popen(SLEEP, start_new_session=own_session) for own_session in (False, True)]
+    parent.send([message, os.getpid(), *(process.pid for process in started)])
+    if what == "compute":
+        9**9**9**9  # keeps Python's lock
+    elif what == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     time.sleep(600)
 
 
-def command() -> list[str]:
+def command(what: str) -> list[str]:
     here, name = str(Path(__file__).parent), Path(__file__).stem
-    run = [*command_of(answer)]
+    run = [*command_of(answer), what]
     return [part.replace(f"from {answer.__module__} ", f"sys.path.append({here!r}); from {name} ") for part in run]
 
 
@@ -40,11 +57,14 @@ def have_ended(pids: list[int]) -> bool:
     return False
 
 
+@pytest.mark.parametrize("what", ["sleep", "compute"])
 @pytest.mark.parametrize("how", ["end", "the parent closes its pipe"])
-def test_a_child_ends_with_all_that_it_started(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_ends_with_all_that_it_started(
+    what: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "random.py").write_text("raise SystemExit('the wrong module')")
     monkeypatch.chdir(tmp_path)
-    with ChildProcess([*command(), "run"], log=tmp_path / "log.txt") as child:
+    with ChildProcess(command(what), log=tmp_path / "log.txt") as child:
         child.send("hello")
         message, *pids = child.receive(60)
         assert message == "hello"
@@ -61,8 +81,27 @@ def test_a_child_ends_with_all_that_it_started(how: str, tmp_path: Path, monkeyp
     assert (tmp_path / "log.txt").read_text() == "printed\n"
 
 
+def test_what_a_crashed_child_started_in_its_group_ends_too(tmp_path: Path) -> None:
+    with ChildProcess(command("crash"), log=tmp_path / "log.txt") as child:
+        child.send("hello")
+        _, pid, in_group, in_own_session = child.receive(60)
+        try:
+            assert have_ended([pid, in_group])
+            assert f"the work exited with code {-signal.SIGSEGV}" in str(child.error("the work"))
+        finally:
+            psutil.Process(in_own_session).kill()  # nobody knows any more who started it
+
+
 def test_an_error_of_tailora_is_raised_in_the_parent(tmp_path: Path) -> None:
-    with ChildProcess([*command(), "fail"], log=tmp_path / "log.txt") as child:
+    with ChildProcess(command("fail"), log=tmp_path / "log.txt") as child:
         child.send("the reason")
         with pytest.raises(ConfigError, match="the reason"):
+            child.receive(60)
+
+
+@pytest.mark.parametrize("text", ["a line of text\n", "\x80\x05", "\0\0\0\5value"])
+def test_what_a_child_writes_to_the_pipe_is_no_message(text: str, tmp_path: Path) -> None:
+    with ChildProcess(command("write"), log=tmp_path / "log.txt") as child:
+        child.send(text)
+        with pytest.raises(PipeError, match="it wrote to the pipe"):
             child.receive(60)

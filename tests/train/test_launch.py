@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from benchmarks.serving.server_process import free_port
+from tailora.cli.__main__ import run
 from tailora.cli.main import main
 from tailora.core import device
 from tailora.errors import WORSE, ConfigError
@@ -46,6 +47,7 @@ class Start:
                 command,
                 stdout=file,
                 stderr=file,
+                cwd=folder,
                 env={**kept, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", **environment},
                 start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
@@ -88,7 +90,7 @@ def launcher(name: str, words: list[str]) -> list[str]:
     torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tailora", "--"]
     accelerate = [*python, "accelerate.commands.launch", "--multi-gpu", "--num-processes", "2"]
     ways = {
-        "tailora": [*python, "tailora", *words, "--nproc-per-node", "2"],
+        "tailora": [sys.executable, "-P", "-m", "tailora", *words, "--nproc-per-node", "2"],
         "torchrun": [*torchrun, *words],
         "accelerate": [*accelerate, "--main_process_port", "0", "-m", "tailora", *words],
     }
@@ -182,6 +184,8 @@ def test_a_signal_to_the_launcher_stops_all_and_the_printed_command_goes_on(
 def test_a_mistake_that_all_processes_notice_is_shown_once(
     way: str, flag: str, value: str, settings: Any, tmp_path: Path
 ) -> None:
+    if way == "tailora":
+        (tmp_path / "random.py").write_text("raise SystemExit('the wrong module')")
     code, text = Start(launcher(way, flags(settings(**{flag: value}))), tmp_path).end()
     assert code == (2 if way == "tailora" else 1), text  # torchrun has no other
     assert value in one_error_in(text)
@@ -401,4 +405,4 @@ def test_the_processes_get_the_arguments(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("tailora.cli.train.launch", lambda *arguments: started.append(arguments))
     given = ["demo", "--r", "4", "--device", "cpu", "--nproc-per-node", "2"]
     assert main(["--", *given]) == 0
-    assert started == [(given, 2, Path("outputs/demo"), [WORSE])]
+    assert started == [(run, given, 2, Path("outputs/demo"), [WORSE])]
