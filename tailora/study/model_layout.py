@@ -14,9 +14,8 @@ from typing import Any, cast
 from torch import nn
 
 from tailora.core.adapter import layer_key
-from tailora.core.config import ALL_LAYERS, ALL_LINEAR, LANGUAGE_MODEL, LoRAConfig
+from tailora.core.config import ALL_LINEAR, LANGUAGE_MODEL, LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import layer_path_of, layer_type_of
 from tailora.core.patterns import exactly, layer_index, pattern_matches
 from tailora.core.targets import selected_candidates, task_heads
 from tailora.model import LoRAModel
@@ -154,7 +153,7 @@ def _ends(path: str) -> list[str]:
     return [".".join(names[start:]) for start in range(len(names) - 1, -1, -1)]
 
 
-# ---- Trained and untrained parts
+# ---- Trained layers
 
 
 @dataclass(frozen=True)
@@ -183,17 +182,6 @@ class TrainedGroup:
     parameters: int
 
 
-@dataclass(frozen=True)
-class UnadaptedGroup:
-    """Similar layers that stay unchanged. parameters: their total; 0 if tied to another weight."""
-
-    path: str
-    kind: str
-    count: int
-    parameters: int
-    reason: str
-
-
 def adapted_modules(model: LoRAModel) -> list[AdaptedModule]:
     modules = []
     for row in model.summary().rows:
@@ -213,49 +201,6 @@ def trained_groups(model: LoRAModel) -> list[TrainedGroup]:
     return [
         TrainedGroup(with_layer_range([*members]), kind, shape, r, alpha, len(members), sum(members.values()))
         for (_, kind, shape, r, alpha), members in groups.items()
-    ]
-
-
-def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
-    """Groups the modules whose weights the active adapter neither adapts nor trains."""
-    base, config = model.base_model, model.adapters[model.active_adapters[0]]
-    modules = dict(base.named_modules())
-    paths = [row.path for row in model.summary().rows]
-    trained = {*paths, *(layer_path_of(base, path) for path in paths)}
-    get_head = getattr(base, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    excluded = set(selected_candidates(base, modules, config.replaced(exclude_modules=None)))
-    of_all_layers = config.replaced(layers_to_transform=None, layers_pattern=None)
-    in_all_linear = selected_candidates(base, modules, config.replaced(target_modules=ALL_LINEAR))
-    in_other_layers = set(selected_candidates(base, modules, of_all_layers))
-    groups: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # -> path -> parameters
-    seen: set[int] = set()
-    for path, module in modules.items():
-        parameters = list(module.parameters(recurse=False))
-        if not parameters or any(path == other or path.startswith(f"{other}.") for other in trained):
-            continue
-        layer_type = layer_type_of(module)
-        if layer_type is None:
-            reason = "not a matrix, so no low-rank update"
-        elif path in excluded:
-            reason = "in exclude_modules"
-        elif path in in_other_layers:
-            reason = "layer not in layers_to_transform"
-        elif config.target_modules in ALL_LAYERS and module is head:
-            reason = "output head; add its name to adapt it"
-        elif config.target_modules in ALL_LAYERS and not layer_type.is_linear:
-            reason = "not linear; add its name to adapt it"
-        elif config.target_modules == LANGUAGE_MODEL and path in in_all_linear:
-            reason = "not in the language model; use --target-modules all-linear to adapt it"
-        else:
-            reason = "not in target_modules"
-        count = sum(parameter.numel() for parameter in parameters if id(parameter) not in seen)
-        seen |= {id(parameter) for parameter in parameters}
-        name = type(module).__name__.removeprefix("Thawing")
-        groups[without_layer(path), name, reason + ("" if count else "; tied to another weight")][path] = count
-    return [
-        UnadaptedGroup(with_layer_range([*members]), name, len(members), sum(members.values()), reason)
-        for (_, name, reason), members in groups.items()
     ]
 
 

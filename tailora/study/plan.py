@@ -30,7 +30,7 @@ from tailora.formats.run_folder import write_report
 from tailora.model import LoRAModel
 from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, find_cards
 from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
-from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
+from tailora.study.model_layout import adapted_modules, trained_groups
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
 from tailora.train import memory_estimate as estimate
 from tailora.train.config import GRPO, PREFERENCE_FIELDS, TASK_TYPES, TrainConfig
@@ -180,7 +180,7 @@ def what_is_trained(fake: estimate.FakeModel) -> dict[str, Any]:
     model, summary = fake.model, fake.model.summary()
     layers: dict[str, Any] = {}
     if isinstance(model, LoRAModel):
-        layers = {"modules": adapted_modules(model), "groups": trained_groups(model), "left": unadapted_groups(model)}
+        layers = {"modules": adapted_modules(model), "groups": trained_groups(model)}
     return {
         "dtype": str(fake.base.dtype).removeprefix("torch."),
         "kernels": fake.kernels.description,

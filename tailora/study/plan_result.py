@@ -6,7 +6,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tailora.study.model_layout import AdaptedModule, TrainedGroup, UnadaptedGroup
+from tailora.study.model_layout import AdaptedModule, TrainedGroup
 from tailora.train.measure_steps import StepsMeasured
 from tailora.train.memory_estimate import Memory
 
@@ -58,7 +58,6 @@ class Plan:
     parts: list[str] = field(default_factory=list)  # of a vision-language model, those with an update
     modules: list[AdaptedModule] = field(default_factory=list)
     groups: list[TrainedGroup] = field(default_factory=list)  # of modules
-    left: list[UnadaptedGroup] = field(default_factory=list)  # parts that would not be trained
     options: list[Option] = field(default_factory=list)
     remedies: list[str] = field(default_factory=list)  # settings that need less memory, if the run does not fit
     examples: int | None = None  # for training; None if unknown, as are the following
@@ -80,5 +79,4 @@ class Plan:
         """Plain values for JSON."""
         content = asdict(self)
         full = None if self.full is None else {**content["full"], "memory": self.full.memory.to_dict()}
-        reasons = {group.path: group.reason for group in self.left}
-        return {**content, "memory": self.memory.to_dict(), "full": full, "left_alone": reasons, "fits": self.fits}
+        return {**content, "memory": self.memory.to_dict(), "full": full, "fits": self.fits}

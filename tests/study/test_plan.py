@@ -60,12 +60,9 @@ def test_what_a_plan_of_reinforcement_learning_excludes_is_named(small_run: Trai
         plan(TrainConfig(model=small_run.model, task="grpo", reward=["max_length:9"]))
 
 
-def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:
-    found = plan(changed(small_run, target_modules=["q_proj"], layers_to_transform=[1]))
-    reasons = {each.path: each.reason for each in found.left}
-    assert "layers_to_transform" in reasons["model.layers.0.self_attn.q_proj"]
-    assert "not in target_modules" in reasons["model.layers.{0-1}.mlp.up_proj"]
-    assert [each.path for each in found.groups] == ["model.layers.1.self_attn.q_proj"]
+def test_trained_layers_are_grouped(small_run: TrainConfig) -> None:
+    found = plan(changed(small_run, target_modules=["q_proj"]))
+    assert [(each.path, each.count) for each in found.groups] == [("model.layers.{0-1}.self_attn.q_proj", 2)]
 
 
 @pytest.mark.parametrize(("room", "count"), [(109, 0), (110, 1), (119, 1), (120, 2), (200, 10), (10**9, 10)])

@@ -24,7 +24,6 @@ def plan_page(plan: Plan) -> Page:
         Section("Memory", f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {basis}.", _memory(plan)),
         Section("What fits", f"In {available}, with all other settings unchanged.", [options]),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
-        Section("Every matrix with a low-rank update", "", [_matrices(plan)]),
         Section("Settings", "", [settings_table("Settings", ("", plan.settings))]),
     ]
     name = plan.model.rstrip("/").rpartition("/")[2]
@@ -66,9 +65,7 @@ def _trained(plan: Plan) -> list[Block | None]:
         shape = " × ".join(map("{:,}".format, group.shape))
         r, alpha = (NONE if value is None else f"{value:g}" for value in (group.r, group.alpha))
         rows.append([group.path, group.kind, shape, r, alpha, f"{group.parameters:,}"])
-    left = [[group.path, f"{group.parameters:,}", group.reason] for group in plan.left]
-    left_columns = [Column("path"), *numeric("parameters"), Column("why")]
-    return [Table(columns, rows) if rows else None, Table(left_columns, left, "Not trained") if left else None]
+    return [Table(columns, rows) if rows else None]
 
 
 def _memory(plan: Plan) -> list[Block | None]:
@@ -134,13 +131,3 @@ def _steps(plan: Plan) -> str:
     total = "" if plan.seconds is None else f", {duration(plan.seconds)} in total"
     per_step = f"{duration(plan.seconds_per_step)} per step{total} ({basis})"
     return f"{ranks}{steps} {per_step}. Evaluations, answers and saving are not included."
-
-
-def _matrices(plan: Plan) -> Table | None:
-    rows = [
-        [m.path, m.kind, f"{m.in_features:,} × {m.out_features:,}", str(m.r), f"{m.alpha:g}", f"{m.parameters:,}"]
-        for m in plan.modules
-    ]
-    columns = [Column("matrix"), Column("type"), *numeric("in × out", "r", "alpha", "parameters")]
-    title = plural(len(rows), "matrix", "matrices")
-    return Table(columns, rows, title, folded=True, detail="page") if rows else None
