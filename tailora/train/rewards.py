@@ -250,7 +250,7 @@ class RewardProcess:
             return self._child.receive(seconds)
         except TimeoutError:
             return Problem(f"it did not return within {seconds:g} seconds; use a higher --reward-seconds")
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             return Problem(f"the process of the reward functions ended with exit code {self._child.process.wait()}")
 
     def _failed(self, column: int, completions: Sequence[Completion], problem: Problem) -> RewardError:
