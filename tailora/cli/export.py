@@ -113,7 +113,11 @@ def export(
         report.files[SYSTEM] = (report.folder / SYSTEM).stat().st_size
         report.changes.append(f"the system message used in training is in {SYSTEM}; answers without it can be worse")
     if verification_file and labels is None and task == CAUSAL_LM:
-        report.files.update(add_passport(report.folder, adapted, tokenizer))
+        try:
+            create_passport(report.folder, adapted, tokenizer)
+            report.files[PASSPORT] = (report.folder / PASSPORT).stat().st_size
+        except DataError as error:  # the export is complete
+            note(f"{PASSPORT} was not written: {error}")
     seconds = time.perf_counter() - started
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})
@@ -121,16 +125,6 @@ def export(
     code = commands_of_format(report, base, labels) if serving is None else commands_of_target(report, serving)
     show(stdout(), report, code, seconds)
     return 0
-
-
-def add_passport(folder: Path, model: Any, tokenizer: Any) -> dict[str, int]:
-    """Writes the verification file. Returns file name -> bytes; {} if that is impossible."""
-    try:
-        create_passport(folder, model, tokenizer)
-    except DataError as error:  # the export is complete
-        note(f"passport.json was not written: {error}")
-        return {}
-    return {PASSPORT: (folder / PASSPORT).stat().st_size}
 
 
 def check_target(to: str, adapter: Path, output: Path, base: str, labels: "Labels | None", task: str) -> None:

@@ -41,10 +41,10 @@ def read_offline(path: Path) -> OfflineAdapter:
     if path.is_file() or (path / GGUF_WEIGHTS).is_file():
         raise ConfigError(f"{path}: reading its layer names requires the base model; pass it with --model")
     is_mlx = (path / MLX_WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).is_file()
-    return updates_of(mlx.read(path) if is_mlx else read_peft_folder(path))
+    return stored_updates(mlx.read(path) if is_mlx else read_peft_folder(path))
 
 
-def updates_of(stored: StoredAdapter) -> OfflineAdapter:
+def stored_updates(stored: StoredAdapter) -> OfflineAdapter:
     """Raises FormatError with everything that is damaged."""
     _, config = stored_configs(stored, [])
     layers: dict[str, dict[str, Tensor]] = {}  # path -> slot -> tensor

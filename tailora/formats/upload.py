@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tailora.errors import ConfigError, FormatError, WriteError, listing
 from tailora.formats.hub import SIGNATURE, hub_errors, is_written_by_tailora, public_name, signed
 from tailora.formats.io import check_is_file, safetensors_header, with_metadata, wrap_os_error
-from tailora.formats.offline import updates_of
+from tailora.formats.offline import stored_updates
 from tailora.formats.peft import read_peft_folder
 from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, METADATA_KEY, SYSTEM, TOKENIZER_FILES
 
@@ -43,7 +43,7 @@ def shared_files(folder: Path, base_name: str | None = None) -> tuple[dict[str, 
     Raises FormatError for a link, and for a folder that is damaged or is not an adapter in PEFT's format.
     """
     stored = read_peft_folder(folder)
-    updates_of(stored)
+    stored_updates(stored)
     if stored.settings is None:
         raise FormatError(f"{folder} has no {ADAPTER_CONFIG}, which PEFT and servers need; save the adapter again")
     files = {name: shared_content(folder / name) for name in SHARED if (folder / name).exists()}

@@ -42,13 +42,13 @@ from tailora.patches import attention_of
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import (
     LayerCall,
+    calls_of_layers,
     compare_layers,
-    layer_calls,
     obstacle_to_form,
     obstacle_to_provider,
     obstacle_to_sharing,
     outputs_and_gradients,
-    parts_of,
+    parts_of_sample,
     short_examples,
 )
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
@@ -214,7 +214,7 @@ def _try_compiled(
         return None, obstacle
     checked = "checked when the run was started"
     if recorded is None:
-        parts = parts_of(sample, base)
+        parts = parts_of_sample(sample, base)
         obstacle, checked = _try_on_all_ranks(lambda: compare_layers(model, parts, layout, compiled))
         if obstacle is not None:
             return None, obstacle
@@ -258,7 +258,7 @@ def _compare_time(
     documents = [Example.of_text(part) for part in np.split(ids, [TIMED_TOKENS // 2 - 8])]  # of different lengths
     ours, theirs = [], []
     with layout.used_by(base):
-        calls = {layer_kind(call[0]): call for call in layer_calls(model, decoder_layers(base), documents, layout)}
+        calls = {layer_kind(call[0]): call for call in calls_of_layers(model, decoder_layers(base), documents, layout)}
         if not calls:
             return "the model does not call them for text", ""
         for _ in range(1 + TIMES):  # in turns; the first of each is not counted

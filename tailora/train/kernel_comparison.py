@@ -73,7 +73,7 @@ def random_documents(config: Any, further: tuple[int, ...] = ()) -> list[Example
     return [Example.of_text(random.integers(config.vocab_size, size=length).astype(np.int32)) for length in lengths]
 
 
-def parts_of(sample: Example, base: PreTrainedModel) -> list[Example]:
+def parts_of_sample(sample: Example, base: PreTrainedModel) -> list[Example]:
     """Returns two documents from the start of the sample, longer than a sliding window unless that is long."""
     lengths = [len(document.input_ids) for document in random_documents(base.config)]
     parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
@@ -301,7 +301,7 @@ def compare_layers(
     # nothing is drawn at random; a model without dropout stays in training mode, for which compiled code is made
     in_mode = evaluating(model) if has_dropout(base) else nullcontext()
     with in_mode, zeros_randomized(model), layout.used_by(base):
-        for layer, inputs, arguments in layer_calls(model, decoder_layers(base), examples, layout):
+        for layer, inputs, arguments in calls_of_layers(model, decoder_layers(base), examples, layout):
             plain = outputs_and_gradients(layer, inputs, arguments)
             with compiled.used_by([layer]):
                 other = outputs_and_gradients(layer, inputs, arguments)
@@ -330,7 +330,7 @@ def has_dropout(base: nn.Module) -> bool:
 LayerCall = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # its inputs: x (batch, tokens, hidden), others
 
 
-def layer_calls(
+def calls_of_layers(
     model: Trainable, layers: Sequence[nn.Module], examples: Sequence[Example], layout: BatchLayout
 ) -> list[LayerCall]:
     calls: list[LayerCall] = []
