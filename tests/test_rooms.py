@@ -26,7 +26,7 @@ MOST_LINES = {
     "core": 6960,
     "formats": 4120,
     "model": 520,
-    "data": 4500,
+    "data": 4520,
     "kernels": 1520,
     "engine": 940,
     "train": 9620,
@@ -35,7 +35,7 @@ MOST_LINES = {
     "verify": 1000,
     "report": 2640,
     "serve": 2040,
-    "cli": 4260,
+    "cli": 4280,
 }
 MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines

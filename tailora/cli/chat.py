@@ -4,9 +4,11 @@ Answers go to stdout, everything else to stderr.
 """
 
 import math
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -47,12 +49,12 @@ MEMORY_ADVICE = "try a shorter prompt, a smaller --max-new-tokens or --model, or
 
 HELP = """\
 /adapter NAME [STRENGTH]   use this adapter; STRENGTH 0.7 scales it to 70%
-/base                      use no adapter
+/base                      answer the last message again, with the adapter and without
 /image FILE                attach an image to the next message
 /reset                     start a new conversation
 /help                      show these commands
-/quit                      end the chat (or press Ctrl-D)"""
-COMMANDS = [line.split()[0] for line in HELP.splitlines()]
+/exit, /quit               end the chat (or press Ctrl-D)"""
+COMMANDS = re.findall(r"/\w+", HELP)
 
 
 @Parameter(name="*")
@@ -112,12 +114,12 @@ def chat(
             line = input(prompt).strip()
         except EOFError:
             return 0
-        if line == "/quit":
+        if line in ("/exit", "/quit"):
             return 0
         if line.startswith("/"):
             try:
                 log(run_command(session, line))
-            except (AdapterError, ConfigError, DataError) as error:  # a typo; nothing has changed
+            except (AdapterError, ConfigError, DataError, MemoryLimitError) as error:  # a typo; nothing has changed
                 log(str(error))
         elif line:
             answer(session, line)
@@ -131,39 +133,45 @@ def attach_images(session: ChatSession, images: list[Any]) -> str:
 
 
 def answer(session: ChatSession, text: str) -> None:
-    """Streams the answer. Ctrl-C ends it and keeps the text so far. If answering fails, the message is dropped."""
-    from tailora.train.generate import stream_reply
-    from tailora.train.memory import explain_out_of_memory
-
-    loaded = session.loaded
-    system = [{"role": "system", "content": session.system}] if session.system else []
+    """Streams the answer and adds it to the conversation. If answering fails, the message is dropped."""
     images, session.images = session.images, []
-    reply = ""
     try:
         asked: Messages = [{"role": "user", "content": text}]
         messages = [*session.messages, *(asked if session.obstacle else place_images(asked, images))]
+        session.messages[:] = [*messages, {"role": "assistant", "content": stream(session, messages)}]
+    except (DataError, MemoryLimitError) as error:
+        log(f"error: {error}\nthe message was dropped; use /reset to start a new, shorter conversation")
+
+
+def stream(session: ChatSession, messages: Messages) -> str:
+    """Prints an answer and returns it; Ctrl-C ends it and keeps the text so far. Raises DataError, MemoryLimitError."""
+    from tailora.train.generate import stream_reply
+    from tailora.train.memory import explain_out_of_memory
+
+    loaded, reply = session.loaded, ""
+    system = [{"role": "system", "content": session.system}] if session.system else []
+    try:
         with explain_out_of_memory("answering", MEMORY_ADVICE):
             for piece in stream_reply(loaded.model, loaded.tokenizer, [*system, *messages], **asdict(session.sampling)):
                 reply += piece
                 write_stdout(piece)
     except KeyboardInterrupt:
         log("interrupted")
-    except (DataError, MemoryLimitError) as error:
+    except (DataError, MemoryLimitError):
         write_stdout("\n" if reply else "")
-        log(f"error: {error}\nthe message was dropped; use /reset to start a new, shorter conversation")
-        return
+        raise
     write_stdout("\n")
-    session.messages[:] = [*messages, {"role": "assistant", "content": reply}]
+    return reply
 
 
 def run_command(session: ChatSession, line: str) -> str:
     """Runs one /command and returns what to show. Raises ConfigError or AdapterError."""
     model, names = session.loaded.model, session.loaded.adapters
     command, *words = line.split()
+    if command in ("/adapter", "/base") and not names:
+        raise ConfigError("no adapter is loaded; restart with --adapter FOLDER")
     match command:
         case "/adapter":
-            if not names:
-                raise ConfigError("no adapter is loaded; restart with --adapter FOLDER")
             if not words:
                 raise ConfigError(f"usage: /adapter NAME [STRENGTH]; available: {', '.join(names)}")
             try:
@@ -177,9 +185,13 @@ def run_command(session: ChatSession, line: str) -> str:
             session.system = session.systems[words[0]]
             return f"adapter {words[0]} at {strength:g}"
         case "/base":
-            if names:
-                model.set_adapter(None)
-            return f"no adapter{'; the conversation continues (/reset starts a new one)' if session.messages else ''}"
+            if not session.messages:
+                raise ConfigError("/base answers the last message again; send a message first")
+            for name, adapter in ((model.active_adapters[0], nullcontext()), ("no adapter", model.disable_adapter())):
+                log(f"with {name}:")
+                with adapter:
+                    stream(session, session.messages[:-1])
+            return ""
         case "/image":
             if not words:
                 raise ConfigError("usage: /image FILE, such as /image cat.png")

@@ -60,21 +60,14 @@ def data(
         check_result_folder(output_dir, REPORT_FILES, overwrite=overwrite)
     check_sources(model=settings.model, data=(*source_names(settings.data), settings.eval_data))
     fetch_sources(settings.model)
-    import torch
-
-    from tailora.data.prepare import check_vocabulary
     from tailora.data.tokenize import preview
     from tailora.report.pages.data import DataContent
     from tailora.train.dataloader import read_whole
-    from tailora.train.model_loading import load_tokenizer, new_model, read_config
+    from tailora.train.model_loading import load_tokenizer
     from tailora.train.setup import find_labels
 
-    tokenizer, model_config = load_tokenizer(settings.model), read_config(settings.model)
-    with torch.device("meta"):
-        empty = new_model(model_config, settings.model, settings.task)
-    embedding_rows = empty.get_input_embeddings().weight.shape[0]
     labels, _ = find_labels(settings)
-    check_vocabulary(tokenizer, embedding_rows)
+    tokenizer = load_tokenizer(settings.model, labels)
     prepared = read_whole(settings, tokenizer, labels)
     for problem in prepared.skipped[:MAX_SHOWN]:
         note(f"skipped {problem}")

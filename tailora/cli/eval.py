@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +260,7 @@ def data_scores(
 def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
     """Returns all scores, or those that are chosen or needed by gates. A base with a new head is not evaluated."""
     from tailora.cli.progress import counter
-    from tailora.evaluation.classification import evaluate_labels
+    from tailora.evaluation.classification import check_packages, evaluate_labels, score_names
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.model_loading import labels_of_config, read_config
 
@@ -277,17 +277,22 @@ def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
                 "there is nothing to compare; use a gate without _change"
             )
         note(f"the base model {target.model} has no head for these labels, so only the adapter is evaluated")
+    needed = [*evaluation.metrics, *(gate.metric.removesuffix(CHANGE) for gate in gates)]
+    check_packages()
+    check_scores(needed, score_names(labels), labels.task)
     reading: Any = {"field": evaluation.config.field, "max_length": evaluation.config.max_length, "limit": given.limit}
     reading["trained_rows"] = target.trained_rows
     model, tokenizer = evaluation.load(given.device, labels)
     with explain_out_of_memory("evaluating", MEMORY_ADVICE), counter(stderr(), "rows") as progress:
         scores = evaluate_labels(model, tokenizer, labels, given.data, base=base, progress=progress, **reading)
-    needed = [*evaluation.metrics, *(gate.metric.removesuffix(CHANGE) for gate in gates)]
-    if missing := [name for name in needed if name not in scores.metrics]:
-        raise ConfigError(
-            f"unknown score {', '.join(missing)} for {labels.task} on this data; available: {', '.join(scores.metrics)}"
-        )
+    check_scores(needed, scores.metrics, f"{labels.task} on this data")
     return scores.only(needed) if evaluation.metrics else scores
+
+
+def check_scores(needed: Sequence[str], available: Collection[str], what: str) -> None:
+    """Raises ConfigError for a metric or a gate without a score."""
+    if missing := [name for name in needed if name not in available]:
+        raise ConfigError(f"unknown score {', '.join(missing)} for {what}; available: {', '.join(available)}")
 
 
 def find_target(adapter: str | None, model: str | None) -> EvalTarget:

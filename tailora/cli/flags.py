@@ -27,7 +27,7 @@ from tailora.core.config import ALL_LAYERS, StrictModel
 from tailora.core.setting_names import ALIASES, suggestion
 from tailora.errors import ConfigError, listing
 from tailora.formats.run_folder import recorded_settings
-from tailora.train.config import TrainConfig
+from tailora.train.config import ACCUMULATION, TrainConfig
 from tailora.train.config_file import read_config_file
 
 FIELDS = TrainConfig.model_fields
@@ -35,12 +35,9 @@ SECTIONS = {  # section of --help -> its settings; all other settings are advanc
     "Model and data": ("model", "data", "eval_data", "validation_split", "field", "max_length", "output_dir"),
     "Task": ("task", "reward"),
     "Adapter": ("method", "r", "lora_alpha", "target_modules", "adapter"),
-    "Optimization": (
-        *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-        "gradient_accumulation_steps",
-    ),
+    "Optimization": ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", ACCUMULATION),
     "Memory and devices": ("quantize", "gradient_checkpointing", "device", "fsdp"),
-    "Evaluation and files": ("eval_steps", "save_steps", "resume_from_checkpoint", "report_to"),
+    "Evaluation and files": ("eval_steps", "resume_from_checkpoint"),
 }
 # Flags whose values may contain commas, so that they are repeated instead -> how --help shows their value
 REPEATED = {"data": "DATA[=WEIGHT]", "reward": "REWARD[=WEIGHT]", "eval_reward": "REWARD"}

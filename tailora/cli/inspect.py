@@ -1,5 +1,6 @@
 """`tailora inspect ADAPTER`: shows what an adapter learned in each layer, with advice for the next run."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,8 @@ from tailora.cli.models import (
     find_adapter,
     quantize_method,
 )
-from tailora.formats.run_folder import REPORT_FILES, check_result_folder, write_report
+from tailora.errors import ConfigError
+from tailora.formats.run_folder import REPORT_FILES, check_result_folder, recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
@@ -27,8 +29,8 @@ Flags: Any = flags_of(TrainConfig, ["field", "system", "max_length"])
 Model = Annotated[
     str | None,
     Parameter(
-        help="base model (folder, Hub id or 'demo'); with it, the report also shows ||dW|| / ||W|| and intruder "
-        "dimensions; with --data, the default is the base model named in the adapter"
+        help="base model (folder, Hub id or 'demo') for ||dW|| / ||W||, intruder dimensions and --data; default: the "
+        "one that the adapter's run used; none: use only the adapter's files"
     ),
 ]
 Data = Annotated[
@@ -58,15 +60,20 @@ def inspect(
 ) -> int:
     """Show what an adapter learned in each layer, with advice for the next run.
 
-    Without --model and --data, this shows the rank and energy of every module. --model adds the size of each update
-    relative to the base model's weights, and its new directions. --data adds how much each part lowers the loss. The
-    rules behind the advice are explained under "Inspecting an adapter" in the docs.
+    The adapter's files show the rank and energy of every module. The base model adds the size of each update relative
+    to its weights, and the update's new directions. --data adds how much each part lowers the loss. The rules behind
+    the advice are explained under "Inspecting an adapter" in the docs.
     """
     folder = find_adapter(adapter)
     if output_dir is not None:
         check_result_folder(output_dir, REPORT_FILES, overwrite=overwrite)
-    if model is not None or data is not None or forgetting_data is not None:  # the loss needs the base model
+    if model == "none":
+        model = None
+    elif model is not None or data is not None or forgetting_data is not None:  # the loss needs the base model
         model = base_model_name(model, [folder])
+    elif recorded_settings(folder):
+        with suppress(ConfigError):  # the base is gone
+            model = base_model_name(None, [folder])
     check_sources(data=(data, forgetting_data))
     log("loading the adapter")
     from tailora.cli.progress import counter

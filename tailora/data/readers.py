@@ -178,16 +178,18 @@ def read_file(path: Path) -> Rows:
 
 
 def read_jsonl(path: Path) -> Rows:
-    """Reads one JSON object per line; skips blank lines."""
+    """Reads one JSON object per line, or a list of objects, as in a .json file; skips blank lines."""
     with path.open("rb") as file:
-        yield from read_json_lines(path, file)
+        first = next(filter(bytes.strip, file), b"").decode("utf-8-sig", "replace")
+        file.seek(0)
+        yield from read_json(path) if first.lstrip().startswith("[") else read_json_lines(path, file)
 
 
 def read_json_lines(path: Path, lines: Iterable[bytes]) -> Rows:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                value = json.loads(line.decode("utf-8-sig").rstrip())
+                value = json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 yield RowProblem(str(path), number, _json_cause(error), content=line.decode(errors="replace"))
             else:
@@ -197,10 +199,11 @@ def read_json_lines(path: Path, lines: Iterable[bytes]) -> Rows:
 def read_json(path: Path) -> Rows:
     """Reads a list of objects, an object that contains one such list, or JSON lines in a .json file."""
     try:
-        value = json.loads(path.read_text("utf-8-sig"))
+        value = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            yield from read_jsonl(path)
+            with path.open("rb") as file:
+                yield from read_json_lines(path, file)
         else:
             where = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
             yield RowProblem(str(path), 0, f"{where}{_json_cause(error)}")
@@ -217,6 +220,13 @@ def read_json(path: Path) -> Rows:
 
 def _repeated(names: Iterable[str]) -> str:
     return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"an object has {_repeated(key for key, _ in pairs)} twice; keep only one")
+    return fields
 
 
 def _json_cause(error: Exception) -> str:

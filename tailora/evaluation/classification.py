@@ -251,6 +251,14 @@ def label_scores(data: LabelOutputs) -> dict[str, Score]:
     return scores
 
 
+def score_names(labels: Labels) -> list[str]:
+    """Returns the names of all scores that data with these labels may have, from one row for each label."""
+    every = np.eye(len(labels.names))
+    targets = every if labels.several else np.arange(len(labels.names), dtype=np.float64)[:, None]
+    data = LabelOutputs(labels, every, targets, np.ones(len(every), dtype=np.int64))
+    return ["loss", *_statistic(data)(np.ones((1, len(every))))]
+
+
 def label_changes(before: LabelOutputs, after: LabelOutputs) -> dict[str, Score]:
     """Returns the scores of `after` minus the scores of `before`, on the same rows."""
     first, second = _statistic(before), _statistic(after)

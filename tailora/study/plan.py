@@ -308,8 +308,7 @@ def read_batches(
     if "data" not in config.model_fields_set:
         batches = assumed_batches(config, shape, step)
     else:
-        vocabulary = shape.get_text_config().vocab_size
-        data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
+        data = read_data(config, load_tokenizer(config.model, labels), accelerator, labels)
         batches = batches_of(config, replace(data, shape=replace(data.shape, token_limit=limit)), step, nproc)
     if batches.task.reference is not None:
         batches.notes.append(

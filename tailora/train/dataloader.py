@@ -26,9 +26,9 @@ from tailora.core.device import copies_by_itself
 from tailora.data.chat_template import DataSettings
 from tailora.data.dataset import DataReport, Example, Examples, Int64, named_rows
 from tailora.data.demo import resolve_demo
-from tailora.data.image_processor import Tokenizer
+from tailora.data.image_processor import Tokenizer, text_tokenizer
 from tailora.data.labels import Labels
-from tailora.data.prepare import PreparedData, check_vocabulary, prepare, stream_examples
+from tailora.data.prepare import PreparedData, prepare, stream_examples
 from tailora.data.readers import Source, parse_sources, source_names
 from tailora.data.row_checks import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
@@ -120,20 +120,15 @@ class TrainingData:
         ]
 
 
-# The settings, the rows of the model's embedding, the tokenizer, and what a head for labels predicts -> the data
-ReadData = Callable[[TrainConfig, int, Tokenizer, Accelerator, Labels | None], TrainingData]
+# The settings, the tokenizer, and what a head for labels predicts -> the data
+ReadData = Callable[[TrainConfig, Tokenizer, Accelerator, Labels | None], TrainingData]
 
 
 def read_data(
-    config: TrainConfig,
-    embedding_rows: int,
-    tokenizer: Tokenizer,
-    accelerator: Accelerator,
-    labels: Labels | None = None,
+    config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator, labels: Labels | None = None
 ) -> TrainingData:
     """Reads, checks and tokenizes the data that `config` names. Raises DataError with all problems."""
     shape = step_shape(config, accelerator)
-    check_vocabulary(tokenizer, embedding_rows)
     if config.task == GRPO:
         return _sampled(config, tokenizer, shape)
     if config.streaming:
@@ -272,16 +267,12 @@ def stream_notes(data: TrainingData, max_length: int) -> list[str]:
 
 
 def random_data(
-    config: TrainConfig,
-    embedding_rows: int,
-    _tokenizer: Tokenizer,
-    accelerator: Accelerator,
-    _labels: Labels | None = None,
+    config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator, _labels: Labels | None = None
 ) -> TrainingData:
     """Returns random tokens instead of data: two steps of fully supervised examples of max_length, repeated."""
     shape = step_shape(config, accelerator)
-    random = np.random.default_rng(config.seed)
-    ids = random.integers(embedding_rows, size=(2 * shape.examples_per_step, config.max_length)).astype(np.int32)
+    random, size = np.random.default_rng(config.seed), (2 * shape.examples_per_step, config.max_length)
+    ids = random.integers(len(text_tokenizer(tokenizer)), size=size, dtype=np.int32)
     examples = Examples.of(map(Example.of_text, ids))
     steps = partial(dataset_steps, examples, shape)
     return TrainingData(None, None, steps, config.max_steps or 2, examples, shape)

@@ -35,6 +35,7 @@ from tailora.core.targets import set_missing_pooler, task_heads
 from tailora.data.demo import resolve_model
 from tailora.data.image_processor import Tokenizer, text_tokenizer
 from tailora.data.labels import Labels
+from tailora.data.prepare import check_vocabulary
 from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats.hub import check_model_exists
@@ -95,14 +96,20 @@ def read_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of a model, or the processor of one for images. Raises ConfigError if it cannot be read."""
+def load_tokenizer(name: str, labels: Labels | None = None) -> Tokenizer:
+    """Returns the tokenizer of a model, or the processor of one for images. labels: of a head, which reads text.
+
+    Raises ConfigError if it cannot be read, DataError if it has more ids than the model.
+    """
     with _reading(name) as source:
-        return _read_tokenizer(name, source, AutoConfig.from_pretrained(source))
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = _read_tokenizer(name, source, config, labels)
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size)
+    return tokenizer
 
 
-def _read_tokenizer(name: str, source: str, config: PretrainedConfig) -> Tokenizer:
-    if not reads_images(config):
+def _read_tokenizer(name: str, source: str, config: PretrainedConfig, labels: Labels | None) -> Tokenizer:
+    if labels is not None or not reads_images(config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
         return tokenizer
     if config.is_encoder_decoder:
@@ -141,6 +148,7 @@ def load_base(
     task: str = CAUSAL_LM,
     labels: Labels | None = None,
     seed: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
@@ -152,6 +160,7 @@ def load_base(
     task: decides on the class of the model.
     labels: those that the head predicts, for tasks with labels.
     seed: of a head that the files lack.
+    tokenizer: the model's, if it has been loaded.
 
     Raises ConfigError if they cannot be read, quantized or sharded. Pickled weights are not read.
     """
@@ -159,7 +168,7 @@ def load_base(
     precision = precision_of(dtype, device)
     with _reading(name) as source:
         config = AutoConfig.from_pretrained(source)
-        tokenizer = _read_tokenizer(name, source, config) if labels is None else AutoTokenizer.from_pretrained(source)
+        tokenizer = _read_tokenizer(name, source, config, labels) if tokenizer is None else tokenizer
         stored = format_of(config, name)
         is_plain = quantize is None and stored is None
         if sharding is not None:

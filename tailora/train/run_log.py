@@ -153,8 +153,10 @@ def _read_run(output_dir: Path) -> dict[str, Any]:
 
 
 def write_settings(output_dir: Path, config: TrainConfig) -> None:
-    """Writes config.yaml: `tailora train --config config.yaml` repeats the run."""
-    text = config_text(config.model_dump(exclude={"resume_from_checkpoint"}))
+    """Writes config.yaml: `tailora train --config config.yaml` repeats the run. What the run changes comes first."""
+    settings = config.model_dump(exclude={"resume_from_checkpoint"})
+    first = {name: settings.pop(name) for name in config.changed([*settings])}
+    text = f"{config_text(first)}\n# defaults of this version\n{config_text(settings)}"
     write_file(output_dir / CONFIG, text.encode())
 
 

@@ -1,6 +1,6 @@
 """What a run trains with: `set_up` makes it from the settings.
 
-data -> model -> adapter -> batch layout -> kernels -> memory -> optimizer -> state of the checkpoint
+tokenizer -> data -> model -> adapter -> batch layout -> kernels -> memory -> optimizer -> state of the checkpoint
 """
 
 import importlib.util
@@ -53,6 +53,7 @@ from tailora.train.model_loading import (
     labels_of_adapter,
     labels_of_config,
     load_base,
+    load_tokenizer,
     read_config,
     set_labels,
 )
@@ -176,13 +177,15 @@ def set_up(
         labels, has_new_head = find_labels(config)
         sharding = Sharding(device, config.fsdp_offload_params) if config.fsdp else None
         place = (config.model, config.dtype, device, config.quantize)
-        load = partial(load_base, *place, sharding=sharding, task=config.task, labels=labels, seed=config.seed)
-        base, tokenizer = load()
+        tokenizer = load_tokenizer(config.model, labels)
         shape = shape_of(config, labels, tokenizer)
+        data = read(config, tokenizer, accelerator, labels)  # before the model, which takes longer to load
+        head: Any = {"task": config.task, "labels": labels, "seed": config.seed}
+        load = partial(load_base, *place, sharding=sharding, tokenizer=tokenizer, **head)
+        base, _ = load()
         if dequantized := dequantization_note(shape, config.model):
             note(dequantized)
         weights = model_fingerprint(base)
-        data = read(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator, labels)
         if held_out is not None and data.held_out is not None:
             data = replace(data, held_out=data.held_out.select(held_out(len(data.held_out))))
         model = attach(config, base, tokenizer, saved, load)

@@ -34,24 +34,26 @@ def talk(lines: list[str], tokens: list[str], monkeypatch: pytest.MonkeyPatch) -
 def test_replies_go_to_stdout_and_switching_changes_them(
     tiny_model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = [
-        "hello",
-        "/reset",
-        "/base",
-        "hello",
-        "/reset",
-        "/adapter run 0",
-        "hello",
-        "/reset",
-        "/adapter run",
-        "hello",
-    ]
+    steps = ["hello", "/reset", "/adapter run 0", "hello", "/reset", "/adapter run", "hello"]
     assert talk(steps, ["--model", str(tiny_model), "--adapter", str(adapter)], monkeypatch) == 0
     shown = capsys.readouterr()
-    tuned, base, switched_off, back = shown.out.split("\n")[:4]
-    assert tuned != base == switched_off
-    assert back == tuned
+    tuned, base, back = shown.out.split("\n")[:3]
+    assert base != tuned == back
     assert "adapter run at 0" in shown.err
+
+
+def test_base_answers_with_and_without_the_adapter_and_the_conversation_goes_on_with_it(
+    tiny_model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["--model", str(tiny_model), "--adapter", str(adapter)]
+
+    def answers(*lines: str) -> list[str]:
+        assert talk([*lines], tokens, monkeypatch) == 0
+        return capsys.readouterr().out.split("\n")[:-1]
+
+    first, second, third = answers("hello", "which colour?", "hello")
+    base = answers("/adapter run 0", "hello")[0]
+    assert answers("hello", "/base", "which colour?", "hello") == [first, first, base, second, third]
 
 
 def test_the_conversation_is_remembered_until_reset(
@@ -71,7 +73,7 @@ def test_the_conversation_is_remembered_until_reset(
         ("/adapter run 1 2", "STRENGTH: expected one number such as 0.7"),
         ("/adpater run", "did you mean /adapter"),
         ("/help", "/base"),
-        ("hello\n/base", "no adapter; the conversation continues (/reset starts a new one)"),
+        ("/base", "/base answers the last message again; send a message first"),
     ],
 )
 def test_a_mistaken_command_is_told_and_the_chat_goes_on(
@@ -117,11 +119,14 @@ def test_a_chat_goes_on_when_memory_ends(
     assert len(shown.out.splitlines()) == 1
 
 
-def test_quit_ends_before_the_rest_is_read(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("line", ["/exit", "/quit"])
+def test_the_chat_ends_before_the_rest_is_read(
+    line: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert talk(["/quit", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
-    assert capsys.readouterr().out == ""
+    assert talk(["/base", line, "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "no adapter is loaded; restart with --adapter FOLDER" in shown.err
 
 
 def test_predict_answers_every_prompt_in_order(tiny_model: Path, adapter: Path) -> None:

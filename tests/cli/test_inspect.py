@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import call, check_refused, save_random_adapter
+from command_line import call, check_refused, output, save_random_adapter
 from tiny import chat_model
 
 
@@ -39,7 +39,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert "more rows" not in said
     assert "None of the applicable rules advises a change." in said or "Rules that advise" in said
     assert "module (after model.layers.)" in said
-    assert "‖ΔW‖/‖W‖" in said
+    assert "‖ΔW‖/‖W‖  " in said
 
 
 @pytest.mark.slow
@@ -76,9 +76,21 @@ def test_data_is_read_with_the_columns_and_the_system_message_of_the_run(adapter
     of_run, told = losses(tmp_path / "run")
     assert "using the column names from training: --field prompt=question,completion=reply; " in told
     assert of_run == losses(adapter, *flags)[0] != losses(adapter, *flags[:2])[0]
-    code, _, told = call("inspect", tmp_path / "run")
-    assert code == 0
-    assert "as in training" not in told  # no data is read
+
+
+def test_the_base_of_a_run_is_used_if_it_is_there(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(adapter, tmp_path / "run" / "adapter").parent
+    (run / "run.json").write_text(json.dumps({"settings": {"field": {"prompt": "question"}}}))
+    with_base = output("inspect", run, "--no-intruders")
+    assert with_base == output("inspect", run, "--no-intruders", "--model", tiny_model)
+    assert "‖ΔW‖/‖W‖  " in with_base
+    files = output("inspect", run, "--model", "none")
+    assert "‖ΔW‖/‖W‖  " not in files
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "absent/"}))
+    code, said, told = call("inspect", run)
+    assert (code, said.splitlines()[1:]) == (0, files.replace(str(tiny_model), "absent/").splitlines()[1:])
+    assert "using the column names" not in told  # no data is read
 
 
 MISTAKES = {

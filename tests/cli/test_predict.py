@@ -16,6 +16,7 @@ from tailora.cli.predict import ChatOptions, Question, read_question
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.readers import Row
 from tailora.formats.run_folder import write_system_message
+from tailora.train.model_loading import labels_of_adapter
 
 WORDS = {"positive": ["great", "lovely", "fine"], "negative": ["awful", "dull", "poor"]}
 ROWS = [
@@ -109,13 +110,24 @@ def test_a_question_has_the_tools_of_its_row_and_no_images() -> None:
     assert "images: predict does not support images" in str(with_image)
 
 
-def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
-    hint = "unknown score pearson for sequence-classification on this data; available: loss, accuracy"
-    check_refused(hint, "eval", folder / "run", "--data", folder / "rows.jsonl", "--metrics", "pearson")
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--metrics", "pearson"), ("--gate", "f1"), ("--gate", "f1_change"), ("--gate", "f1[absent]")]
+)
+def test_eval_names_a_score_that_there_is_not_before_it_loads_the_model(
+    flag: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.cli.eval.load_model", None)
+    if name.endswith("_change"):
+        with_head = labels_of_adapter(folder / "run")
+        monkeypatch.setattr("tailora.train.model_loading.labels_of_config", lambda _: with_head)
+    hint = f"unknown score {name.removesuffix('_change')} for sequence-classification; available: loss, accuracy"
+    value = f"{name}>0.5" if flag == "--gate" else name
+    check_refused(hint, "eval", folder / "run", "--data", folder / "rows.jsonl", flag, value)
 
 
 @pytest.mark.slow
-def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path) -> None:
+def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailora.cli.predict.CHUNK", 7)
     columns = {"number": 1, "share": float("nan"), "label": "unknown"}
     rows = write(tmp_path / "rows.jsonl", [{"text": row["text"], **columns} for row in ROWS])
     predictions = found("predict", folder / "run", rows)["predictions"]

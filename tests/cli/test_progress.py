@@ -194,12 +194,16 @@ def test_after_the_last_step_the_bar_says_what_goes_on(monkeypatch: pytest.Monke
     assert said in shown_by(io.StringIO(), [replace(step, step=12)])
 
 
-def test_elsewhere_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_long_work_says_how_far_it_is_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, file = iter([0.0, 9.0, 11.0, 11.0, 12.0, 22.0, 22.0]), io.StringIO()
+    with monkeypatch.context() as patched:
+        patched.setattr("tailora.cli.progress.SECONDS_BETWEEN_LINES", 10)
+        patched.setattr("tailora.cli.progress.monotonic", now.__next__)
+        with counter(Console(file=file), "answers") as progress:
+            for done in range(1, 5):
+                progress(done, 6)
+    assert file.getvalue() == "2 of 6 answers\n4 of 6 answers\n"
     monkeypatch.setattr("tailora.cli.progress.SECONDS_BETWEEN_LINES", 0)
-    file = io.StringIO()
-    with counter(Console(file=file), "answers") as progress:
-        progress(1, 6)
-    assert file.getvalue() == "1 of 6 answers\n"
     file = io.StringIO()
     assert "30 of 90 held-out examples" in shown_by(file, [EvaluationProgress(30, 90)])
 

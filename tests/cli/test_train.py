@@ -24,7 +24,7 @@ from tailora.evaluation.forgetting import KL_TOKENS, kl_texts
 from tailora.formats.run_folder import ADAPTER, PASSPORT, REPORT
 from tailora.report.format import duration
 from tailora.report.pages.train import Result, _numbers
-from tailora.report.run_verdict import remedy_of
+from tailora.report.run_verdict import effect_of, remedy_of, run_verdict
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.loss import Evaluation
@@ -307,16 +307,26 @@ def test_the_time_in_steps_of_a_resumed_run_is_no_part_of_its_last_command() -> 
     assert resumed.note == "since it was resumed; in total 38.5 s in training steps, 100 tokens/s"
 
 
-def test_a_change_that_may_be_chance_is_not_worse() -> None:
-    def result(*after: float) -> Any:
-        losses = np.ones(len(after)), np.array(after)
-        evaluations = [Evaluation(sums, np.ones(len(sums), np.int64)) for sums in losses]
-        return SimpleNamespace(before=evaluations[0], after=evaluations[1])
+@pytest.mark.parametrize(
+    ("after", "worse"),
+    [
+        ((1.2, 1.1, 1.1, 1.3, 1.2, 1.2), True),
+        ((1.2, 1.1, 1.1, 1.3, 1.2), False),  # too few
+        ((0.9, 1.1, 1.1, 1.3, 1.2, 0.9), False),
+        ((0.8, 0.9, 0.8, 0.9, 0.8, 0.8), False),
+    ],
+)
+def test_the_exit_code_and_the_verdict_are_worse_if_it_is_not_chance(after: tuple[float, ...], worse: bool) -> None:
+    ones = np.ones(len(after))
+    evaluations = [Evaluation(np.array(sums), ones.astype(np.int64)) for sums in (ones, after)]
+    assert is_worse(cast(Any, SimpleNamespace(before=evaluations[0], after=evaluations[1])), "causal-lm") == worse
+    effect = effect_of({}, [{"before": 1.0, "after": loss, "tokens": 1} for loss in after])
+    result = {"eval_loss_before": 1.0, "eval_loss_after": float(np.mean(after))}
+    verdict, remedy = run_verdict({}, {"learning_rate": 1e-3}, result, [{"loss": 1.0}], effect)
+    assert verdict.startswith("Worse than before training.") == bool(remedy) == worse
 
-    assert is_worse(result(1.2, 1.1, 1.1, 1.3, 1.2, 1.2), "causal-lm")
-    assert not is_worse(result(1.2, 1.1, 1.1, 1.3, 1.2), "causal-lm")  # too few
-    assert not is_worse(result(0.9, 1.1, 1.1, 1.3, 0.9, 0.9), "causal-lm")
-    assert not is_worse(result(0.8, 0.9, 0.8, 0.9, 0.8, 0.8), "causal-lm")
+
+def test_without_held_out_data_a_run_is_not_worse() -> None:
     assert not is_worse(cast(Any, SimpleNamespace(before=None, after=None)), "causal-lm")
 
 

@@ -53,12 +53,14 @@ REPLIES = [{"chosen": chat_row("a", text)["messages"], "rejected": chat_row("a",
 def test_rows_of_training_are_known_again_in_an_evaluation(
     rows: Any, bytes_tokenizer, chatml, jsonl, tmp_path: Path
 ) -> None:
-    """Also in another file, cut at another length."""
+    """Also in the held-out part of a folder, cut at another length."""
     tokenizer = bytes_tokenizer(chatml)
     prepared = prepare(jsonl(rows), tokenizer, validation_split=0.25)
     assert len(prepared.trained_rows) == len(prepared.train)
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps([{**row, "id": 7} for row in rows[::-1]]))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "validation.json").write_text(json.dumps([{**row, "id": 7} for row in rows[::-1]]))
+    (other / "train.json").write_text('[{"text": "not evaluated"}]')
     settings = DataSettings(max_length=60, for_evaluation=True)
     for trained_rows, number in ((prepared.trained_rows, len(prepared.train)), ([], 0), (None, None)):
         report, _ = read_eval_data(str(other), ChatTokenizer.of(tokenizer, settings), trained_rows=trained_rows)
@@ -409,6 +411,10 @@ def test_cut_rows_of_a_stream_count_once_however_often_it_is_read(bytes_tokenize
     read, counts = partial(stream, jsonl(rows), bytes_tokenizer(), max_length=16), RowCounts()
     assert [example.source_index for example in islice(read(counts=counts), 1)] == [0]
     assert (counts.rows, counts.flagged.numbers["truncated"], counts.flagged.numbers["cut_away"]) == (1, 0, 0)
+    for max_length, truncated in ((82, 0), (81, 1)):
+        every = RowCounts()
+        list(stream(jsonl(rows), bytes_tokenizer(), max_length=max_length, counts=every))
+        assert (every.longest, every.flagged.numbers["truncated"]) == (82, truncated)
     for _ in range(2):
         assert [example.source_index for example in read(counts=counts)] == [0, 1]
         assert (counts.rows, counts.flagged.numbers["truncated"], counts.flagged.numbers["cut_away"]) == (3, 2, 1)

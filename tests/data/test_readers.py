@@ -44,6 +44,7 @@ def test_a_csv_field_can_have_any_length(tmp_path: Path) -> None:
         ("a.JSONL", LINES, [1, 3]),
         ("a.ndjson", LINES, [1, 3]),
         ("a.json", json.dumps(ROWS, indent=1), [1, 2]),
+        ("list.jsonl", "\ufeff  " + json.dumps(ROWS, indent=1), [1, 2]),
         ("wrapped.json", json.dumps({"data": ROWS}), [1, 2]),
         ("lines.json", LINES, [1, 3]),
         ("a.csv", CSV, [2, 4]),
@@ -57,7 +58,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
         path.write_text(content, newline="")
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    is_item = name in ("a.json", "wrapped.json", "a.parquet")
+    is_item = name in ("a.json", "list.jsonl", "wrapped.json", "a.parquet")
     assert list(read_file(path)) == [
         Row(str(path), number, fields, is_item) for number, fields in zip(numbers, ROWS, strict=True)
     ]
@@ -72,7 +73,10 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8: byte 10 is 0xff"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', 2, "expected a JSON object {...}, got a list"),
         ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "unreadable JSON: Exceeds the limit"),
-        ("a.jsonl", b"[" * 100_000, 1, "unreadable JSON: maximum recursion depth"),
+        ("a.jsonl", b"[" * 100_000, 0, "unreadable JSON: maximum recursion depth"),
+        ("a.jsonl", b'[1]\n{"text": "a"}', 1, "expected a JSON object {...}, got a list"),
+        ("a.jsonl", b'{"a": [{"b": 1, "c": 2, "b": 3}]}', 1, "unreadable JSON: an object has b twice; keep only one"),
+        ("a.json", b'[{"text": "a"}, {"text": "a", "text": "b"}]', 0, "an object has text twice"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', 0, "line 2: not JSON: Expecting ':' delimiter at column 9"),
         ("a.json", b'["x"]', 1, "expected a JSON object {...}, got a string"),
         ("a.json", b'"\xff"', 0, "not UTF-8: byte 1 is 0xff"),

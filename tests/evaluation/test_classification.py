@@ -18,6 +18,7 @@ from tailora.evaluation.classification import (
     label_changes,
     label_details,
     label_scores,
+    score_names,
 )
 from tailora.evaluation.statistics import Interval
 
@@ -65,6 +66,11 @@ def test_scores_of_classes_are_those_of_scikit_learn(labels: Labels) -> None:
         **{f"f1[{name}]": score for name, score in zip(labels.names, each, strict=True)},
     }
     assert scores == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("labels", [CLASSES, BINARY, SEVERAL, NUMBER, TAGS])
+def test_the_names_of_scores_are_known_before_there_is_data(labels: Labels) -> None:
+    assert sorted(score_names(labels)) == sorted({"loss", *label_scores(outputs_of(labels))})
 
 
 def test_scores_of_several_labels_are_those_of_scikit_learn() -> None:

@@ -18,6 +18,7 @@ from tailora.train.config_file import (
     config_text,
     read_config_file,
 )
+from tailora.train.run_log import write_settings
 
 
 def read(folder: Path, content: str | bytes) -> dict[str, Any]:
@@ -123,6 +124,18 @@ VALUES: dict[str, Any] = {
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert read(tmp_path, config_text(VALUES)) == VALUES
+
+
+def test_the_file_of_a_run_begins_with_what_it_changes_and_each_part_gives_the_same_run(tmp_path: Path) -> None:
+    config = TrainConfig(data="a.jsonl", r=8, seed=0, field={"prompt": "a"}, resume_from_checkpoint="latest")
+    write_settings(tmp_path, config)
+    text = (tmp_path / "config.yaml").read_text()
+    first, line, rest = text.partition("\n# defaults of this version\n")
+    assert read(tmp_path, first) == {"data": "a.jsonl", "r": 8, "field": {"prompt": "a"}}
+    assert line
+    assert {**read(tmp_path, first), **read(tmp_path, rest)} == read(tmp_path, text)
+    for part in (first, text):
+        assert TrainConfig(**read(tmp_path, part)) == config.replaced(resume_from_checkpoint=None)
 
 
 def test_yaml_1_1_reads_the_same(tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ def test_the_last_evaluation_is_logged_once_if_the_run_ends_right_after_it(setti
 def test_patience_counts_the_evaluations_before_a_resume(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def held_out_loss(trainer: Trainer, **_: Any) -> Evaluation:
         counts = np.ones(len(cast(Examples, trainer.run.data.held_out)), np.int64)
-        return Evaluation(counts * (1.0 if trainer.state.step == 1 else 2.0), counts)  # the first is the best
+        return Evaluation(counts * (2.0 if trainer.state.step == 2 else 1.0), counts)  # the first of the best is kept
 
     monkeypatch.setattr(Trainer, "held_out_loss", held_out_loss)
     config = settings(max_steps=9, eval_steps=1, save_steps=1, early_stopping_patience=3)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tailora.core.layer_calls import LayerCalls
-from tailora.errors import ConfigError, TailoraWarning, TargetError
+from tailora.errors import ConfigError, DataError, TailoraWarning, TargetError
 from tailora.formats.run_folder import read_system_message
 from tailora.model import LoRAModel
 from tailora.train import events
@@ -65,6 +65,18 @@ def test_the_system_message_is_stored_with_what_was_trained(settings: Any, metho
     for system in ("be brief", None):
         run(changed(config, system=system), overwrite=True)
         assert read_system_message(folder) == system
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_data_is_read_before_the_model_is_loaded(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    monkeypatch.setattr("tailora.train.setup.load_base", None)
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "reply": "b"}\n')
+    changes = {"streaming": True, "validation_split": 0} if streaming else {}
+    config = settings(max_steps=1, data=str(tmp_path / "rows.jsonl"), **changes)
+    with pytest.raises(DataError, match="Maybe use: --field prompt=question --field completion=reply"):
+        run(config)
 
 
 def test_skipped_rows_are_kept_in_the_folder_with_their_reasons(settings: Any, data_file: Path, tmp_path: Path) -> None:

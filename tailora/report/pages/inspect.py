@@ -66,7 +66,7 @@ def inspect_page(inspection: Inspection) -> Page:
             "them."
         )
     if losses is None and inspection.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
-        notes.append("Add --data HELD_OUT and --model to see what the ranks are worth, and the advice based on that.")
+        notes.append("Add --data HELD_OUT to see what the ranks are worth, and the advice based on that.")
     no_advice = "None of the applicable rules advises a change." if notes else "No rule advises a change."
     thresholds = 'The rules and their thresholds: "Inspecting an adapter" in the docs.'
     conclusion = Section("Advice", thresholds, findings or [Paragraph(no_advice)])
