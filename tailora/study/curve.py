@@ -5,9 +5,9 @@
     final runs of that many steps, per seed              on the evaluation half -> differences, verdict
 
 The subsets are an eighth, a quarter, a half and all of the data, nested for each seed; the runs are repeated at RANKS
-times the rank. After --minutes, no further run starts. Each size has its best number of steps: equal
-epochs would give small subsets too few steps to learn, and equal steps would make them overfit. All other settings are
-equal. At the same lora_alpha, the scale alpha / r of the higher rank is a quarter.
+times the rank, or at the model's highest. After --minutes, no further run starts. Each size has its best number of
+steps: equal epochs would give small subsets too few steps to learn, and equal steps would make them overfit. All other
+settings are equal. At the same lora_alpha, the scale alpha / r of the higher rank is a quarter.
 """
 
 import math
@@ -82,6 +82,8 @@ def curve(
         open_folder(folder, STUDY, settings, begun=begun, identity=lambda stored: {**stored, "curve": {}})
         session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
         plan = session.plan(partial(_probe, train, session), CurvePlan)
+        if (highest := plan.points[-1][0]) < RANKS * train.r:
+            session.note(f"the model supports ranks up to {highest}, so no run has {RANKS} times the rank")
         session.log(f"subsets of {', '.join(map(str, plan.sizes))} examples, at most {plan.max_steps} steps")
         steps, runs = CurveRuns(train, study, session, plan).complete()
         session.note_data(runs[plan.points[0]][0])
@@ -93,7 +95,7 @@ def curve(
 
 def _probe(train: TrainConfig, session: StudySession) -> CurvePlan:
     """Raises ConfigError if there are too few examples."""
-    spec = TrialSpec(trial_settings(train, {"r": RANKS * train.r}), keep=False)
+    spec = TrialSpec(trial_settings(train, {}), keep=False, describe=True)
     run, steps = session.probe(train, spec)
     # with few steps, the largest subset is smaller, so that each example is seen once
     per_step = train.per_device_train_batch_size * batches_per_step(train.model_dump(), session.processes)
@@ -104,7 +106,8 @@ def _probe(train: TrainConfig, session: StudySession) -> CurvePlan:
             f"a learning curve needs at least {FEWEST_EXAMPLES} training examples, got {largest} of {total}; use "
             "more data or more steps"
         )
-    points = [(rank, largest // part) for rank in (train.r, RANKS * train.r) for part in PARTS]
+    ranks = dict.fromkeys((train.r, min(RANKS * train.r, run.numbers["parts"]["highest_r"])))
+    points = [(rank, largest // part) for rank in ranks for part in PARTS]
     return CurvePlan(steps, points, total)
 
 
@@ -218,7 +221,7 @@ def evaluate_curve(
         point: np.array([run.sums for run in of_point])[:, indices] for point, of_point in runs.items()
     }
     losses = {point: [run.loss(indices) for run in of_point] for point, of_point in runs.items()}
-    largest, higher = (rank, sizes[-1]), (RANKS * rank, sizes[-1])
+    largest, higher = (rank, sizes[-1]), plan.points[-1]
     # the slope of a line through the losses of all sizes, by the number of doublings
     doublings = np.arange(len(sizes)) - (len(sizes) - 1) / 2
     slope = sum(weight * sums[rank, size] for weight, size in zip(doublings / (doublings**2).sum(), sizes, strict=True))
@@ -227,7 +230,7 @@ def evaluate_curve(
         doublings=[difference_over_seeds(sums[rank, a], sums[rank, b], counts) for a, b in pairwise(sizes)],
         trend=difference_over_seeds(np.zeros_like(slope), slope, counts),
         quarter=difference_over_seeds(sums[largest], sums[rank, sizes[-3]], counts),
-        high_rank=difference_over_seeds(sums[largest], sums[higher], counts) if higher in sums else None,
+        high_rank=difference_over_seeds(sums[largest], sums[higher], counts) if higher in {*sums} - {largest} else None,
         verdict="",
         base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
         steps=plan.max_steps,
@@ -252,17 +255,19 @@ def curve_verdict(curve: LearningCurve, margin: float, limit: str, train_example
     if -margin < last.low and last.high < margin:
         text = "More data hardly helped"
     elif last.low > 0:
-        text = "More data did not help"
+        text = "More data made it worse"
     elif last.high >= 0:
         text, advice = "Cannot tell whether more data helped", f" {sample_size_advice(last, margin)}"
     direction = "falls" if trend.high < 0 else "rises" if trend.low > 0 else "may fall or rise"
-    few = "does as well" if quarter.high < margin else "is worse" if quarter.low > 0 else "may be worse"
+    few = "is worse" if quarter.low > 0 else "may be worse"
+    if quarter.high < margin:
+        few = "does better" if quarter.high < 0 else "does as well"
     sentences = [
         f"{text}: the last doubling, to {largest.examples:,} examples, changed the held-out loss by {_words(last)}, in "
         f"{curve.loss_unit}.{advice}",
         f"Over all sizes, the loss {direction} with more data: {_words(trend)} per doubling.",
         f"A quarter of the data {few}: {_words(quarter)}.",
-        _bottleneck(_helps(last, margin), curve.high_rank, margin),
+        _bottleneck(_helps(last, margin), curve, margin),
     ]
     limits = []
     if curve.steps - largest.steps <= curve.steps / EVALUATIONS:
@@ -276,8 +281,8 @@ def curve_verdict(curve: LearningCurve, margin: float, limit: str, train_example
     return " ".join([*sentences, *limits])
 
 
-def _bottleneck(data_helps: bool | None, high_rank: Difference | None, margin: float) -> str:
-    if high_rank is None:
+def _bottleneck(data_helps: bool | None, curve: LearningCurve, margin: float) -> str:
+    if (high_rank := curve.high_rank) is None:
         return "Runs at a higher rank are missing."
     texts: dict[tuple[bool | None, bool | None], str] = {
         (True, False): "The data is the bottleneck, not the rank",
@@ -289,7 +294,7 @@ def _bottleneck(data_helps: bool | None, high_rank: Difference | None, margin: f
     }
     unknown = "Cannot tell whether the data or the rank is the bottleneck"
     text = texts.get((data_helps, _helps(high_rank, margin)), unknown)
-    return f"{text}: {RANKS} times the rank changes the loss by {_words(high_rank)}."
+    return f"{text}: rank {curve.points[-1].r} instead of {curve.points[0].r} changes the loss by {_words(high_rank)}."
 
 
 def _helps(difference: Difference, margin: float) -> bool | None:

@@ -120,8 +120,8 @@ class TrialEvent:
 class Trial:
     """The result of a trial. Unless its outcome is `done`, it contains only what its events reported.
 
-    numbers: of TrainResult; also seed, train_examples (before a subset is drawn), parts (the model's `target_groups`),
-    all_steps (of the epochs; None for a stream), and seconds.
+    numbers: of TrainResult; also seed, train_examples (before a subset is drawn), parts (the model's `target_groups`,
+    and highest_r of these settings), all_steps (of the epochs; None for a stream), and seconds.
     sums, before: sum of the losses of each held-out example, for the trained model and for the base.
     counts: number of losses of each example; for a language model, its trained tokens.
     hits: correct predictions of each example, out of `counts`; [] for tasks without predictions.
@@ -412,7 +412,10 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
 
     def on_ready(model: Any, *_: Any) -> None:
         if spec.describe:
-            parts.update(target_groups(model.base_model))
+            sides = [min(layer.in_features, layer.out_features) for layer in model.adapter("default").low_rank.values()]
+            # smaller layers that a word or an expression selects get a lower rank (`core.targets.with_fitting_ranks`)
+            highest = max(sides) if isinstance(model.adapter("default").config.target_modules, str) else min(sides)
+            parts.update(target_groups(model.base_model), highest_r=highest)
 
     result = run(
         config,

@@ -37,14 +37,14 @@ class MadeUp:
     Each size has a best number of steps, above which it overfits: 6 for each quarter of the data.
     """
 
-    def __init__(self, gain: float = 0.2, of_rank: float = 0.0) -> None:
-        self.gain, self.of_rank = gain, of_rank
+    def __init__(self, gain: float = 0.2, of_rank: float = 0.0, highest_r: int = 64) -> None:
+        self.gain, self.of_rank, self.highest_r = gain, of_rank, highest_r
         self.ran: list[TrialSpec] = []
 
     def loss(self, spec: TrialSpec, step: int) -> float:
         size = spec.subset or EXAMPLES
         loss = 1 + self.gain * (EXAMPLES / size) ** 0.5 - self.of_rank * (spec.settings["r"] > 4)
-        return loss + self.gain / 20 * abs(np.log2(step / (24 * size / EXAMPLES)))
+        return loss + abs(self.gain) / 20 * abs(np.log2(step / (24 * size / EXAMPLES)))
 
     def __call__(self, spec: TrialSpec, folder: Path, listen: Listen, **_: Any) -> Trial:
         self.ran.append(spec)
@@ -60,7 +60,11 @@ class MadeUp:
         count = 20 if spec.choosing else 40
         losses = self.loss(spec, steps) + 0.005 * random.normal() + 0.01 * random.normal(size=count)
         numbers = {"train_examples": EXAMPLES, "held_out": 40, "all_steps": 100, "seconds": 1.0, "data_warnings": {}}
-        numbers |= {"seed": spec.settings.get("seed", 0), "output_dir": str(folder)}
+        numbers |= {
+            "parts": {"highest_r": self.highest_r},
+            "seed": spec.settings.get("seed", 0),
+            "output_dir": str(folder),
+        }
         return Trial(
             outcome,
             "",
@@ -119,6 +123,24 @@ def test_each_subset_has_its_best_number_of_steps(train: TrainConfig) -> None:
     assert "The data is the bottleneck, not the rank" in found.verdict
     assert "Over all sizes, the loss falls with more data: -0." in found.verdict
     assert found.quarter.value == pytest.approx(0.2, abs=0.03)
+
+
+def test_more_data_can_make_it_worse(train: TrainConfig) -> None:
+    found = curve(train, CurveConfig(), run_trial=MadeUp(gain=-0.2))
+    assert found.verdict.startswith("More data made it worse: the last doubling, to 200 examples, changed")
+    assert "Over all sizes, the loss rises with more data: +0.1" in found.verdict
+    assert "A quarter of the data does better: -0.2" in found.verdict
+    assert all(change.high - change.low < 0.1 for change in (*found.doublings, found.trend, found.quarter))
+
+
+@pytest.mark.parametrize(("highest", "ranks"), [(64, {4, 16}), (16, {4, 16}), (11, {4, 11}), (4, {4})])
+def test_the_second_rank_is_at_most_the_model_s_highest(train: TrainConfig, highest: int, ranks: set[int]) -> None:
+    found = curve(train, SMALL, run_trial=MadeUp(of_rank=0.3, highest_r=highest))
+    assert {point.r for point in found.points} == ranks
+    assert found.notes == [f"the model supports ranks up to {highest}, so no run has 4 times the rank"] * (highest < 16)
+    words = f"rank {max(ranks)} instead of 4 changes the loss by -0.3"
+    assert (words in found.verdict) == (max(ranks) > 4) == (found.high_rank is not None)
+    write_page(Path(train.output_dir))
 
 
 def test_a_resumed_curve_reads_its_runs_and_adds_seeds(train: TrainConfig) -> None:
@@ -278,7 +300,13 @@ def changed(value: float, low: float, high: float) -> Difference:
             (0.0, -0.01, 0.01),
             ["helped, perhaps by less than the margin", "whether the data"],
         ),
-        ((0.05, 0.03, 0.07), (0.2, 0.1, 0.3), (-0.1, -0.2, -0.05), ["More data did not help", "rank is the bottle"]),
+        ((0.05, 0.03, 0.07), (0.2, 0.1, 0.3), (-0.1, -0.2, -0.05), ["More data made it worse", "rank is the bottle"]),
+        (
+            (0.05, 0.03, 0.07),
+            (-0.1, -0.2, -0.05),
+            (0.0, -0.01, 0.01),
+            ["More data made it worse", "A quarter of the data does better", "Neither the data nor"],
+        ),
     ],
 )
 def test_the_verdict(

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import warnings
 from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM
 
-from tailora.errors import ConfigError, DataError
+from tailora.core.config import LoRAConfig
+from tailora.errors import ConfigError, DataError, TailoraWarning, TargetError
+from tailora.model import LoRAModel
 from tailora.report.pages.train import write_train_report
 from tailora.study import trial as trial_module
 from tailora.study.config import trial_settings
@@ -100,6 +104,21 @@ def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run
     assert half.before == base[0]
     assert half.counts == base[1]
     assert half.sums == pytest.approx([plain.sums[index] for index in selection_half(len(plain.sums))])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "down_proj"]])
+def test_a_trial_knows_the_highest_rank_that_fits(small_run: TrainConfig, tmp_path: Path, targets: Any) -> None:
+    spec = TrialSpec(settings(small_run, target_modules=targets, max_steps=1), describe=True, keep=False)
+    highest = get_trial(spec, tmp_path, run_trial=run_here).numbers["parts"]["highest_r"]
+
+    def adapt(r: int) -> None:
+        LoRAModel(AutoModelForCausalLM.from_pretrained(small_run.model), LoRAConfig(r=r, target_modules=targets))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TailoraWarning)  # about smaller layers
+        adapt(highest)
+    with pytest.raises(TargetError, match="is too large"):
+        adapt(highest + 1)
 
 
 def test_a_trial_that_is_stopped_keeps_what_it_reported(small_run: TrainConfig, tmp_path: Path) -> None:
