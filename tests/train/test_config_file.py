@@ -10,7 +10,6 @@ import pytest
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import (
-    MAX_ALIASES,
     MAX_BYTES,
     MAX_DEPTH,
     MAX_SCALAR,
@@ -50,10 +49,9 @@ def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
     assert type(value_read) is type(value)
 
 
-def test_keys_may_have_dashes_and_anchors_may_be_used(tmp_path: Path) -> None:
-    arms = "arms:\n  one: &common {r: 8}\n  two: {<<: *common, lora-alpha: 4}\n"
-    settings = read(tmp_path, "max-steps: 3\n" + arms)
-    assert settings == {"max_steps": 3, "arms": {"one": {"r": 8}, "two": {"r": 8, "lora-alpha": 4}}}
+def test_keys_may_have_dashes(tmp_path: Path) -> None:
+    settings = read(tmp_path, "max-steps: 3\narms:\n  one: {lora-alpha: 4}\n")
+    assert settings == {"max_steps": 3, "arms": {"one": {"lora-alpha": 4}}}
 
 
 @pytest.mark.parametrize(
@@ -76,9 +74,9 @@ def test_keys_may_have_dashes_and_anchors_may_be_used(tmp_path: Path) -> None:
         ("r: !!python/object/apply:os.system [ls]", "tags"),
         ("r: 0x_", "cannot be read as YAML"),
         ("? - a: 1\n: 3", "expected a setting's name, got a list or a mapping"),
-        ("r: *absent", "undefined alias"),
-        ("r: &a [*a]", r"line 1 cannot be read as YAML: \*a refers to itself"),
-        ("a: &a 1\nb: [" + "*a, " * (MAX_ALIASES + 1) + "]", f"line 2 .* more than {MAX_ALIASES} aliases"),
+        ("seed: 1\nr: *a", r"line 2 cannot be read as YAML: anchors and aliases \(a\) are not supported"),
+        ("r: &a [*a]", "line 1 .* anchors and aliases"),
+        ("a: &a {r: 1}\nb: {<<: *a}", "line 1 .* anchors and aliases"),
         ("r: " + "[" * (MAX_DEPTH + 1), f"nested more than {MAX_DEPTH} levels"),
         ("[" * 5000, "nested more than"),
         ("- " * 5000, "nested more than"),
