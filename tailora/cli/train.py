@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tailora.train.events import TrainResult
     from tailora.train.generate import ComparedAnswer
 
-Flags: Any = train_flags()
+Flags: Any = train_flags()  # the settings of train/config.py
 
 
 @Parameter(name="*")
