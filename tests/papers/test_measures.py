@@ -10,6 +10,7 @@ import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from tailora.evaluation.answer_faults import NGRAM, WINDOW, repetition
 from tailora.evaluation.classification import _calibration
 from tailora.evaluation.rewards import pass_at_k
 from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank
@@ -79,3 +80,12 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(k: int) -> None:
     scores[2, 5] = np.nan  # five are known
     of_known = np.mean([max(subset) for subset in combinations(scores[2, :5], k)]) if k < 6 else np.nan
     np.testing.assert_allclose(pass_at_k(scores, k)[2], of_known)
+
+
+@pytest.mark.parametrize("text", ["", "abcdefg", "abcdefgh", "ab" * 60, "abcdefghij" * 40, "x" + "abc" * 5])
+def test_repetition_is_the_share_of_ngrams_that_occurred_before(text: str) -> None:
+    """arXiv:1908.04319, seq-rep-n: 1 - |unique n-grams| / |n-grams|, of the end of a text."""
+    end = text[-WINDOW:]
+    ngrams = [end[i:][:NGRAM] for i in range(len(end)) if len(end[i:]) >= NGRAM]
+    old = sum(ngram in ngrams[:i] for i, ngram in enumerate(ngrams))
+    assert repetition(text) == pytest.approx(old / max(1, len(ngrams)))
