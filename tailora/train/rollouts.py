@@ -121,8 +121,8 @@ class Rollouts:
         self.task.drift.limit, self.task.drift.warn = grpo.DRIFT_LIMITS.get(self.sampler.base.dtype, math.inf), note
         self._scorer = stack.enter_context(RewardProcess(prompts.rewards + prompts.judges, self.config.reward_seconds))
 
-    def _scores(self, samples: Sequence[Sample]) -> Floats:
-        """Returns (names, samples), by the names of `GRPO.score_names` without kl. NaN: None. Raises RewardError."""
+    def _scores(self, samples: Sequence[Sample]) -> dict[str, Floats]:
+        """Returns `GRPO.score_names` without kl -> (groups, completions). NaN: None. Raises RewardError."""
         completions = []
         for sample in samples:
             is_text = isinstance(sample.prompt.value, str)
@@ -132,7 +132,10 @@ class Rollouts:
         known = np.ma.masked_invalid(scores[: len(self.prompts.rewards)])
         total = (known * [[reward.weight] for reward in self.prompts.rewards]).sum(0).filled(np.nan)
         lengths, truncated = [len(sample.ids) for sample in samples], [sample.is_truncated for sample in samples]
-        return np.array([total, *scores, lengths, truncated])
+        columns = np.array([total, *scores, lengths, truncated]).reshape(
+            len(scores) + 3, -1, self.config.num_generations
+        )
+        return dict(zip(self.task.score_names, columns, strict=False))
 
     def _log(self, **values: Any) -> None:
         """Logs some completions."""
@@ -155,17 +158,16 @@ class Rollouts:
         own, indices = range(shape.rank, shape.examples_per_step, shape.world), self.prompts.of_step(number)
         prompts = [self.prompts.data.prompts[indices[position]] for position in own]
         samples = self.sampler.sample(prompts, [[config.seed, number, position] for position in own])
-        scores = np.concatenate(gather_object([self._scores(samples)]), 1)  # of all ranks
-        scores = scores.reshape(len(scores), -1, config.num_generations)  # (names, groups, completions)
-        advantages = grpo.advantages_of(scores[0], config.loss or "grpo", config.scale_rewards)
+        scores = _of_all_ranks(self._scores(samples))
+        advantages = grpo.advantages_of(scores["reward"], config.loss or "grpo", config.scale_rewards)
         if config.mask_truncated_completions:
-            advantages = np.where(scores[-1], np.nan, advantages)
-        metrics = mean_and_error("reward", scores[0])
-        for name, values in zip(chain(*self.prompts.names.values()), scores[1:-2], strict=True):
-            metrics |= mean_and_error(f"reward/{name}", values)
-        metrics["equal_groups"] = float(grpo.has_equal_rewards(scores[0]).mean())
-        metrics |= {"completion_tokens": float(scores[-2].mean()), "truncated": float(scores[-1].mean())}
-        rewards, advantages = (np.split(values, shape.world)[shape.rank] for values in (scores[0], advantages))
+            advantages = np.where(scores["truncated"], np.nan, advantages)
+        metrics = mean_and_error("reward", scores["reward"])
+        for name in chain(*self.prompts.names.values()):
+            metrics |= mean_and_error(f"reward/{name}", scores[name])
+        metrics["equal_groups"] = float(grpo.has_equal_rewards(scores["reward"]).mean())
+        metrics |= {name: float(scores[name].mean()) for name in ("completion_tokens", "truncated")}
+        rewards, advantages = (np.split(values, shape.world)[shape.rank] for values in (scores["reward"], advantages))
         self._log_largest(number, samples, rewards, advantages)
         completions = [sample.completion() for sample in samples]
         old: Sequence[list[float] | None] = [None] * len(completions)
@@ -226,14 +228,13 @@ class Rollouts:
         seeds = [[self.config.seed, 2**31, number] for number in own]
         prompts = [self.prompts.data.eval_samples[number] for number in own]
         samples = self.sampler.sample(prompts, seeds, lambda done: progress(done, len(own)))
-        scores = np.array([*self._scores(samples), self._log_ratios(samples)])
-        scores = scores.reshape(len(scores), -1, generations).swapaxes(0, 1)
-        scores[:, -1] /= scores[:, -3].mean(1, keepdims=True)  # per token
-        shown = [*zip(samples[::generations], scores[:, 0, 0].tolist(), strict=True)][:SHOWN_PROMPTS]
+        scores, log_ratios = self._scores(samples), self._log_ratios(samples).reshape(-1, generations)
+        scores["kl"] = log_ratios / scores["completion_tokens"].mean(1, keepdims=True)  # per token
+        shown = [*zip(samples[::generations], scores["reward"][:, 0].tolist(), strict=True)][:SHOWN_PROMPTS]
         of_prompts = [{**sample.shown, "reward": reward if reward == reward else None} for sample, reward in shown]
         self._log(step=step, held_out=of_prompts)
-        scores = np.concatenate(gather_object([scores]))
-        means = group_means(scores[:, 0])
+        scores = _of_all_ranks(scores)
+        means = group_means(scores["reward"])
         missing = np.isnan(means)
         if missing.all():
             problem = "the rewards are None for all completions of all held-out prompts"
@@ -242,12 +243,12 @@ class Rollouts:
             number = f"{missing.sum():,} of {len(means):,} held-out prompts"
             self.note(f"{number} are left out of the mean reward: all of their completions got None")
         means[missing] = means[~missing].mean()
-        return Evaluation(-means, np.ones(len(examples), dtype=np.int64), scores)
+        return Evaluation(-means, np.ones(len(examples), dtype=np.int64), np.stack([*scores.values()], 1))
 
     def metrics_of(self, evaluation: Evaluation) -> dict[str, float]:
         """Returns what to log with an evaluation besides its loss."""
-        scores = cast(Floats, evaluation.scores)
-        return {**mean_and_error("eval_reward", scores[:, 0]), **mean_and_error("eval_kl", scores[:, -1])}
+        scores = dict(zip(self.task.score_names, cast(Floats, evaluation.scores).swapaxes(0, 1), strict=True))
+        return mean_and_error("eval_reward", scores["reward"]) | mean_and_error("eval_kl", scores["kl"])
 
     def _log_ratios(self, samples: Sequence[Sample]) -> Floats:
         """Returns log p(model) - log p(base) of each completion; NaN if the base is not in memory."""
@@ -257,3 +258,8 @@ class Rollouts:
             of_base = self._log_probabilities([sample.completion() for sample in samples])
         pairs = zip(samples, of_base, strict=True)
         return np.array([sum(sample.log_probabilities) - sum(base) for sample, base in pairs])
+
+
+def _of_all_ranks(scores: dict[str, Floats]) -> dict[str, Floats]:
+    gathered = gather_object([scores])
+    return {name: np.concatenate([of_rank[name] for of_rank in gathered]) for name in scores}

@@ -312,7 +312,7 @@ def test_a_rank_may_have_no_held_out_prompt(grpo: Any, monkeypatch: pytest.Monke
         rollouts, held_out = trainer.run.rollouts, trainer.run.data.held_out
         assert rollouts is not None
         assert held_out is not None
-        other = np.full((1, len(rollouts.task.score_names), 4), 0.5)
+        other = dict.fromkeys(rollouts.task.score_names, np.full((1, 4), 0.5))
         state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
         with monkeypatch.context() as patch:
             patch.setattr("tailora.train.rollouts.PartialState", lambda: state)
