@@ -23,7 +23,15 @@ from tailora.data.image_processor import text_tokenizer
 from tailora.data.images import read_images, store_images
 from tailora.data.messages import has_images, parsed_list, place_images
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
-from tailora.data.row_checks import Flagged, RowCounts, count_messages, most_frequent, sample_hash
+from tailora.data.row_checks import (
+    Flagged,
+    RowCounts,
+    count_messages,
+    most_frequent,
+    sample_hash,
+    trained_hash,
+    was_trained,
+)
 from tailora.data.samples import AnySample, Conversation, Pair, Prompt, Text
 from tailora.data.schemas import (
     CAUSAL_LM,
@@ -173,7 +181,7 @@ class PreparedData:
     eval: Examples  # without duplicates, because these are not independent
     report: DataReport
     eval_samples: list[Any]  # eval_samples[i] became eval[i]
-    trained_rows: set[bytes]  # `sample_hash` of the training rows
+    trained_rows: set[bytes]  # `trained_hash` of the training rows
     skipped: list[RowProblem]  # unusable rows, with `skip_bad_rows`
     prompts: list[Prompt]  # for reinforcement learning; prompts[i] became train[i]
     locations: list[str]  # of the row of each training example
@@ -208,7 +216,7 @@ def prepare(
     _check_same_task(everything)
     # blocks of a single text have no samples, but the text has
     parts = [part if part.samples else text for part, text in zip(trained, whole, strict=True)]
-    trained_rows = {sample_hash(sample) for part in parts for sample in part.samples}
+    trained_rows = {trained_hash(sample) for part in parts for sample in part.samples}
     # cut texts into blocks, and join the sources of each side
     trained, held_out = ([part.in_blocks(settings) for part in side] for side in (trained, held_out))
     train, evaluated = (Examples.of(e for part in side for e in part.examples) for side in (trained, held_out))
@@ -226,7 +234,7 @@ def prepare(
     samples: list[AnySample] = []
     for part in held_out:  # blocks of texts have no samples
         samples += part.samples or [Text(tokenizer.decode(example.input_ids.tolist())) for example in part.examples]
-    distinct = [copies[0] for copies in dataset.group_equal(evaluated.hashes())]
+    distinct = [copies[0] for copies in dataset.group_equal([value for part in held_out for value, _ in part.hashes()])]
     evaluated, samples = evaluated.select(distinct), [samples[index] for index in distinct]
     if first.name == FEEDBACK:
         _check_feedback(train, evaluated, report.source)
@@ -259,7 +267,7 @@ def _report(
         if isinstance(sample, Conversation) and has_tools(sample) and not has_tools(fit_to_template(sample, tokenizer)):
             flagged.add("tools_as_text", location)
     flagged.add_suspicious(samples, labels)
-    for name, location in copies(*(((e.hash, p.location(e)) for p in side for e in p.examples) for side in sides)):
+    for name, location in copies(*([row for part in side for row in part.hashes()] for side in sides)):
         flagged.add(name, location)
     trained = loaded[: len(sources)]
     mappings = [part.mapping for part in trained]
@@ -278,7 +286,7 @@ def _report(
         messages=count_messages(chain.from_iterable(part.samples for part in loaded)),
         rows=sum(part.counts.rows for part in loaded),
         train=len(train),
-        eval=len(set(evaluated.hashes())),
+        eval=len({value for part in sides[1] for value, _ in part.hashes()}),
         tokens=int(lengths.sum()),
         supervised_tokens=int(train.supervised.sum() + evaluated.supervised.sum()),
         longest=max(part.counts.longest for part in loaded),
@@ -316,6 +324,13 @@ class LoadedSource:
 
     def location(self, example: Example) -> str:
         return self.locations[example.source_index]
+
+    def hashes(self) -> list[tuple[bytes, str]]:
+        """Returns the hash and the location of each example. Copies have the same hash, which covers reward columns."""
+        columns = [sample_hash(sample.columns) if isinstance(sample, Prompt) else b"" for sample in self.samples]
+        columns = columns or [b""] * len(self.examples)  # blocks of texts have no samples
+        pairs = zip(self.examples, columns, strict=True)
+        return [(example.hash + of_columns, self.location(example)) for example, of_columns in pairs]
 
     def select(self, indices: Sequence[int]) -> "LoadedSource":
         samples = [self.samples[index] for index in indices] if self.samples else []
@@ -491,7 +506,7 @@ def read_eval_data(
 
     name: of the data, or "demo".
     limit: maximum number of rows to read.
-    trained_rows: `sample_hash` of the model's training rows; None if unknown.
+    trained_rows: `trained_hash` of the model's training rows; None if unknown.
     Raises DataError with the file, row and cause of every problem.
     """
     items = islice(read_rows(resolve_demo(name, "eval_data"), split="validation"), limit)
@@ -522,6 +537,6 @@ def read_eval_data(
         truncated=counts.flagged.numbers["truncated"],
         cut_away=cut_away,
         copies=counts.examples - cut_away - len(rows),
-        trained_on=None if trained_rows is None else sum(sample_hash(row.sample) in trained_rows for row in rows),
+        trained_on=None if trained_rows is None else sum(was_trained(row.sample, trained_rows) for row in rows),
     )
     return report, rows

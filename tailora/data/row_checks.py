@@ -6,7 +6,7 @@ WARNINGS in dataset.py has their names and texts.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -15,9 +15,9 @@ from tailora.data.chat_template import to_conversation
 from tailora.data.images import Image, images_of
 from tailora.data.labels import SINGLE, Labels
 from tailora.data.messages import REASONING, text_of
-from tailora.data.samples import AnySample, Conversation, Labelled, Prompt, Text
+from tailora.data.samples import AnySample, Conversation, Labelled, Pair, Prompt, Text
 from tailora.data.schemas import REGRESSION
-from tailora.data.tokenize import EncodedSample, tokenized_parts
+from tailora.data.tokenize import EncodedSample, last_reply, tokenized_parts
 
 MOST_LOCATIONS = 20  # per warning in a report
 MOST_SYSTEMS = 1000  # different system messages to count, because a stream may have a new one in every row
@@ -151,7 +151,7 @@ def _of_labels(samples: Located, labels: Labels) -> Iterator[tuple[str, str]]:
             yield "imbalance", labelled
 
 
-def sample_hash(sample: AnySample) -> bytes:
+def sample_hash(sample: AnySample | Mapping[str, Any]) -> bytes:
     """Returns 8 bytes that depend only on the content, not on columns, tokenizer or truncation."""
 
     def plain(value: Any) -> Any:
@@ -162,6 +162,22 @@ def sample_hash(sample: AnySample) -> bytes:
         return sorted(value) if isinstance(value, frozenset) else str(value)
 
     return hashlib.sha256(json.dumps(sample, sort_keys=True, default=plain).encode()).digest()[:8]
+
+
+def trained_hash(sample: AnySample) -> bytes:
+    """Returns `sample_hash`, or for reinforcement learning a hash of the prompt, however its row is written."""
+    return _prompt_hash(sample.chat) if isinstance(sample, Prompt) else sample_hash(sample)
+
+
+def was_trained(sample: AnySample, hashes: Collection[bytes]) -> bool:
+    """Returns whether a row, or its prompt alone, is among the rows that `trained_hash` describes."""
+    chats = (part for part in tokenized_parts(sample) if isinstance(part, Conversation | Pair))
+    return sample_hash(sample) in hashes or any(_prompt_hash(chat) in hashes for chat in chats)
+
+
+def _prompt_hash(chat: Conversation | Pair) -> bytes:
+    chat = to_conversation(chat)
+    return sample_hash(Conversation(chat.messages[: last_reply(chat)], tools=chat.tools))
 
 
 def _spelling(name: str) -> str:

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from tailora.engine.interface import Engine, Finish, Request, Token
@@ -34,6 +33,7 @@ class Piece:
     text: str
     tokens: Sequence[Token]
     finish_reason: FinishReason | None = None  # of the last piece
+    offsets: Sequence[int] = ()  # where the text of each token begins in the answer
 
 
 class Answer:
@@ -45,6 +45,7 @@ class Answer:
         self.index, self.request = index, request
         self.text = ""
         self.tokens: list[Token] = []
+        self.offsets: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._hidden_ids = frozenset[int]() if request.params.ignore_eos else end_ids
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
@@ -53,6 +54,7 @@ class Answer:
     def add(self, event: Token | Finish) -> Piece:
         """Returns the new part. The answer ends at a stop string. Raises RequestError for a failed one."""
         tokens = [event] if isinstance(event, Token) else []
+        offsets = [len(self.text) + len(self._stop_strings.waiting)] * len(tokens)
         reason: FinishReason | None = None
         if isinstance(event, Token):
             text = "" if event.id in self._hidden_ids else self._detokenizer.add(event.id)
@@ -68,7 +70,8 @@ class Answer:
         self.finish_reason = "stop" if is_stopped else reason
         self.text += text
         self.tokens += tokens
-        return Piece(self.index, text, tokens, self.finish_reason)
+        self.offsets += offsets
+        return Piece(self.index, text, tokens, self.finish_reason, offsets)
 
 
 class Generation:
@@ -201,15 +204,19 @@ class StopStrings:
 # ---- Log-probabilities
 
 
-def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int, *, offset: int, as_ids: bool) -> Json:
+def text_of_token(tokenizer: Any) -> Callable[[int], str]:
+    """Returns a function from a token to its text, with the space that some tokenizers drop at the beginning."""
+    letter = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    begin = len(tokenizer.decode(letter))
+    return lambda token_id: str(tokenizer.decode([*letter, token_id]))[begin:]
+
+
+def completion_logprobs(tokenizer: Any, part: Answer | Piece, top: int, *, as_ids: bool) -> Json:
     """Returns the log-probabilities in OpenAI's older form.
 
-    offset: where the text of these tokens begins in the answer.
     as_ids: name tokens token_id:ID.
     """
-
-    def name(token_id: int) -> str:
-        return f"token_id:{token_id}" if as_ids else str(tokenizer.decode([token_id]))
+    tokens, name = part.tokens, "token_id:{}".format if as_ids else text_of_token(tokenizer)
 
     def by_name(token: Token) -> dict[str, float]:
         logprobs: dict[str, float] = {}
@@ -217,12 +224,11 @@ def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int, *, of
             logprobs.setdefault(name(token_id), logprob)  # of tokens with the same text, keep the most likely
         return logprobs
 
-    lengths = (len(tokenizer.decode([token.id])) for token in tokens)
     return {
         "tokens": [name(token.id) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [by_name(token) for token in tokens],
-        "text_offset": [*accumulate(lengths, initial=offset)][:-1],
+        "text_offset": [*part.offsets],
     }
 
 
@@ -307,8 +313,10 @@ class ChatResponse:
         if not self.body.logprobs:
             return None
 
+        name = text_of_token(self.tokenizer)
+
         def entry(token_id: int, logprob: float) -> Json:
-            text = self.tokenizer.decode([token_id])  # the bytes of an incomplete character are unknown
+            text = name(token_id)  # the bytes of an incomplete character are unknown
             return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else [*text.encode("utf-8")]}
 
         top = self.body.top_logprobs or 0
@@ -357,11 +365,11 @@ class CompletionResponse:
         self.tokenizer, self.body, self.generation = tokenizer, body, generation
         self.head: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
 
-    def choice(self, part: Answer | Piece, offset: int = 0) -> schemas.CompletionChoice:
+    def choice(self, part: Answer | Piece) -> schemas.CompletionChoice:
         logprobs = None
         if (top := self.body.logprobs) is not None:
             as_ids = bool(self.body.return_tokens_as_token_ids)
-            logprobs = completion_logprobs(self.tokenizer, part.tokens, top, offset=offset, as_ids=as_ids)
+            logprobs = completion_logprobs(self.tokenizer, part, top, as_ids=as_ids)
         return schemas.CompletionChoice(
             index=part.index, text=part.text, logprobs=logprobs, finish_reason=part.finish_reason
         )
@@ -372,10 +380,7 @@ class CompletionResponse:
 
     async def stream(self) -> AsyncGenerator[Json]:
         head = {**self.head, "object": "text_completion"}
-        offsets = [0] * len(self.generation.answers)
         async for piece in self.generation.pieces():
-            choice = self.choice(piece, offsets[piece.index])
-            offsets[piece.index] += len(piece.text)
-            yield {**head, "choices": [choice.model_dump()]}
+            yield {**head, "choices": [self.choice(piece).model_dump()]}
         if wants_usage(self.body):
             yield {**head, "choices": [], "usage": self.generation.usage().model_dump()}

@@ -10,8 +10,8 @@ import pytest
 from tiny import CHATML
 from transformers import PreTrainedTokenizerFast
 
-from tailora.data.chat_template import DataSettings
-from tailora.data.prepare import prepare
+from tailora.data.chat_template import ChatTokenizer, DataSettings
+from tailora.data.prepare import prepare, read_eval_data
 from tailora.data.readers import Source
 from tailora.errors import DataError
 from tailora.report.pages.data import facts_of
@@ -52,6 +52,51 @@ def test_held_out_prompts_that_are_also_trained_on_are_counted(
     assert (report.flagged["duplicates"], report.train, report.eval) == (1, 3, 2)
     assert report.rows_of["duplicates"][0].endswith("held_out.jsonl:1")
     assert [Path(source.name).stem for source in report.sources] == ["train", "more"]
+
+
+def test_prompts_with_other_columns_for_rewards_are_different_rows(
+    bytes_tokenizer: Callable[..., PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    """But they stay on one side of the split."""
+    file, tokenizer = tmp_path / "prompts.jsonl", bytes_tokenizer(CHATML)
+    rows = [{"prompt": f"Say {i // 2}", "wanted": str(i)} for i in range(20)]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, *rows[:3]]))
+    data = prepare(str(file), tokenizer, replace(SETTINGS, validation_split=0.5))
+    wanted = [{str(prompt.columns["wanted"]) for prompt in side} for side in (data.prompts, data.eval_samples)]
+    assert wanted[0] | wanted[1] == {row["wanted"] for row in rows}
+    assert not {int(name) // 2 for name in wanted[0]} & {int(name) // 2 for name in wanted[1]}
+    assert len(data.eval_samples) == len(data.eval) == data.report.eval == len(wanted[1])
+    flagged = data.report.flagged
+    assert (flagged["repeated"] + flagged["eval_copies"], flagged["duplicates"]) == (3, 0)
+    (tmp_path / "other.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "wanted": "x"}))
+    report = prepare(str(file), tokenizer, SETTINGS, eval_source=str(tmp_path / "other.jsonl")).report
+    assert (report.eval, report.flagged["duplicates"]) == (2, 1)
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+@pytest.mark.parametrize("kind", ["completion", "chat", "choices", "preference"])
+def test_an_evaluation_knows_the_prompts_of_reinforcement_learning(
+    bytes_tokenizer: Callable[..., PreTrainedTokenizerFast], as_chat: bool, kind: str, tmp_path: Path
+) -> None:
+    def message(text: str, role: str = "user") -> dict[str, str]:
+        return {"role": role, "content": text}
+
+    def row(text: str) -> dict[str, object]:
+        return {
+            "completion": {"prompt": text, "completion": "ok"},
+            "chat": {"messages": [message(text), message("ok", "assistant")]},
+            "choices": {"prompt": text, "choices": ["yes", "no"], "answer": 0},
+            "preference": {"prompt": text, "chosen": "yes", "rejected": "no"},
+        }[kind]
+
+    prompts, other, tokenizer = tmp_path / "prompts.jsonl", tmp_path / "other.jsonl", bytes_tokenizer(CHATML)
+    rows = [{"prompt": [message(f"Say {i}")] if as_chat else f"Say {i}", "answer": i} for i in range(6)]
+    prompts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = prepare(str(prompts), tokenizer, replace(SETTINGS, validation_split=0.0))
+    other.write_text("".join(f"{json.dumps(row(text))}\n" for text in ("Say 3", "Say 5", "Say 7")))
+    chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(for_evaluation=True))
+    report, _ = read_eval_data(str(other), chat_tokenizer, trained_rows=data.trained_rows)
+    assert report.trained_on == 2
 
 
 @pytest.mark.parametrize(("field", "read_as"), [({}, "prompts (prompt)"), ({"prompt": "q"}, "prompts (prompt = q)")])

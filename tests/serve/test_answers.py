@@ -5,7 +5,10 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import tokenizers
 from tiny import chat_tokenizer
+from tokenizers import decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from tailora.engine.interface import Finish, Request, SamplingParams, Token
 from tailora.serve.answers import (
@@ -24,6 +27,9 @@ PIECES = ["a", "b\xe6", "\x97\xa5c", "\xf0\x9f", "\x99\x82", " d", "a"]  # as La
 
 class Tokenizer:
     """A token is a few bytes, also those of half a character."""
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [PIECES.index(text)]
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return b"".join(PIECES[token_id].encode("latin-1") for token_id in ids).decode(errors="replace")
@@ -61,16 +67,47 @@ def test_text_is_shown_up_to_the_first_stop_string(
 
 def test_log_probabilities_of_a_piece_of_a_completion() -> None:
     tokens = [Token(0, -0.5, ((0, -0.5), (6, -0.7), (5, -2.0))), Token(5, -1.0, ((5, -1.0), (0, -3.0), (6, -4.0)))]
-    found = completion_logprobs(Tokenizer(), tokens, 3, offset=7, as_ids=False)
+    piece = Piece(0, "a d", tokens, offsets=[7, 8])
+    found = completion_logprobs(Tokenizer(), piece, 3, as_ids=False)
     assert found == {
         "tokens": ["a", " d"],
         "token_logprobs": [-0.5, -1.0],
         "top_logprobs": [{"a": -0.5, " d": -2.0}, {" d": -1.0, "a": -3.0}],  # the likeliest of those with one text
         "text_offset": [7, 8],
     }
-    found = completion_logprobs(Tokenizer(), tokens, 2, offset=0, as_ids=True)
+    found = completion_logprobs(Tokenizer(), piece, 2, as_ids=True)
     assert found["top_logprobs"][0] == {"token_id:0": -0.5, "token_id:6": -0.7}
-    assert completion_logprobs(Tokenizer(), [], 2, offset=7, as_ids=False)["text_offset"] == []
+    assert completion_logprobs(Tokenizer(), Piece(0, "", ()), 2, as_ids=False)["text_offset"] == []
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2: a letter may begin with a space, other characters are bytes, and a text has no space at its start."""
+    letters, space = "adehlortw,", "\u2581"
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), space, *letters, *(space + one for one in letters)]
+    merges = [(space, letter) for letter in letters]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    undo = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(undo)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_tokens_keep_their_space_and_begin_where_their_text_does() -> None:
+    """Also tokens of incomplete characters, and text that may be the beginning of a stop string."""
+    metaspace = llama_tokenizer()
+    text = "hello there \u65e5 world, hello \U0001f642"
+    ids = metaspace.encode(text, add_special_tokens=False)
+    answer = Answer(0, metaspace, Request("a", ids[:2], None, SamplingParams(99, 0.0)), ["there!"], frozenset())
+    pieces = [answer.add(Token(token_id, -0.5, ())) for token_id in ids]
+    pieces.append(answer.add(Finish("length")))
+    found = completion_logprobs(metaspace, answer, 0, as_ids=False)
+    assert found["text_offset"] == [offset for piece in pieces for offset in piece.offsets]
+    whole = [(name, at) for name, at in zip(found["tokens"], found["text_offset"], strict=True) if "\ufffd" not in name]
+    assert len(whole) > 10
+    assert all(answer.text[at:].startswith(name) for name, at in whole)
+    assert any(name.startswith(" ") for name, _ in whole)
+    assert found["text_offset"] == sorted(found["text_offset"])
 
 
 def test_text_around_a_tool_call_is_kept() -> None:
