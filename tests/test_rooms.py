@@ -26,16 +26,16 @@ MOST_LINES = {
     "core": 6960,
     "formats": 3960,
     "model": 520,
-    "data": 4540,
+    "data": 4580,
     "kernels": 1520,
     "engine": 940,
-    "train": 9620,
-    "evaluation": 2180,
-    "study": 4960,
+    "train": 9840,
+    "evaluation": 2400,
+    "study": 4940,
     "verify": 1000,
-    "report": 2520,
+    "report": 2580,
     "serve": 2040,
-    "cli": 4280,
+    "cli": 4220,
 }
 MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines

@@ -92,7 +92,7 @@ def run_cell(name: str, threads: int, steps: int) -> dict[str, Any]:
         flags += ["--max-steps", str(steps), "--json"]
         estimated, _ = run_command(["plan", *flags])
         measured, _ = run_command(["plan", "--measure", *flags])
-        trained, peak = run_command(["train", *flags, "--samples", "0", "--output-dir", str(folder / "run")])
+        trained, peak = run_command(["train", *flags, "--metric-examples", "0", "--output-dir", str(folder / "run")])
     return {
         "true_bytes": peak,
         "estimated": estimated["memory"],

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import measure
 
-FLAGS = ["--model", "demo", "--data", "demo", "--validation-split", "0", "--samples", "0", "--max-steps", "1"]
+FLAGS = ["--model", "demo", "--data", "demo", "--validation-split", "0", "--metric-examples", "0", "--max-steps", "1"]
 TICKS = os.sysconf("SC_CLK_TCK")  # of the clock in /proc, per second
 
 

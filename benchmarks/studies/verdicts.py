@@ -12,16 +12,13 @@ import argparse
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tailora.cli.train import is_worse
 from tailora.evaluation.rewards import describe_rewards, reward_changes
-from tailora.train.loss import Evaluation
 from tailora.train.significance import Interval
 
 RESULT = Path(__file__).parents[1] / "results" / "verdicts.json"
@@ -73,23 +70,14 @@ def simulate(draw: Draw, prompts: int, runs: int, *, shift: float = 0.0, seed: i
             sides = [draw(random, difficulty, side * shift) for side in (-0.5, 0.5)]
             if np.isnan(sides[0] + sides[1]).all():
                 continue
-            evaluations = [_evaluation(side) for side in sides]
-            worse = is_worse(_result(*evaluations), "grpo")
-            text = describe_rewards(reward_changes(*({"reward": side} for side in sides)), ["f"], [], "N prompts")
+            changes = reward_changes(*({"reward": side} for side in sides))
+            worse = changes["reward"].change.finding == "worse"  # what the exit code follows
+            text = describe_rewards(changes, ["f"], [], "N prompts")
             seen["exit code 5"] += worse
             seen["rose"] += "reward rose by" in text
             seen["cannot tell"] += any(words in text for words in ("too little data", "No change", "Cannot tell"))
             seen["disagree"] += worse != ("reward fell by" in text)
     return {name: count / runs for name, count in seen.items()}
-
-
-def _evaluation(scores: Floats) -> Evaluation:
-    """Returns what `Rollouts.evaluate` does for these scores, which decide alone."""
-    return Evaluation(np.zeros(len(scores)), np.ones(len(scores), np.int64), scores[:, None])
-
-
-def _result(before: Evaluation, after: Evaluation) -> Any:
-    return SimpleNamespace(before=before, after=after)
 
 
 def main() -> None:

@@ -33,7 +33,6 @@ SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_spl
 SETTINGS += ["assistant_only_loss", "completion_only_loss", "documents", "image_folder", "reward"]
 Flags: Any = flags_of(TrainConfig, SETTINGS)
 BAR = 40  # characters of the longest bar
-MOST_HELD_OUT = 0.2  # share of the rows, in the suggested command
 
 Pieces = Sequence[tuple[str, bool]]  # text, learned
 OutputDir = Annotated[Path | None, Parameter(help="new folder for report.html with the examples and their images")]
@@ -97,56 +96,31 @@ def next_section(settings: TrainConfig, data: "PreparedData", config: Path | Non
     """Returns the command that trains on this data, and what it sets and why."""
     from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
 
-    report = data.report
-    distinct = report.train - report.flagged["repeated"] + report.eval
-    share = share_to_hold_out(settings, distinct)
-    held_out = report.eval if share is None else max(round(share * distinct), 1)
-    is_few = 0 < held_out < FEW_EXAMPLES
-    enough = "" if is_few else ", enough to evaluate the result"
-    epochs = epochs_to_train(settings, data, share)
-    why = [
-        *([] if share is None else [f"holds out {share:.0%} of the rows{enough}"]),
-        *([] if epochs is None else [f"makes {epochs} passes, because fewer than {FEW_STEPS} steps change little"]),
-    ]
-    reasons = [f"The next command {', and '.join(why)}."] if why else []
-    reasons += [f"It holds out about {plural(held_out, 'example')}. {TOO_FEW}"] if is_few else []
-    command = train_command(settings, {"validation_split": share, "num_train_epochs": epochs}, config, flags)
+    held_out, epochs = data.report.eval, epochs_to_train(settings, data)
+    passes = f"The next command makes {epochs} passes, because fewer than {FEW_STEPS} steps change little."
+    few = f"It holds out {plural(held_out, 'example')}. {TOO_FEW}"
+    reasons = [*([passes] if epochs else []), *([few] if 0 < held_out < FEW_EXAMPLES else [])]
+    command = train_command(settings, epochs, config, flags)
     return Section("Next", " ".join(reasons), [Code(shlex.join(command))])
 
 
-def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:
-    """Returns the share of distinct rows that is enough for an interval; None if the settings define it."""
-    from tailora.evaluation.statistics import FEW_EXAMPLES
-
-    if settings.model_fields_set & {"eval_data", "validation_split"}:
-        return None
-    share = min(MOST_HELD_OUT, math.ceil(100 * FEW_EXAMPLES / rows) / 100)
-    return share if share > settings.validation_split else None
-
-
-def epochs_to_train(settings: TrainConfig, data: "PreparedData", share: float | None) -> int | None:
-    """Returns the passes that make FEW_STEPS; None if one is enough, or if the settings define the length.
-
-    share: share that the run will hold out; None: the same as `data`.
-    """
+def epochs_to_train(settings: TrainConfig, data: "PreparedData") -> int | None:
+    """Returns the passes that make FEW_STEPS; None if one is enough, or if the settings define the length."""
     from tailora.train.dataloader import epoch_steps
 
     if settings.model_fields_set & {"max_steps", "num_train_epochs"}:
         return None
-    report = data.report
-    examples = report.train + report.eval + report.flagged["eval_copies"]
-    kept = 1.0 if share is None else (1 - share) * examples / report.train
-    steps = epoch_steps(settings, max(1, round(data.train.epoch_size * kept)))
+    steps = epoch_steps(settings, data.train.epoch_size)
     return math.ceil(FEW_STEPS / steps) if steps < FEW_STEPS else None
 
 
 def train_command(
     settings: TrainConfig,
-    proposed: Mapping[str, float | None],
+    epochs: int | None,
     config: Path | None,
     flags: Mapping[str, str | bool | list[str]],
 ) -> list[str]:
-    """Returns the command that trains on this data with the same flags, and `proposed`, in a new folder."""
+    """Returns the command that trains on this data with the same flags, and this number of epochs, in a new folder."""
     sources = parse_sources(settings.data)
     command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]
     command += ["--config", str(config)] if config else []
@@ -155,8 +129,7 @@ def train_command(
             command.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
             continue
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else ",".join(value)]
-    for name, number in proposed.items():
-        command += [] if number is None else [f"--{name.replace('_', '-')}", f"{number:g}"]
+    command += [] if epochs is None else ["--num-train-epochs", f"{epochs}"]
     if "output_dir" not in settings.model_fields_set:
         name = re.sub(r"[^\w.-]+", "-", Path(sources[0].name).stem).strip("-.") or "run"
         folders = chain([Path("outputs", name)], (Path("outputs", f"{name}-{number}") for number in count(2)))

@@ -40,7 +40,7 @@ SECTIONS = {  # section of --help -> its settings; all other settings are advanc
     "Evaluation and files": ("eval_steps", "resume_from_checkpoint"),
 }
 # Flags whose values may contain commas, so that they are repeated instead -> how --help shows their value
-REPEATED = {"data": "DATA[=WEIGHT]", "reward": "REWARD[=WEIGHT]", "eval_reward": "REWARD"}
+REPEATED = {"data": "DATA[=WEIGHT]", "reward": "REWARD[=WEIGHT]", "metric": "METRIC"}
 NEXT_PAIR = re.compile(r",(?=[\w.-]+=)")  # a comma before the next KEY=; any other comma is part of a value
 MODULE_NAMES = re.compile(r"[\w.,-]+")  # anything else is a regular expression
 

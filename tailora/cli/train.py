@@ -22,7 +22,7 @@ from tailora.data.messages import IMAGE_TEXT
 from tailora.data.schemas import PREFERENCE
 from tailora.errors import INTERRUPTED, WORSE, WriteError
 from tailora.formats.io import wrap_os_error, write_file
-from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, RUN, SAMPLES
+from tailora.formats.run_folder import ADAPTER, HELD_OUT, PAGE, REPORT, RUN, SAMPLES, write_report
 from tailora.report.blocks import Code, Column, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
@@ -31,10 +31,10 @@ from tailora.train.config import GRPO, TASK_TYPES, TrainConfig
 from tailora.train.launch import count_processes, how_to_resume, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
+    from tailora.train.answers import ComparedAnswer
     from tailora.train.events import TrainResult
-    from tailora.train.generate import ComparedAnswer
 
-Flags: Any = train_flags()  # the settings of train/config.py
+Flags: Any = train_flags()
 
 
 @Parameter(name="*")
@@ -103,20 +103,20 @@ def train(
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState()))
         if config.fsdp or is_main:
-            answers = answer_samples(result, config)
-            measured = measure_forgetting(result, config)
-    code = WORSE if is_worse(result, config.task) else 0
+            answers, directions = answer_prompts(result, config)
+            measured = measure_forgetting(result, config) | {"higher_is_better": directions}
     if not is_main:
-        return code
+        return 0
     folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
     report, page = write_results(folder, answers, measured, started, peak)
     if given.json:
-        print_json({**report["result"], "verdict": report["verdict"]} if report else result.to_dict())
+        verdict = {"verdict": report["verdict"], "finding": report["finding"]} if report else {}
+        print_json({**(report["result"] if report else result.to_dict()), **verdict})
     else:
         show(stdout(), config, folder, report)
         if page and not (folder / PAGE).exists():
             log(page)
-    return code
+    return WORSE if report is not None and report["finding"] == "worse" else 0
 
 
 # ---- What a finished run prints: the result, its files, and what to do next
@@ -127,7 +127,8 @@ FILES = {
     PAGE: "the full report; open it in a browser",
     ADAPTER: "the adapter, in PEFT format",
     "model": "the fine-tuned model, in Hugging Face format",
-    SAMPLES: "the answers shown above",
+    SAMPLES: "answers to held-out prompts, before and after training",
+    HELD_OUT: "the rows that were held out",
     "metrics.jsonl": "{loss}, learning rate and speed of every step",
     "examples.jsonl": "{loss} of each held-out example, before and after training",
     "completions.jsonl": "completions of some prompts over time",
@@ -162,7 +163,11 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     columns = ["--field", pairs] if pairs and not is_lora else []  # an adapter's run records them
     evaluated = [str(folder)] if is_lora else tuned
     answer = ["tailora", "predict", *evaluated, "--prompt", first_prompt(folder)]
-    held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
+    held_out = [
+        "--data",
+        config.eval_data or (str(folder / HELD_OUT) if (folder / HELD_OUT).exists() else "HELD_OUT.jsonl"),
+    ]
+    held_out += columns
     system = ["--system", config.system] if config.system and not is_lora else []
     images_of_data = ["--image-folder", config.image_folder] if config.image_folder else []
     evaluate = ["tailora", "eval", *evaluated, *system, *held_out, *images_of_data]
@@ -189,25 +194,11 @@ def first_prompt(folder: Path) -> str:
     return textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH] or "Hello!"
 
 
-def is_worse(result: "TrainResult", task: str) -> bool:
-    """True if training made the held-out loss or reward worse: what the verdict says, too."""
-    from tailora.evaluation.rewards import reward_changes
-    from tailora.train.significance import change_of
-
-    before, after = result.before, result.after
-    if before is None or after is None:
-        return False
-    if task == GRPO and before.scores is not None and after.scores is not None:
-        rewards = reward_changes({"reward": before.scores[:, 0]}, {"reward": after.scores[:, 0]})
-        return "reward" in rewards and rewards["reward"].change.finding == "worse"
-    return change_of(before.sums, after.sums, after.counts, higher_is_better=False).finding == "worse"
-
-
 def write_results(
     folder: Path, answers: Sequence["ComparedAnswer"], measured: Mapping[str, Any], started: float, peak: int
 ) -> tuple[dict[str, Any] | None, str]:
     """Writes the reports; returns report.json, and where report.html is or how to get it. peak: bytes of memory."""
-    from tailora.report.pages.train import write_train_report
+    from tailora.report.pages.train import train_report
 
     report, page = None, ""
     log("writing the report")
@@ -218,7 +209,8 @@ def write_results(
             content = [{**asdict(answer), "images": [i.to_dict() for i in answer.images]} for answer in answers]
             write_file(folder / SAMPLES, json.dumps(content, ensure_ascii=False, indent=2).encode())
         run_log.add_result(folder, **measured, total_seconds=time.monotonic() - started, peak_memory_bytes=peak)
-        report = write_train_report(folder)
+        report = train_report(folder)
+        write_report(folder, "train", report)
         page = write_page_if_possible(folder)
     except WriteError as error:  # the trained weights are complete, so the run has not failed
         again = shlex.join(["tailora", "report", str(folder)])
@@ -226,19 +218,17 @@ def write_results(
     return report, page
 
 
-def answer_samples(result: "TrainResult", config: TrainConfig) -> list["ComparedAnswer"]:
-    """Returns answers of the base and the fine-tuned model to the first held-out prompts."""
-    from tailora.train.generate import ANSWER_TOKENS, compare_answers
+def answer_prompts(result: "TrainResult", config: TrainConfig) -> tuple[list["ComparedAnswer"], dict[str, bool]]:
+    """Returns answers of the base and the fine-tuned model, and of each metric whether higher is better."""
+    from tailora.train.answers import answer_held_out
     from tailora.train.memory import explain_out_of_memory
 
-    if result.data and result.data.report.task in TASK_TYPES:  # the model predicts labels
-        return []
-    prompts = result.data.eval_samples[: config.samples] if result.data else []
-    limit = config.max_completion_length if config.task == GRPO else ANSWER_TOKENS
-    advice = f"the adapter in {result.output_dir} is complete; use --samples 0 to skip the answers"
+    if result.data is None or result.data.report.task in TASK_TYPES:  # the model predicts labels
+        return [], {}
+    advice = f"the adapter in {result.output_dir} is complete; use --metric-examples 0 to skip the answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", advice), counter(console, "answers") as progress:
-        return compare_answers(result.model, result.tokenizer, prompts, max_new_tokens=limit, progress=progress)
+        return answer_held_out(result.model, result.tokenizer, result.data, config, log, progress)
 
 
 def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tailora.data.dataset import Int32, Int64
-from tailora.data.image_processor import added_start, text_tokenizer
-from tailora.data.image_tokens import image_placeholders, media_ids
+from tailora.data.image_processor import added_start, image_placeholders, media_ids, text_tokenizer
 from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools
@@ -57,7 +56,7 @@ class DataSettings:
     assistant_only_loss: bool | None = None  # train only replies; None: yes, unless completion_only_loss=False
     completion_only_loss: bool | None = None  # train only completions, not their prompts; None: yes
     documents: Literal["isolated", "concatenated"] = "isolated"  # one plain text per example, or blocks of all of them
-    validation_split: float = 0.05  # share of the examples to hold out
+    validation_split: float | None = None  # share of the examples to hold out; None: see `split_examples`
     seed: int = 0  # for selecting them
     skip_bad_rows: bool = False  # skip and report unusable rows instead of raising an error
     image_folder: str | None = None  # for paths in rows; None: the folder of the data file
@@ -165,10 +164,6 @@ class ChatTokenizer:
         """Returns the ids of a rendered chat. Processors add the BOS that a template omits, tokenizers do not."""
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # a server sees many
         return ids if self.processor is None or ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
-
-    def prompt_ids(self, messages: Messages, tools: Tools | None = None) -> list[int]:
-        """Returns the ids of a chat up to its next reply."""
-        return self.chat_ids(self.render(messages, tools=tools, add_generation_prompt=True))
 
     def render(
         self,

@@ -16,6 +16,7 @@ from tailora.data.images import Image
 from tailora.errors import DataError
 
 FOLDERS = re.compile(r".*/(?=[^/]*(:|, item )\d+( \(|$))")  # before FILE:ROW or FILE:ROW (label)
+ENOUGH, USUAL_SHARE, LARGEST_SHARE = 20, 0.05, 0.2  # of the examples, to hold out
 IGNORED = -100  # the label of a token that is read but not trained
 
 Int32 = NDArray[np.int32]
@@ -253,16 +254,17 @@ def _block(ids: Int32, document: Example) -> Example:
 
 
 def split_examples(
-    hashes: Sequence[bytes], share: float, seed: int, omitted: int = 0, classes: Sequence[int] = ()
+    hashes: Sequence[bytes], share: float | None, seed: int, omitted: int = 0, classes: Sequence[int] = ()
 ) -> tuple[list[int], list[int]]:
     """Returns the indices of the training examples and of the held-out ones. Equal examples go to the same side.
 
-    share: of the examples to hold out, at least one; 0 holds out none. The same arguments give the same split.
+    share: of the examples to hold out, at least one; 0 holds out none. None: ENOUGH examples or USUAL_SHARE, whichever
+        is more, and at most LARGEST_SHARE. The same arguments give the same split.
     omitted: number of rows omitted because of --max-length, for the message.
     classes: of all examples, or empty; about the same share of each class is held out.
     Raises DataError for fewer than two distinct examples.
     """
-    if not share:
+    if share == 0:
         return list(range(len(hashes))), []
     groups = group_equal(hashes)
     if len(groups) < 2:
@@ -271,6 +273,8 @@ def split_examples(
         raise DataError(
             f"need two distinct examples to hold one out, got {given}{more}; add data, or use --validation-split 0"
         )
+    if share is None:
+        share = max(USUAL_SHARE, min(ENOUGH / len(hashes), LARGEST_SHARE))
     target = max(1, round(len(hashes) * share))
     held_out: list[int] = []
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()

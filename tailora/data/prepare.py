@@ -18,7 +18,7 @@ from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, has_tools, to_conversation
 from tailora.data.dataset import WARNINGS, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
-from tailora.data.duplicates import copies
+from tailora.data.duplicates import copies, near_duplicates
 from tailora.data.image_processor import text_tokenizer
 from tailora.data.images import read_images, store_images
 from tailora.data.messages import has_images, parsed_list, place_images
@@ -110,7 +110,12 @@ def _with_origin(encoded: list[EncodedSample], index: int, row: Row, mapping: Co
     """Adds the row's position, location and weight. Raises DataError for an invalid weight."""
     weight = weight_of(row, mapping)
     return [
-        replace(part, example=replace(part.example, source_index=index, weight=weight), location=row.location)
+        replace(
+            part,
+            example=replace(part.example, source_index=index, weight=weight),
+            location=row.location,
+            row=row.fields,
+        )
         for part in encoded
     ]
 
@@ -181,6 +186,7 @@ class PreparedData:
     eval: Examples  # without duplicates, because these are not independent
     report: DataReport
     eval_samples: list[Any]  # eval_samples[i] became eval[i]
+    eval_rows: list[Mapping[str, Any]]  # of these
     trained_rows: set[bytes]  # `trained_hash` of the training rows
     skipped: list[RowProblem]  # unusable rows, with `skip_bad_rows`
     prompts: list[Prompt]  # for reinforcement learning; prompts[i] became train[i]
@@ -235,14 +241,16 @@ def prepare(
     for part in held_out:  # blocks of texts have no samples
         samples += part.samples or [Text(tokenizer.decode(example.input_ids.tolist())) for example in part.examples]
     distinct = [copies[0] for copies in dataset.group_equal([value for part in held_out for value, _ in part.hashes()])]
+    fields = [part.rows.get(example.source_index, {}) for part in held_out for example in part.examples]
     evaluated, samples = evaluated.select(distinct), [samples[index] for index in distinct]
+    rows = [fields[index] for index in distinct]
     if first.name == FEEDBACK:
         _check_feedback(train, evaluated, report.source)
         train, evaluated = (with_other_replies(part, settings.seed, settings.max_length) for part in (train, evaluated))
     skipped = [problem for part in everything for problem in part.skipped]
     prompts = [sample for part in trained for sample in part.samples if isinstance(sample, Prompt)]
     locations = [part.location(example) for part in trained for example in part.examples]
-    return PreparedData(train, evaluated, report, samples, trained_rows, skipped, prompts, locations)
+    return PreparedData(train, evaluated, report, samples, rows, trained_rows, skipped, prompts, locations)
 
 
 def _report(
@@ -320,6 +328,7 @@ class LoadedSource:
     counts: RowCounts
     is_whole: bool  # texts before the split into blocks
     locations: dict[int, str]  # source_index of an example -> the location of its row
+    rows: dict[int, Mapping[str, Any]]  # the same -> its row
     skipped: list[RowProblem]  # with `skip_bad_rows`
 
     def location(self, example: Example) -> str:
@@ -374,7 +383,8 @@ def _load_source(source: Source, split: str, tokenizer: ChatTokenizer) -> Loaded
         raise _all_cut(source.name, settings.max_length, counts)
     examples, samples = Examples.of(row.example for row in usable), [row.sample for row in usable]
     locations = {row.example.source_index: row.location for row in usable}
-    return LoadedSource(source, mapping, examples, samples, counts, is_text, locations, problems)
+    fields = {row.example.source_index: row.row for row in usable}
+    return LoadedSource(source, mapping, examples, samples, counts, is_text, locations, fields, problems)
 
 
 def _check_same_task(sources: Sequence[LoadedSource]) -> None:
@@ -422,12 +432,15 @@ def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[Loa
     """
     share, labels = settings.validation_split, settings.labels
     hashes = [part.examples.row_hashes() for part in loaded]
-    if share and len(set(chain.from_iterable(hashes))) < 2:
+    if share != 0 and len(set(chain.from_iterable(hashes))) < 2:
         loaded = [part.in_blocks(settings) for part in loaded]
         hashes = [part.examples.hashes() for part in loaded]
     omitted = sum(part.counts.flagged.numbers["cut_away"] for part in loaded)
     classes = [] if labels is None else [index for part in loaded for index in labels.classes(part.examples)]
-    split = dataset.split_examples(list(chain.from_iterable(hashes)), share, settings.seed, omitted, classes)
+    keys = list(chain.from_iterable(hashes))
+    if share != 0:
+        keys = _near_duplicates_as_one(keys, [example for part in loaded for example in part.examples])
+    split = dataset.split_examples(keys, share, settings.seed, omitted, classes)
     sides: tuple[list[LoadedSource], list[LoadedSource]] = ([], [])
     first = 0
     for part in loaded:
@@ -440,6 +453,13 @@ def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[Loa
             f"data {', '.join(empty)}: no examples left to train on; add more data, or use --validation-split 0"
         )
     return sides
+
+
+def _near_duplicates_as_one(keys: list[bytes], examples: Sequence[Example]) -> list[bytes]:
+    """Returns the keys with that of the first one for near duplicates, so that these go to the same side."""
+    same = {keys[index]: keys[group[0]] for group in near_duplicates(examples) for index in group}
+    merged = [same.get(key, key) for key in keys]
+    return merged if len({*merged}) > 1 else keys
 
 
 # ---- Training data as a stream

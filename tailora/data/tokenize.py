@@ -6,9 +6,9 @@ classification      texts with a target, words with their tags
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, cast
 
@@ -23,8 +23,7 @@ from tailora.data.chat_template import (
     with_system,
 )
 from tailora.data.dataset import IGNORED, Example, Int32
-from tailora.data.image_processor import text_tokenizer
-from tailora.data.image_tokens import image_owners
+from tailora.data.image_processor import image_owners, text_tokenizer
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
 from tailora.data.samples import (
@@ -55,6 +54,7 @@ class EncodedSample:
     parts: int = 1  # number of these
     choices: Choices | None = None  # with `sample` as the correct answer
     location: str = ""  # of its row
+    row: Mapping[str, Any] = field(default_factory=dict)  # all columns
 
     @property
     def is_learned(self) -> bool:
@@ -119,8 +119,14 @@ def result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> Any
 
 def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> list[EncodedSample]:
     """Encodes a sample of a task that tokenizes one sample at a time."""
-    encoders: Any = {Tagged: _encode_tagged, Labelled: _encode_labelled, Prompt: _encode_prompt, Pair: _encode_pair}
-    return [encoders[type(sample)](sample, tokenizer)]
+    if isinstance(sample, Tagged):
+        return [_encode_tagged(sample, tokenizer)]
+    if isinstance(sample, Labelled):
+        return [_encode_labelled(sample, tokenizer)]
+    if isinstance(sample, Prompt):
+        return [_encode_prompt(sample, tokenizer)]
+    assert isinstance(sample, Pair)
+    return [_encode_pair(sample, tokenizer)]
 
 
 # ---- Language models
@@ -301,7 +307,8 @@ def prompt_ids(sample: Conversation | Pair, tokenizer: Any) -> list[int]:
     if chat_tokenizer.template is None and isinstance(sample, Pair):
         return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(sample.prompt)
     chat = fit_to_template(to_conversation(sample), chat_tokenizer)
-    return chat_tokenizer.prompt_ids(chat.messages[: last_reply(chat)], chat.tools)
+    before_reply = chat.messages[: last_reply(chat)]
+    return chat_tokenizer.chat_ids(chat_tokenizer.render(before_reply, tools=chat.tools, add_generation_prompt=True))
 
 
 def last_reply(chat: Conversation) -> int | None:

@@ -1,7 +1,7 @@
 """Whether reinforcement learning worked: rewards of held-out prompts before and after, and whether they may be gamed.
 
 A reward is gamed if the model finds completions that score high without being better. Rewards that only judge
-(--eval-reward) are not trained on, so a model that improves raises them too. A judge
+(--metric) are not trained on, so a model that improves raises them too. A judge
 
     rose           if its change is "better" (train/significance.py)
     did not rise   if its change is "worse", or its interval ends below SHARE_OF_RISE of the reward's own rise
@@ -152,7 +152,7 @@ def describe_rewards(
             numbers = f"{change.before.value:.3f} to {change.after.value:.3f} (change {low:+.3f} to {high:+.3f})"
             shown[find(change, changes["reward"])].append(f"{name} {numbers}")
     if not any(shown.values()):
-        return f"{rose} Without an --eval-reward, a gamed reward cannot be detected."
+        return f"{rose} Without a --metric, a gamed reward cannot be detected."
     gamed = [name for name in trained if name in changes and changes[name].change.finding == "better"] or trained
     texts = [text.format(gamed=" and ".join(gamed), judges=", ".join(shown[key])) for key, text in FINDINGS.items()]
     said = [text for text, named in zip(texts, shown.values(), strict=True) if named]

@@ -19,6 +19,7 @@ GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.sa
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
+HELD_OUT = "held_out.jsonl"  # rows of the data that the run was evaluated on
 TRAINED_ROWS = "trained-rows.bin"  # 8 bytes for each row that the run trains on
 REFERENCE = "reference.npz"  # the model's values for the examples before training, for losses that need them
 CARD = "README.md"

@@ -5,6 +5,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tailora.data.labels import Labels
+from tailora.evaluation.answers import (
+    FaultChange,
+    MetricChange,
+    answers_verdict,
+    describe_faults,
+    fault_changes,
+    metric_changes,
+)
 from tailora.evaluation.classification import (
     LabelOutputs,
     as_intervals,
@@ -24,8 +32,9 @@ from tailora.evaluation.statistics import (
 )
 from tailora.report.format import learning_rate, plural, share
 from tailora.study.config import FIRST_RATES, LORA
+from tailora.train.answers import ComparedAnswer
 from tailora.train.config import NATS_PER_TOKEN
-from tailora.train.significance import Change, Interval, change_of
+from tailora.train.significance import Change, Finding, Interval, change_of
 
 MOST_CUT = 0.9  # share of truncated completions above which the verdict names their limit
 WHEN = ("before", "after")
@@ -38,18 +47,41 @@ class Effect:
 
     examples: int = 0
     losses: dict[str, Interval] = field(default_factory=dict)  # "before" and "after"
-    change: Change | None = None  # of the loss
+    change: Change | None = None  # of the loss or the reward
     metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)  # of the task, the same parts -> by name
     labels: dict[str, Any] = field(default_factory=dict)  # `label_details` after training
     text: str = ""  # the effect on the metrics in words
+    answers: dict[str, MetricChange] = field(default_factory=dict)  # of metrics that judge answers
+    faults: dict[str, FaultChange] = field(default_factory=dict)  # of the answers
 
 
-def effect_of(header: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Effect:
+@dataclass(frozen=True)
+class RunVerdict:
+    """Whether training worked. The sentence, the JSON and the exit code all follow from `finding`."""
+
+    text: str
+    finding: Finding = "cannot tell"
+    remedy: list[str] = field(default_factory=list)  # flags to try after a run that made the model worse
+
+
+def effect_of(
+    header: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]],
+    samples: Sequence[ComparedAnswer],
+    higher_is_better: Mapping[str, bool],
+) -> Effect:
+    """samples: the answers of the run. higher_is_better: of each metric of these."""
     if not examples:
         return Effect()
     before, after, tokens = ([row[name] for row in examples] for name in (*WHEN, "tokens"))
     losses = {"before": mean_interval(before, tokens), "after": mean_interval(after, tokens)}
-    effect = Effect(len(examples), losses, change_of(before, after, tokens, higher_is_better=False))
+    effect = Effect(
+        len(examples),
+        losses,
+        change_of(before, after, tokens, higher_is_better=False),
+        answers=metric_changes(samples, higher_is_better),
+        faults={} if header.get("rewards") else fault_changes(samples),
+    )
     if header.get("labels"):
         outputs = [LabelOutputs.of_rows(Labels.from_dict(header["labels"]), examples, when) for when in WHEN]
         metrics = {when: as_intervals(label_scores(data)) for when, data in zip(WHEN, outputs, strict=True)}
@@ -63,7 +95,7 @@ def effect_of(header: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) 
         prompts = plural(len(examples), "held-out prompt")
         text = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
         text += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
-        return replace(effect, metrics=metrics, text=text)
+        return replace(effect, change=changes["reward"].change, metrics=metrics, text=text)
     if all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
         metrics = {when: preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN}
         return replace(effect, metrics=metrics, text=describe_preferences(**metrics))
@@ -76,30 +108,40 @@ def run_verdict(
     result: Mapping[str, Any] | None,
     steps: Sequence[Mapping[str, Any]],
     effect: Effect,
-) -> tuple[str, list[str]]:
-    """Returns whether training worked, in sentences, and flags to try after a run that made the model worse."""
+) -> RunVerdict:
     losses, after, unit = effect.losses, effect.metrics.get("after", {}), header.get("loss_unit", NATS_PER_TOKEN)
     if result is None:
-        return "The run has not finished: it was interrupted, failed, or is still running.", []
+        return RunVerdict("The run has not finished: it was interrupted, failed, or is still running.")
     if header.get("rewards"):
-        all_equal = not settings.get("beta") and all(step["equal_groups"] == 1 for step in steps)
-        verdict = NOTHING_TRAINED if all_equal else effect.text or UNKNOWN
-        cut = after["truncated"].value if after else 0.0
-        too_long = f" {share(cut, 1)} of the completions reached --max-completion-length; raise it."
-        return verdict + too_long * (cut > MOST_CUT), []
+        return _reward_verdict(settings, steps, effect)
     if not losses and result["eval_loss_after"] is None:
-        return UNKNOWN, []
+        return RunVerdict(UNKNOWN)
     if not losses or effect.change is None:
         change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
-        return f"Held-out loss went from {change} {unit}; its interval was not recorded.", []
-    verdict = describe_change(effect.change, plural(effect.examples, "held-out example"), unit)
-    verdict += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
+        return RunVerdict(f"Held-out loss went from {change} {unit}; its interval was not recorded.")
+    of_loss = describe_change(effect.change, plural(effect.examples, "held-out example"), unit)
+    of_loss += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
+    asked = max((metric.answers for metric in effect.answers.values()), default=0)
+    finding, of_answers = answers_verdict(
+        effect.answers, effect.faults, effect.change.finding, plural(asked, "held-out prompt")
+    )
     is_better = not effect.labels or beats_majority(after["accuracy"].value, effect.labels)
-    verdict = " ".join(filter(None, [verdict, effect.text] if is_better else [effect.text, verdict]))
-    if effect.change.finding == "worse":
-        cause, remedy = remedy_of(settings, [step["loss"] for step in steps])
-        return f"Worse than before training. {verdict} {cause}", remedy
-    return verdict, []
+    of_task = [of_loss, effect.text] if is_better else [effect.text, of_loss]
+    text = " ".join(filter(None, [of_answers, *of_task, describe_faults(effect.faults)]))
+    if finding != "worse":
+        return RunVerdict(text, finding)
+    cause, remedy = remedy_of(settings, [step["loss"] for step in steps])
+    return RunVerdict(f"{'' if of_answers else 'Worse than before training. '}{text} {cause}", finding, remedy)
+
+
+def _reward_verdict(settings: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], effect: Effect) -> RunVerdict:
+    after, all_equal = effect.metrics.get("after", {}), not settings.get("beta")
+    all_equal = all_equal and all(step["equal_groups"] == 1 for step in steps)
+    cut = after["truncated"].value if after else 0.0
+    too_long = f" {share(cut, 1)} of the completions reached --max-completion-length; raise it."
+    text = NOTHING_TRAINED if all_equal else effect.text or UNKNOWN
+    finding: Finding = "cannot tell" if effect.change is None else effect.change.finding
+    return RunVerdict(text + too_long * (cut > MOST_CUT), finding)
 
 
 def remedy_of(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, list[str]]:

@@ -27,7 +27,7 @@ SHARED_BY_RUNS = STEP_CHOICE | {  # in any study
     *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "streaming", "max_steps"),
     *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"),
     *("system", "assistant_only_loss", "completion_only_loss", "documents"),  # these would change the evaluation
-    *("field", "max_length", "reward", "eval_reward"),
+    *("field", "max_length", "reward", "metric"),
     *("task", *PREFERENCE_FIELDS),  # their losses are not comparable
 }
 SHARED = SHARED_BY_RUNS | {"save_total_limit", "adapter", "method"}

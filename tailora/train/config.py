@@ -35,8 +35,8 @@ Packing = Annotated[
 ]
 PREFERENCE_FIELDS = ("loss", "beta", "label_smoothing", "simpo_gamma", "sft_weight")
 GRPO_FIELDS = (
-    *("reward", "eval_reward", "reward_seconds", "num_generations", "temperature", "max_completion_length"),
-    *("epsilon", "epsilon_high", "num_iterations", "mask_truncated_completions", "scale_rewards"),
+    *("reward", "num_generations", "temperature", "epsilon", "epsilon_high", "num_iterations"),
+    *("mask_truncated_completions", "scale_rewards"),
 )
 FEW_STEPS = 24  # at the usual learning rates, a run with fewer steps changes little
 ACCUMULATION = "gradient_accumulation_steps"
@@ -120,13 +120,12 @@ class TrainConfig(StrictModel):
         description="grpo: reward for completions, FILE.py:FUNCTION, exact_match, regex:PATTERN, json_schema:FILE, "
         "max_length:CHARACTERS or math; repeatable; a final =NUMBER is its weight, so write x=1 as regex:x[=]1",
     )
-    eval_reward: list[str] = Field(
-        [], description="grpo: reward that only judges held-out completions, never trained on; repeatable"
-    )
-    reward_seconds: float = Field(60.0, gt=0, description="grpo: time limit for one call of a reward function")
+    reward_seconds: float = Field(60.0, gt=0, description="time limit for one call of a reward or a metric")
     num_generations: int = Field(8, ge=2, lt=COUNT, description="grpo: completions sampled for each prompt")
     temperature: float = Field(1.0, gt=0, description="grpo: temperature of sampling")
-    max_completion_length: PositiveInt = Field(256, description="grpo: maximum tokens of a completion")
+    max_completion_length: PositiveInt = Field(
+        256, description="maximum tokens of a completion, and of an answer that a metric judges"
+    )
     epsilon: float = Field(0.2, gt=0, description="grpo: clip the probability ratio below 1 - epsilon")
     epsilon_high: float | None = Field(
         None, gt=0, description="grpo: clip the probability ratio above 1 + epsilon_high; default: epsilon"
@@ -189,7 +188,13 @@ class TrainConfig(StrictModel):
     max_length: int = Field(
         1024, ge=8, lt=COUNT, description="maximum tokens per example; longer examples are truncated and reported"
     )
-    validation_split: float = Field(0.05, ge=0, lt=1, description="fraction of the examples to hold out")
+    validation_split: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="fraction of the examples to hold out; default: 20 examples or 5%, whichever is more, and at most "
+        "20%",
+    )
     split_seed: int | None = Field(
         None, ge=0, lt=2**63, description="seed for choosing the held-out examples; default: --seed"
     )
@@ -254,7 +259,17 @@ class TrainConfig(StrictModel):
         "full",
     )
     save_total_limit: PositiveInt = Field(2, description="number of checkpoints to keep, not counting the best one")
-    samples: NonNegativeInt = Field(3, description="number of held-out prompts to answer before and after training")
+    metric: list[str] = Field(
+        [],
+        description="judges answers to held-out prompts before and after training, as a reward does, but is not "
+        "trained on; the first decides the verdict; repeatable",
+    )
+    metric_examples: NonNegativeInt | None = Field(
+        None,
+        description="number of held-out prompts to answer before and after training; 0: none; default: 200 with a "
+        "metric, 24 without",
+    )
+    samples: NonNegativeInt = Field(3, description="number of these answers to show")
     report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")
 
@@ -270,7 +285,7 @@ class TrainConfig(StrictModel):
     def _settings_agree(self) -> Self:
         """Raises ConfigError with all contradictions between settings."""
         full = self.method == "full"
-        held_out = bool(self.eval_data) or (self.validation_split > 0 and not self.streaming)
+        held_out = bool(self.eval_data) or (self.validation_split != 0 and not self.streaming)
         weights = self.class_weights.values() if isinstance(self.class_weights, dict) else ()
         adapter_settings = self.adapter and ", ".join(self.changed(ADAPTER_FIELDS))
         rules = [

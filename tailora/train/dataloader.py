@@ -224,9 +224,9 @@ def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tr
 def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> TrainingData:
     """Returns prompts, whose completions are sampled from the model while it is trained."""
     data = read_whole(config, tokenizer)
-    rewards, judges = parse_rewards(config.reward, config.eval_reward)
+    rewards, judges = parse_rewards(config.reward, config.metric)
     if judges and not data.eval:
-        problem = "--eval-reward judges held-out prompts, but there are none"
+        problem = "--metric judges held-out prompts, but there are none"
         raise ConfigError(f"{problem}; use --eval-data, or a --validation-split above 0")
     with RewardProcess([*rewards, *judges], config.reward_seconds):  # raises if a function cannot be loaded
         pass

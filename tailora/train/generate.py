@@ -1,13 +1,12 @@
-"""Generates answers: prompts as token ids, the same decoding for every model, streamed replies, base against tuned.
+"""Generates answers: prompts as token ids, the same decoding for every model, streamed replies.
 
 In this order: a question becomes token ids, `generation_arguments` adds how to decode them, and `stream_reply` or
-`compare_answers` runs the model.
+`transformers` runs the model. `train/answers.py` asks the base and the tuned model.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -22,17 +21,14 @@ from tailora.data.image_processor import accepted_inputs, image_inputs, text_tok
 from tailora.data.images import Image, images_of
 from tailora.data.messages import Messages, Tools, text_of
 from tailora.data.samples import Conversation, Pair, Sample, Text
-from tailora.data.tokenize import last_reply, prompt_ids, reply_text, stop_ids
+from tailora.data.tokenize import last_reply, prompt_ids, stop_ids
 from tailora.errors import DataError
-from tailora.train.parallel import is_sharded
 from tailora.train.state import seeded
-from tailora.train.trainable import Trainable
 
 # ---- Prompts as token ids
 
 
 TEXT_PROMPT_WORDS = 12  # the first words of a plain text are its prompt
-ANSWER_TOKENS = 48  # of an answer before and after training
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,7 @@ def chat_ids(messages: Messages, tokenizer: Any, tools: Tools | None = None) -> 
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None:
         return plain_ids(plain_text(messages), tokenizer)
-    return chat_tokenizer.prompt_ids(messages, tools)
+    return chat_tokenizer.chat_ids(chat_tokenizer.render(messages, tools=tools, add_generation_prompt=True))
 
 
 def plain_text(messages: Messages) -> str:
@@ -215,67 +211,3 @@ def stream_reply(
         finally:
             stop_event.set()
         generation.result()
-
-
-# ---- The same prompts to the base and the tuned model
-
-
-@dataclass(frozen=True, slots=True)
-class ComparedAnswer:
-    prompt: str
-    base: str
-    tuned: str
-    earlier_messages: int = 0  # before the prompt
-    reference: str = ""  # the reply in the data; "" if there is none
-    images: tuple[Image, ...] = ()  # of the prompt and the messages before it
-
-
-def compare_answers(
-    model: Trainable,
-    tokenizer: Any,
-    questions: Sequence[str | Sample],
-    *,
-    max_new_tokens: int = ANSWER_TOKENS,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> list[ComparedAnswer]:
-    """Returns greedy answers of the base and the tuned model. With a sharded model, all ranks must call it.
-
-    For a sample, its last reply is generated again. Prompts that leave the model no positions for an answer are
-    skipped. Raises DataError if the chat template rejects a prompt.
-    progress: called with the number of finished answers and their total.
-    """
-    asked = [(prompt_of(model, question, tokenizer), question) for question in questions]
-    asked = [(prompt, question) for prompt, question in asked if free_positions(model, len(prompt.ids)) > 0]
-    prompts = [prompt for prompt, _ in asked]
-    references = [_reference(question, tokenizer) for _, question in asked]
-    texts: list[list[str]] = []  # of the tuned model, then of the base
-    with evaluating(model):
-        for which in (nullcontext(), model.disable_adapter()):
-            texts.append([])
-            with which:
-                for prompt in prompts:
-                    texts[-1].append(_greedy_answer(model, tokenizer, prompt, max_new_tokens))
-                    progress(sum(map(len, texts)), 2 * len(prompts))
-    return [
-        ComparedAnswer(prompt.text, base, tuned, prompt.earlier_messages, reference, prompt.images)
-        for prompt, tuned, base, reference in zip(prompts, *texts, references, strict=True)
-    ]
-
-
-def _reference(question: str | Sample, tokenizer: Any) -> str:
-    """Returns the reply in the data; "" if there is none."""
-    if isinstance(question, str | Text) or (isinstance(question, Conversation) and not question.replies):
-        return ""
-    return reply_text(question, tokenizer)
-
-
-def _greedy_answer(model: Any, tokenizer: Any, prompt: EncodedPrompt, max_new_tokens: int) -> str:
-    """Returns the answer, with … at the end if it is truncated.
-
-    Prompts are answered one by one: padding to a common length would change the rounding, and thus the text.
-    """
-    arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-    output = model.generate(**arguments, synced_gpus=is_sharded(model))  # then no rank stops before the others
-    new = new_tokens(model, output[0], prompt.ids)  # (length,)
-    is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip() + ("…" if is_cut else "")

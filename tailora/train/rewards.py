@@ -61,7 +61,7 @@ def parse_rewards(trained: Sequence[str], judging: Sequence[str]) -> tuple[list[
     rewards = [_parse_reward(value) for value in trained] + [_parse_reward(value, judges=True) for value in judging]
     sources = [reward.source for reward in rewards]
     if repeated := {source for source in sources if sources.count(source) > 1}:
-        raise ConfigError(f"--reward, --eval-reward: {', '.join(sorted(repeated))} appears twice; use each reward once")
+        raise ConfigError(f"--reward, --metric: {', '.join(sorted(repeated))} appears twice; use each reward once")
     functions = Counter([*map(_function_name, sources), *OTHER_SCORES])
     named = [
         replace(reward, name=name if functions[name := _function_name(reward.source)] == 1 else reward.source)
@@ -78,7 +78,7 @@ def _parse_reward(value: str, judges: bool = False) -> Reward:
         return Reward(value)
     if equals and judges:
         pattern = ", or write [=] if it belongs to the pattern" if source.startswith("regex:") else ""
-        raise ConfigError(f"--eval-reward {value}: rewards that only judge have no weight; remove ={number}{pattern}")
+        raise ConfigError(f"--metric {value}: metrics have no weight; remove ={number}{pattern}")
     if not math.isfinite(weight) or weight == 0:
         raise ConfigError(f"--reward {value}: expected a finite weight other than 0, got {number}")
     return Reward(source if equals else value, weight)
@@ -225,9 +225,11 @@ class RewardProcess:
 
     def __enter__(self) -> "RewardProcess":
         self._child = ChildProcess(command_of(serve))
-        if problem := self._ask(self.rewards, None):
+        reply = self._ask(self.rewards, None)
+        if isinstance(reply, Problem):
             self._child.end()
-            raise ConfigError(problem.text)
+            raise ConfigError(reply.text)
+        self.higher_is_better: list[bool] = reply
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -275,7 +277,8 @@ def serve() -> None:
             functions.append(load_reward(reward))
         except ConfigError as error:
             problems.append(str(error))
-    parent.send(Problem(listing(problems)) if problems else None)
+    are_higher_better = [bool(getattr(function, "higher_is_better", True)) for function in functions]
+    parent.send(Problem(listing(problems)) if problems else are_higher_better)
     while True:
         column, completions = messages.recv()
         try:

@@ -116,7 +116,7 @@ class Rollouts:
         self.model, self.layout, self.note = model, layout, note
         if isinstance(model, FullModel):
             note("without an adapter, KL from the base is not measured on held-out completions: it needs both models")
-        self.sampler = Sampler(self.config, model, tokenizer, prompts.longest, prompts.sampled_at_once, note)
+        self.sampler = Sampler(model, tokenizer, prompts.longest, prompts.sampled_at_once, note)
         stack.callback(self.sampler.stop)
         self.task.drift.limit, self.task.drift.warn = grpo.DRIFT_LIMITS.get(self.sampler.base.dtype, math.inf), note
         self._scorer = stack.enter_context(RewardProcess(prompts.rewards + prompts.judges, self.config.reward_seconds))
@@ -157,7 +157,7 @@ class Rollouts:
         config, shape = self.config, self.shape
         own, indices = range(shape.rank, shape.examples_per_step, shape.world), self.prompts.of_step(number)
         prompts = [self.prompts.data.prompts[indices[position]] for position in own]
-        samples = self.sampler.sample(prompts, [[config.seed, number, position] for position in own])
+        samples = self.sampler.sample(prompts, [[config.seed, number, position] for position in own], config)
         scores = _of_all_ranks(self._scores(samples))
         advantages = grpo.advantages_of(scores["reward"], config.loss or "grpo", config.scale_rewards)
         if config.mask_truncated_completions:
@@ -227,7 +227,7 @@ class Rollouts:
         own = np.array_split(examples.source_indices, state.num_processes)[state.process_index].tolist()
         seeds = [[self.config.seed, 2**31, number] for number in own]
         prompts = [self.prompts.data.eval_samples[number] for number in own]
-        samples = self.sampler.sample(prompts, seeds, lambda done: progress(done, len(own)))
+        samples = self.sampler.sample(prompts, seeds, self.config, lambda done: progress(done, len(own)))
         scores, log_ratios = self._scores(samples), self._log_ratios(samples).reshape(-1, generations)
         scores["kl"] = log_ratios / scores["completion_tokens"].mean(1, keepdims=True)  # per token
         shown = [*zip(samples[::generations], scores["reward"][:, 0].tolist(), strict=True)][:SHOWN_PROMPTS]

@@ -23,6 +23,7 @@ from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_e
 from tailora.formats.run_folder import (
     ADAPTER,
     CHECKPOINT,
+    HELD_OUT,
     MODEL,
     PAGE,
     REFERENCE,
@@ -44,7 +45,21 @@ CONFIG, METRICS, EXAMPLES, SKIPPED = "config.yaml", "metrics.jsonl", "examples.j
 COMPLETIONS = "completions.jsonl"  # some that were sampled in reinforcement learning
 LOGS = (METRICS, COMPLETIONS)
 # and checkpoint-N
-FILES = (ADAPTER, MODEL, RUN, CONFIG, *LOGS, EXAMPLES, TRAINED_ROWS, SKIPPED, REFERENCE, SAMPLES, REPORT, PAGE)
+FILES = (
+    ADAPTER,
+    MODEL,
+    RUN,
+    CONFIG,
+    *LOGS,
+    EXAMPLES,
+    TRAINED_ROWS,
+    HELD_OUT,
+    SKIPPED,
+    REFERENCE,
+    SAMPLES,
+    REPORT,
+    PAGE,
+)
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
 EARLIER = "earlier-run"
@@ -164,6 +179,12 @@ def write_trained_rows(output_dir: Path, config: TrainConfig, hashes: Iterable[b
     """Writes the hashes of the rows to train on, and of those that an adapter to train further has seen before."""
     earlier = trained_rows(adapter_folder(Path(config.adapter))) if config.adapter else None
     write_file(output_dir / TRAINED_ROWS, b"".join(sorted({*hashes, *(earlier or ())})))
+
+
+def write_held_out(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the rows that were held out of the data, as they were read, for `tailora eval --data`."""
+    distinct = {id(row): row for row in rows}.values()  # one row may have become several examples
+    write_file(output_dir / HELD_OUT, "".join(f"{json.dumps(row, default=str)}\n" for row in distinct).encode())
 
 
 def write_skipped_rows(output_dir: Path, problems: Sequence[RowProblem]) -> None:

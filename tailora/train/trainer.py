@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from tailora.core.device import AsyncCopy, copies_by_itself
 from tailora.data.dataset import Examples
 from tailora.data.prepare import PreparedData
+from tailora.data.schemas import TEXT
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
 from tailora.formats.run_folder import checkpoints_in, write_system_message
 from tailora.kernels.loss import Batch
@@ -118,6 +119,8 @@ class Trainer:
             run_log.write_run(run.output_dir, header)
             if run.data.prepared is not None and not config.streaming:
                 run_log.write_trained_rows(run.output_dir, config, run.data.prepared.trained_rows)
+                if config.eval_data is None and run.data.prepared.report.shape != TEXT:  # whole texts, also trained
+                    run_log.write_held_out(run.output_dir, run.data.prepared.eval_rows)
                 if run.data.prepared.skipped:
                     run_log.write_skipped_rows(run.output_dir, run.data.prepared.skipped)
         run.report(events.Prepared(header))

@@ -70,19 +70,17 @@ def test_a_table_of_texts_and_categories_is_recognised_as_labelled_data(tmp_path
     assert report["labels"] == {"a": 4, "b": 4}
 
 
-@pytest.mark.parametrize(("rows", "distinct"), [(60, 60), (60, 20), (120, 120)])
+@pytest.mark.parametrize(("rows", "distinct", "held_out"), [(60, 60, 12), (60, 20, 12), (120, 120, 20), (500, 500, 25)])
 def test_data_and_the_run_agree_on_what_is_enough_to_judge_by(
-    tmp_path: Path, tiny_model: Path, rows: int, distinct: int
+    tmp_path: Path, tiny_model: Path, rows: int, distinct: int, held_out: int
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"q{i % distinct}", "completion": "a"}) + "\n" for i in range(rows)))
     shown = " ".join(output("data", path, "--model", tiny_model).partition("Next")[2].split())
-    share = float(re.search(r"--validation-split (\S+)", shown)[1])
-    report = found("data", path, "--model", tiny_model, "--validation-split", share)
-    is_few = report["eval"] < FEW_EXAMPLES
-    assert is_few == (distinct < 100)
-    assert ("enough to evaluate the result" in shown) != is_few
-    assert (f"It holds out about {report['eval']} examples. {TOO_FEW}" in shown) == is_few
+    assert "--validation-split" not in shown
+    kept = held_out * distinct // rows
+    assert found("data", path, "--model", tiny_model)["eval"] == kept
+    assert (f"It holds out {kept} examples. {TOO_FEW}" in shown) == (kept < FEW_EXAMPLES)
 
 
 def test_the_next_command_repeats_the_flags(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +104,8 @@ def test_the_next_command_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     for folder in ("outputs/chats", "outputs/chats-2"):  # the second would be that of an earlier run
         shown = output("data", chats.name, "--model", tiny_model)
-        assert "The next command holds out 20% of the rows" in shown
         words = shlex.split(shown.strip().splitlines()[-1])
-        assert words[-6:] == ["--validation-split", "0.2", "--num-train-epochs", "8", "--output-dir", folder]
+        assert words[-4:] == ["--num-train-epochs", "8", "--output-dir", folder]
         if folder == "outputs/chats":
             assert "held-out loss after" in output(*words[1:], "--max-steps", "1")
 
@@ -138,7 +135,7 @@ def test_the_settings_of_what_is_learned_are_shown_and_repeated(chats: Path, tin
     flags = ["--system", "be brief", "--no-assistant-only-loss"]
     shown = output("data", chats, "--model", tiny_model, "--rows", "1", *flags)
     assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
-    assert shlex.split(shown.strip().splitlines()[-1])[-9:-6] == flags
+    assert shlex.split(shown.strip().splitlines()[-1])[-7:-4] == flags
     hint = "--completion-only-loss only applies to completions, but the data has messages rows"
     check_refused(hint, "data", chats, "--model", tiny_model, "--completion-only-loss")
 

@@ -155,7 +155,7 @@ def test_a_whole_model_is_judged_alone(tiny_model: Path, chats: Path) -> None:
 
 def test_a_run_is_followed_and_told_what_it_was_trained_on(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    common = ["--model", tiny_model, "--max-steps", 1, "--dtype", "float32", "--samples", 0, "--max-length", 28]
+    common = ["--model", tiny_model, "--max-steps", 1, "--dtype", "float32", "--metric-examples", 0, "--max-length", 28]
     trained = found("train", "--data", chats, "--eval-data", chats, "--output-dir", out, *common)
     code, said, told = call("eval", out, "--data", chats, "--dtype", "float32", "--json")
     assert code == 0

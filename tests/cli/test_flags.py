@@ -285,6 +285,6 @@ def test_a_removed_setting_loads_at_its_default_alone_and_its_flag_is_refused(na
 
 
 def test_rewards_are_not_split_at_commas() -> None:
-    flags = {"reward": [r"regex:\d{1,2}", "a.py:b=0.5"], "eval_reward": ["regex:a,b"]}
+    flags = {"reward": [r"regex:\d{1,2}", "a.py:b=0.5"], "metric": ["regex:a,b"]}
     settings = merge_settings({"task": "grpo", **flags}, None)
-    assert (settings.reward, settings.eval_reward) == (flags["reward"], flags["eval_reward"])
+    assert (settings.reward, settings.metric) == (flags["reward"], flags["metric"])

@@ -17,7 +17,7 @@ from tailora.report.blocks import Figure, Table
 from tailora.report.files import read_page
 from tailora.report.pages.train import write_train_report
 from tailora.report.terminal import print_page
-from tailora.train import generate
+from tailora.train.sampler import Sampler
 
 REWARDS = """
 def share(completions, **kwargs):
@@ -37,7 +37,7 @@ def line(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
     data.write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(40)))
     files = ["--model", tiny_model, "--data", data, "--output-dir", folder / "run"]
     sizes = ["--max-completion-length", 8, "--num-generations", 4, "--max-steps", 6, "--validation-split", 0.5]
-    rewarded = ["--reward", f"{rewards}:share", "--eval-reward", f"{rewards}:digits"]
+    rewarded = ["--reward", f"{rewards}:share", "--metric", f"{rewards}:digits"]
     speed = ["--learning-rate=3e-2", "--samples", 0]
     return [str(word) for word in ("train", "--task", "grpo", *files, *sizes, *rewarded, *speed)]
 
@@ -142,9 +142,9 @@ def test_without_held_out_prompts_the_training_reward_is_shown_and_judges_are_re
     line = line[: line.index("--samples")]
     for flag, value in {"--output-dir": tmp_path / "run", "--validation-split": 0, "--max-steps": 2}.items():
         line[line.index(flag) + 1] = str(value)
-    problem = "--eval-reward judges held-out prompts, but there are none; use --eval-data, or a --validation-split"
+    problem = "--metric judges held-out prompts, but there are none; use --eval-data, or a --validation-split"
     check_refused(problem, *line)
-    judge = line.index("--eval-reward")
+    judge = line.index("--metric")
     text = output(*line[:judge], *line[judge + 2 :])
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["reward"]
     assert re.search(rf"training reward +{last:.3f} +of the last step", text)
@@ -158,16 +158,16 @@ def test_a_run_on_chats_prints_commands_and_files_that_fit_rewards(
     data, limits = tmp_path / "chats.jsonl", list[int]()
     chats = [[{"role": "system", "content": "Count."}, {"role": "user", "content": f"To {i}."}] for i in range(40)]
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    answer = generate._greedy_answer
+    answer = Sampler.answer
 
-    def limited(model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int) -> str:
-        limits.append(max_new_tokens)
-        return answer(model, tokenizer, prompt, max_new_tokens)
+    def limited(sampler: Sampler, prompts: Any, max_new_tokens: int, **options: Any) -> Any:
+        limits.extend([max_new_tokens] * len(prompts))
+        return answer(sampler, prompts, max_new_tokens, **options)
 
-    monkeypatch.setattr(generate, "_greedy_answer", limited)
+    monkeypatch.setattr(Sampler, "answer", limited)
     line = [*line]
     files = {"--output-dir": tmp_path / "run", "--data": data}
-    rewards = {"--reward": "regex:[a-m]", "--eval-reward": "max_length:9"}
+    rewards = {"--reward": "regex:[a-m]", "--metric": "max_length:9"}
     for flag, value in {**files, **rewards, "--samples": 2, "--max-steps": 2}.items():
         line[line.index(flag) + 1] = str(value)
     code, text, progress = call(*line)

@@ -56,7 +56,7 @@ def test_predict_and_export_take_the_quantization_of_the_run(
     tiny_model: Path, chats: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    data = ["--data", str(chats), "--validation-split", "0.2", "--max-steps", "2", "--samples", "0"]
+    data = ["--data", str(chats), "--validation-split", "0.2", "--max-steps", "2", "--metric-examples", "0"]
     assert main(["train", "--model", str(tiny_model), *data, "--quantize", "int8", "--output-dir", str(out)]) == 0
     shown = capfd.readouterr().err
     assert "linear layers in int8" in " ".join(shown.split())

@@ -9,16 +9,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from command_line import check_refused, found, output
-from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
-from tailora.cli.train import first_prompt, is_worse, next_commands
+from tailora.cli.train import first_prompt, next_commands
 from tailora.data.dataset import Example, Examples
 from tailora.evaluation.forgetting import KL_TOKENS, kl_texts
 from tailora.formats.run_folder import ADAPTER, PASSPORT, REPORT
@@ -27,7 +25,6 @@ from tailora.report.pages.train import Result, _numbers
 from tailora.report.run_verdict import effect_of, remedy_of, run_verdict
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
-from tailora.train.loss import Evaluation
 from tailora.train.trainer import Trainer
 
 PROMISED = """
@@ -46,7 +43,7 @@ def training_flags(model: Path, data: Path, output_dir: Path) -> dict[str, str]:
         "--max-steps": "2",
         "--validation-split": "0.25",
         "--learning-rate": "1e-2",
-        "--samples": "0",
+        "--metric-examples": "0",
     }
 
 
@@ -73,7 +70,7 @@ def finished(tiny_model: Path, chats_text: str, tmp_path_factory: pytest.TempPat
     """The run of `flags`, with two samples; tests leave its folder as it is."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "chats.jsonl").write_text(chats_text)
-    flags = {**training_flags(tiny_model, folder / "chats.jsonl", folder / "run"), "--samples": "2"}
+    flags = {**training_flags(tiny_model, folder / "chats.jsonl", folder / "run"), "--metric-examples": "2"}
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         assert main(line(flags)) == 0
@@ -94,18 +91,18 @@ def test_it_ends_with_what_changed_and_what_comes_next(finished: FinishedRun) ->
 
 
 def test_samples_are_held_out_prompts_answered_by_both(finished: FinishedRun) -> None:
-    samples = json.loads((finished.folder / "samples.json").read_text())
-    assert len(samples) == 2
+    answers = json.loads((finished.folder / "samples.json").read_text())
+    samples = [sample for sample in answers if not sample["is_training"]]
+    assert (len(samples), len(answers)) == (2, 20)  # as few are held out, training prompts are answered, too
     assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
-    assert all(
-        sample.keys() == {"prompt", "base", "tuned", "earlier_messages", "reference", "images"} for sample in samples
-    )
     chats = [json.loads(line)["messages"] for line in Path(finished.flags["--data"]).read_text().splitlines()]
     replies = {prompt["content"]: reply["content"] for prompt, reply in chats}
     assert all(sample["reference"] == replies[sample["prompt"]] for sample in samples)
     assert f"→ {samples[0]['reference']}" in finished.out
-    examples = [json.loads(line) for line in (finished.folder / "examples.jsonl").read_text().splitlines()]
-    assert all(replies[sample["prompt"]] in example["text"] for sample, example in zip(samples, examples, strict=False))
+    held_out = [json.loads(line)["messages"] for line in (finished.folder / "held_out.jsonl").read_text().splitlines()]
+    assert len(held_out) == 6
+    assert {sample["prompt"] for sample in samples} < {prompt["content"] for prompt, _ in held_out}
+    assert all(message in chats for message in held_out)
     assert f"fine-tuned: {finished.folder}" in finished.out
 
 
@@ -159,11 +156,11 @@ def test_memory_that_ends_while_answers_are_compared_leaves_the_adapter(
     def too_much(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
 
-    monkeypatch.setattr(LlamaForCausalLM, "generate", too_much)
-    assert main(line(flags, {"--samples": "1"})) == 1
+    monkeypatch.setattr("tailora.train.sampler.Sampler.answer", too_much)
+    assert main(line(flags, {"--metric-examples": "1"})) == 1
     said = capsys.readouterr().err
     assert "out of memory while comparing answers: DefaultCPUAllocator" in said
-    assert "--samples 0" in said
+    assert "--metric-examples 0" in said
     assert "Traceback" not in said
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
@@ -237,7 +234,7 @@ def test_what_comes_next_fits_the_run(finished: FinishedRun) -> None:
     assert [shlex.split(line) for line in following.splitlines() if line] == [
         ["tailora", "chat", "--adapter", folder],
         ["tailora", "predict", folder, "--prompt", prompt],
-        ["tailora", "eval", folder, "--data", "HELD_OUT.jsonl"],
+        ["tailora", "eval", folder, "--data", f"{folder}/held_out.jsonl"],
         ["tailora", "export", folder, "--to", "llama-server", "--output", f"{folder}-llama"],
     ]
 
@@ -247,7 +244,7 @@ def test_without_samples_nothing_is_said_of_answers(
     flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = time.monotonic()
-    assert main(line(flags)) == 0  # with --samples 0
+    assert main(line(flags)) == 0  # with --metric-examples 0
     waited = time.monotonic() - started
     shown = capsys.readouterr().out
     assert "nswers" not in shown
@@ -316,18 +313,12 @@ def test_the_time_in_steps_of_a_resumed_run_is_no_part_of_its_last_command() -> 
         ((0.8, 0.9, 0.8, 0.9, 0.8, 0.8), False),
     ],
 )
-def test_the_exit_code_and_the_verdict_are_worse_if_it_is_not_chance(after: tuple[float, ...], worse: bool) -> None:
-    ones = np.ones(len(after))
-    evaluations = [Evaluation(np.array(sums), ones.astype(np.int64)) for sums in (ones, after)]
-    assert is_worse(cast(Any, SimpleNamespace(before=evaluations[0], after=evaluations[1])), "causal-lm") == worse
-    effect = effect_of({}, [{"before": 1.0, "after": loss, "tokens": 1} for loss in after])
+def test_the_verdict_is_worse_if_it_is_not_chance(after: tuple[float, ...], worse: bool) -> None:
+    effect = effect_of({}, [{"before": 1.0, "after": loss, "tokens": 1} for loss in after], [], {})
     result = {"eval_loss_before": 1.0, "eval_loss_after": float(np.mean(after))}
-    verdict, remedy = run_verdict({}, {"learning_rate": 1e-3}, result, [{"loss": 1.0}], effect)
-    assert verdict.startswith("Worse than before training.") == bool(remedy) == worse
-
-
-def test_without_held_out_data_a_run_is_not_worse() -> None:
-    assert not is_worse(cast(Any, SimpleNamespace(before=None, after=None)), "causal-lm")
+    verdict = run_verdict({}, {"learning_rate": 1e-3}, result, [{"loss": 1.0}], effect)
+    assert verdict.text.startswith("Worse than before training.") == bool(verdict.remedy) == worse
+    assert (verdict.finding == "worse") == worse
 
 
 def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from pretend_accelerator import counted
 from tailora.cli.main import main
 
 pytestmark = pytest.mark.device
-SETTINGS = "--learning-rate 1e-2 --samples 0 --r 2 --validation-split 0.3 --dtype float32 --max-steps 4 --save-steps 2"
+SETTINGS = (
+    "--learning-rate 1e-2 --metric-examples 0 --r 2 --validation-split 0.3 --dtype float32 --max-steps 4 --save-steps 2"
+)
 
 
 def train(top: Path, out: str, *more: str) -> list[str]:

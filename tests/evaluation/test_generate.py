@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +10,13 @@ import torch
 from tiny import GROUPED
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from tailora import LoRAConfig, LoRAModel
-from tailora.data.samples import Conversation, Pair, Text
+from tailora import LoRAModel
+from tailora.data.samples import Conversation
 from tailora.errors import DataError
 from tailora.train.generate import (
-    ComparedAnswer,
     EncodedPrompt,
     cache_implementation,
     chat_ids,
-    compare_answers,
     generation_arguments,
     prompt_of,
     stop_ids,
@@ -155,51 +152,6 @@ def asked(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-def test_base_and_tuned_each_say_their_own(tuned: LoRAModel, tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
-    questions = ["hello", "how are you today"]
-    found = compare_answers(tuned, tokenizer, questions, max_new_tokens=12)
-    for question, answer in zip(questions, found, strict=True):
-        base = "".join(stream_reply(tiny(), tokenizer, asked(question), max_new_tokens=12)).strip()
-        own = "".join(stream_reply(tuned, tokenizer, asked(question), max_new_tokens=12)).strip()
-        assert answer == ComparedAnswer(question, f"{base}…", f"{own}…")  # both are cut
-        assert base != own
-
-
-def test_the_model_is_left_as_it_was(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    tuned.train()
-    state = torch.get_rng_state()
-    compare_answers(tuned, tokenizer, ["hello"], max_new_tokens=4)
-    assert tuned.active_adapters == ("default",)
-    assert all(module.training for module in tuned.modules())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_sample_is_asked_for_its_last_reply(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = [*asked("hello"), {"role": "assistant", "content": "how"}, *asked("are you")]
-    sample = Conversation([*turns, {"role": "assistant", "content": "never seen"}])
-    (answer,) = compare_answers(tuned, tokenizer, [sample], max_new_tokens=12)
-    assert (answer.prompt, answer.earlier_messages, answer.reference) == ("are you", 2, "never seen")
-    assert answer.tuned.removesuffix("…") == "".join(stream_reply(tuned, tokenizer, turns, max_new_tokens=12)).strip()
-
-
-def test_only_an_answer_that_is_cut_ends_in_dots(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapted = LoRAModel(model, LoRAConfig(r=4))
-    (cut,) = compare_answers(adapted, tokenizer, ["hello"], max_new_tokens=5)
-    assert cut.base.endswith("…")
-    generate = LlamaForCausalLM.generate
-
-    def with_end(self: LlamaForCausalLM, inputs: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        ids = generate(self, inputs=inputs, **arguments)
-        ids[0, -1] = tokenizer.eos_token_id
-        return ids
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", with_end)
-    (whole,) = compare_answers(adapted, tokenizer, ["hello"], max_new_tokens=5)
-    assert not whole.base.endswith("…")
-
-
 def test_messages_before_the_prompt_are_counted_without_the_system_message(
     tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -212,27 +164,6 @@ def test_messages_before_the_prompt_are_counted_without_the_system_message(
     ):
         prompt = prompt_of(tuned, Conversation(messages), tokenizer)
         assert (prompt.text, prompt.earlier_messages) == expected
-
-
-@pytest.mark.parametrize("template", [True, False])
-def test_a_pair_is_asked_for_its_completion(
-    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, template: bool
-) -> None:
-    if not template:
-        tokenizer.chat_template = None
-    found = compare_answers(tuned, tokenizer, [Pair("hello", "never seen"), "hello"], max_new_tokens=12)
-    assert found[0] == replace(found[1], reference="never seen")
-
-
-def test_a_text_is_continued_from_its_opening(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    (answer,) = compare_answers(tuned, tokenizer, [Text("hello how are you " * 10)], max_new_tokens=4)
-    assert answer.prompt == "hello how are you hello how are you hello how are you"
-
-
-def test_a_prompt_without_room_for_an_answer_is_left_out(tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
-    small = LoRAModel(tiny(positions=64), LoRAConfig(r=4))
-    found = compare_answers(small, tokenizer, ["hello " * 100, "hello"], max_new_tokens=4)
-    assert [answer.prompt for answer in found] == ["hello"]
 
 
 @pytest.mark.parametrize(

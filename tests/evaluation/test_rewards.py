@@ -82,9 +82,7 @@ def test_prompts_that_a_judge_leaves_out_are_left_out() -> None:
     assert "Undecided whether" in describe_rewards(changes, ["score"], ["answer"], "N prompts")
     before["answer"][:] = np.nan
     assert "answer" not in reward_changes(before, after)
-    assert "Without an --eval-reward" in describe_rewards(
-        reward_changes(before, after), ["score"], ["answer"], "N prompts"
-    )
+    assert "Without a --metric" in describe_rewards(reward_changes(before, after), ["score"], ["answer"], "N prompts")
 
 
 @pytest.mark.parametrize(

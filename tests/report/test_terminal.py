@@ -195,7 +195,7 @@ def test_a_short_run_that_learned_no_labels_has_a_hint(accuracy: float, has_hint
 def test_answers_stand_next_to_the_reply_in_the_data_and_after_what_the_demo_teaches() -> None:
     content = CONTENTS["train"]()
     text = " ".join(shown(page_of(content, "x"), 300).split())
-    assert "first held-out examples. The arrow marks the reply in the data." in text
+    assert "prompts. The arrow marks the reply in the data." in text
     assert "→ Hey   you" in shown(page_of(content, "x"), 300)
     assert "small talk" not in text
     content["settings"]["data"] = "demo"

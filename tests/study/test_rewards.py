@@ -56,7 +56,7 @@ def test_a_comparison_reports_rewards(small_run: TrainConfig, tmp_path: Path) ->
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Count to {i}."} for i in range(30)])
     changes: dict[str, Any] = {"reward": [f"{tmp_path}/rewards.py:digits"], "max_completion_length": 6}
-    changes |= {"eval_reward": ["max_length:20"]}
+    changes |= {"metric": ["max_length:20"]}
     train = small_run.replaced(
         task="grpo", data=str(data), num_generations=4, max_steps=6, output_dir=str(tmp_path / "study"), **changes
     )

@@ -103,7 +103,7 @@ def test_a_finished_search_is_read_and_its_yaml_trains(shared: Shared, tmp_path:
     chosen = read_config_file(folder / "best.yaml")
     assert chosen["learning_rate"] == best["settings"]["learning_rate"]
     assert chosen["r"] == best["settings"]["r"]
-    command = ["train", "--config", folder / "best.yaml", "--max-steps", 2, "--samples", 0]
+    command = ["train", "--config", folder / "best.yaml", "--max-steps", 2, "--metric-examples", 0]
     assert found(*command, "--output-dir", tmp_path / "run")["trainable_parameters"] == best["trainable_parameters"]
 
 
@@ -145,7 +145,7 @@ def test_labels_and_sequence_to_sequence_are_searched(
     assert result.loss_unit in page
     chosen = read_config_file(tmp_path / "study" / "best.yaml")
     assert chosen["task"] == train.task
-    command = ["train", "--config", tmp_path / "study" / "best.yaml", "--samples", 0]
+    command = ["train", "--config", tmp_path / "study" / "best.yaml", "--metric-examples", 0]
     assert "eval_loss_after" in found(*command, "--output-dir", tmp_path / "run")
 
 

@@ -170,7 +170,7 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_whole(settings: An
     assert adapter(config) != before
     assert {path.name for path in folder.iterdir()} == {
         *(".lock", "adapter", "checkpoint-1", "checkpoint-2", "config.yaml", "examples.jsonl"),
-        *("metrics.jsonl", "mine.txt", "run.json", "trained-rows.bin"),
+        *("held_out.jsonl", "metrics.jsonl", "mine.txt", "run.json", "trained-rows.bin"),
     }
     with pytest.raises(ConfigError, match="use only one of these flags"):
         run(other.replaced(resume_from_checkpoint="latest"), overwrite=True)

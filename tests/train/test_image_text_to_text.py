@@ -254,13 +254,14 @@ def test_a_run_learns_from_images_and_text(tmp_path: Path) -> None:
     assert report["eval_loss_after"] < report["eval_loss_before"] - 0.5
     targets = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert targets["task_type"] == "CAUSAL_LM"
-    answers = json.loads((run / "samples.json").read_text())
+    held_out = [answer for answer in json.loads((run / "samples.json").read_text()) if not answer["is_training"]]
+    answers = [answer for answer in held_out if answer["images"]]
     assert len({answer["prompt"] for answer in answers}) == 1
     assert len({answer["tuned"] for answer in answers}) > 1  # so they depend on the images
     assert [*answers[0]["images"][0]] == ["sha256", "width", "height", "name", "path"]  # and no pixels
     assert Path(answers[0]["images"][0]["path"]).parent == tmp_path
     page = (run / "report.html").read_text()
-    assert page.count('<img src="data:image/jpeg;base64,') == len(answers)
+    assert page.count('<img src="data:image/jpeg;base64,') == sum(len(answer["images"]) for answer in held_out[:3])
 
 
 def test_a_model_is_tried_on_an_example_with_images_if_there_is_one(tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ def test_two_processes_take_the_steps_of_one_where_only_one_of_them_has_images(t
         run = tmp_path / f"run-{len(losses)}"
         tokens = ["train", "--model", tmp_path / "model", "--data", data, "--output-dir", run, "--max-steps", 4, *way]
         tokens += ["--target-modules", "all-linear", "--per-device-train-batch-size", 1, "--validation-split", 0]
-        tokens += ["--learning-rate", 1e-2, "--samples", 0]
+        tokens += ["--learning-rate", 1e-2, "--metric-examples", 0]
         subprocess.run([sys.executable, "-m", "tailora", *map(str, tokens)], check=True, timeout=200)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])

@@ -188,7 +188,7 @@ def test_the_verdict_names_a_gamed_reward(grpo: Any, reward: str, start: str, sa
     data = write_rows(tmp_path / "many.jsonl", ({"prompt": f"Count to {i}.", "answer": str(i)} for i in range(60)))
     config = with_reward(grpo(max_steps=8, learning_rate=2e-2, num_generations=8, max_completion_length=8), reward)
     judge = [config.reward[0].replace(reward, "has_digit")]
-    run(config.replaced(data=str(data), eval_reward=judge, validation_split=0.5))
+    run(config.replaced(data=str(data), metric=judge, validation_split=0.5))
     verdict = str(write_train_report(Path(config.output_dir))["verdict"])
     assert verdict.startswith(start)
     assert says in verdict
@@ -234,7 +234,7 @@ def plain_log_probability(model: Any, completion: Any, temperature: float) -> fl
 
 
 def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any, steps: list[Step]) -> None:
-    config = with_reward(grpo(max_steps=1, per_device_train_batch_size=2, eval_reward=grpo().reward), "constant")
+    config = with_reward(grpo(max_steps=1, per_device_train_batch_size=2, metric=grpo().reward), "constant")
     before = {}
 
     def keep(model: Any, *_: Any) -> None:

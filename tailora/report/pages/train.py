@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from tailora.data.dataset import sources_of
 from tailora.errors import FormatError
@@ -24,8 +25,8 @@ from tailora.report.format import NONE, count, decimals, duration, interval, lea
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.report.run_verdict import WHEN, Effect, effect_of, run_verdict
 from tailora.study.results import REWARDS, Measure, measure_of
+from tailora.train.answers import ComparedAnswer
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
-from tailora.train.generate import ComparedAnswer
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
 from tailora.train.significance import Interval, Z
@@ -119,18 +120,31 @@ class TrainReport:
     completions: list[dict[str, Any]] = field(default_factory=list)  # the lines of completions.jsonl
 
     @property
+    def shown(self) -> list[ComparedAnswer]:
+        """The answers to show: of held-out prompts."""
+        return [sample for sample in self.samples if not sample.is_training][: self.settings.get("samples", 3)]
+
+    @property
     def answers(self) -> list[tuple[str, str, str]]:
         """Prompt, answer of the base, answer after training. The prompt says how many messages precede it."""
         rows = []
-        for answer in self.samples:
+        for answer in self.shown:
             earlier = plural(answer.earlier_messages, "earlier message")
             after = f"[after {earlier}] " if answer.earlier_messages else ""
-            rows.append((after + answer.prompt, answer.base, answer.tuned))
+            texts = [text + "…" * facts.is_cut for text, facts in answer.pairs] or [answer.base, answer.tuned]
+            rows.append((after + answer.prompt, texts[0], texts[1]))
         return rows
 
 
 def write_train_report(folder: Path) -> dict[str, Any]:
-    """Writes report.json and returns its content. Raises FormatError if a file of the run cannot be read."""
+    """Writes report.json and returns its content. Raises WriteError, and FormatError as `train_report`."""
+    content = train_report(folder)
+    write_report(folder, "train", content)
+    return content
+
+
+def train_report(folder: Path) -> dict[str, Any]:
+    """Returns the content of report.json. Raises FormatError if a file of the run cannot be read."""
     header = _read(folder / RUN)
     try:
         result, settings = header.pop("result"), header.pop("settings")
@@ -141,14 +155,20 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         _read(folder / name) if (folder / name).exists() else [] for name in (EXAMPLES, COMPLETIONS, SAMPLES)
     )
     steps = [line for line in lines if "loss" in line]
-    effect = effect_of(header, examples)
-    verdict, remedy = run_verdict(header, settings, result, steps, effect)
+    answers = TypeAdapter(list[ComparedAnswer]).validate_python(samples)
+    effect = effect_of(header, examples, answers, (result or {}).pop("higher_is_better", {}))
+    verdict = run_verdict(header, settings, result, steps, effect)
     after, before = effect.metrics.get("after", {}), effect.metrics.get("before", {})
     shared = [name for name in after if name in before]
-    metrics = [_metric(name, {part: of_part[name] for part, of_part in effect.metrics.items()}) for name in shared]
-    content = {
-        "verdict": verdict,
-        "remedy": remedy,
+    metrics = [
+        _metric(name, {"before": metric.before, "after": metric.after, "change": metric.change.interval})
+        for name, metric in effect.answers.items()
+    ]
+    metrics += [_metric(name, {part: of_part[name] for part, of_part in effect.metrics.items()}) for name in shared]
+    return {
+        "verdict": verdict.text,
+        "finding": verdict.finding,
+        "remedy": verdict.remedy,
         "settings": settings,
         "run": header,
         "steps": steps,
@@ -164,8 +184,6 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         "labels": effect.labels,
         "completions": completions,
     }
-    write_report(folder, "train", content)
-    return content
 
 
 def _with_intervals(
@@ -185,7 +203,9 @@ def _with_intervals(
         losses = {**effect.losses, "change": effect.change.interval}
         result |= {"eval_loss_change": effect.change.interval.value}
         result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
-    return result | {f"eval_{m['name']}_{key}": value for m in metrics for key, value in m.items() if key != "name"}
+    result |= {f"eval_{m['name']}_{key}": value for m in metrics for key, value in m.items() if key != "name"}
+    judged = {name: metric.to_dict() for name, metric in effect.answers.items()}
+    return result | {"metrics": judged, "answers": {name: asdict(fault) for name, fault in effect.faults.items()}}
 
 
 def _metric(name: str, parts: Mapping[str, Interval]) -> dict[str, Any]:
@@ -234,15 +254,16 @@ def train_page(report: TrainReport) -> Page:
             better = sum(after < before for before, after in zip(held_out.before, held_out.after, strict=True))
             examples = plural(sum(map(bool, held_out.tokens)), "held-out example")
             curve_text += f" {better:,} of {examples} have a lower loss after training."
-    answers_text = "Greedy answers to the prompts of the first held-out examples."
-    if any(sample.reference for sample in report.samples):
+    shown = report.shown
+    answers_text = f"Greedy answers to {len(shown)} of {plural(len(report.samples), 'prompt')}."
+    if any(sample.reference for sample in shown):
         answers_text += " The arrow marks the reply in the data."
     if report.settings.get("data") == "demo":
         answers_text = f"The demo's data is small talk between strangers, so expect a casual tone. {answers_text}"
-    if report.samples:
-        arrows = [f"\n→ {one_line(s.reference, LONGEST)}" if s.reference else "" for s in report.samples]
+    if shown:
+        arrows = [f"\n→ {one_line(s.reference, LONGEST)}" if s.reference else "" for s in shown]
         rows = [(text + arrow, base, new) for arrow, (text, base, new) in zip(arrows, report.answers, strict=True)]
-        answers = Answers(("base", "tuned"), rows, [sample.images for sample in report.samples])
+        answers = Answers(("base", "tuned"), rows, [sample.images for sample in shown])
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
     facts = run.get("data") or {}
     data = {name: value for name, value in facts.items() if name not in ("lengths", "sources")} | sources_of(facts)

@@ -1,0 +1,264 @@
+"""Greedy answers to held-out prompts before and after training, and their metrics.
+
+    samples -> questions -> answers of the base and of the tuned model -> scores of each answer, in a separate process
+
+The engine of `tailora serve` answers, as it samples completions for reinforcement learning. Encoder-decoders and
+sharded models, which it cannot run, answer one by one.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tailora.core.attach import evaluating
+from tailora.data.dataset import IGNORED, Example
+from tailora.data.duplicates import duplicates, near_duplicates
+from tailora.data.image_processor import text_tokenizer
+from tailora.data.images import Image
+from tailora.data.messages import Messages
+from tailora.data.prepare import PreparedData
+from tailora.data.samples import Conversation, Pair, Sample
+from tailora.data.schemas import GRPO, TEXT
+from tailora.data.tokenize import last_reply, reply_text
+from tailora.model import LoRAModel
+from tailora.train.config import TrainConfig
+from tailora.train.generate import (
+    EncodedPrompt,
+    free_positions,
+    generation_arguments,
+    is_seq2seq,
+    new_tokens,
+    prompt_of,
+)
+from tailora.train.parallel import is_sharded
+from tailora.train.rewards import Completion, Reward, RewardProcess, parse_rewards
+from tailora.train.sampler import Answer, Sampler
+from tailora.train.state import seeded
+from tailora.train.trainable import Trainable
+
+NEW_TOKENS = 64  # of an answer that no metric judges
+MOST_JUDGED, MOST_READ = 200, 24  # held-out prompts to answer, with and without a metric
+FEW_HELD_OUT, TRAINING_PROMPTS = 20, 30  # with fewer held-out prompts, some training prompts are answered too
+MOST_AT_ONCE = 64  # answers in a batch
+Note = Callable[[str], None]
+Progress = Callable[[int, int], None]  # number done, total
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A held-out prompt. value, columns: as metrics get them; `answer` is the reply in the data, if there is one."""
+
+    prompt: EncodedPrompt
+    value: str | Messages
+    reference: str = ""  # the reply in the data; "" if there is none
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    is_training: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFacts:
+    tokens: int
+    is_cut: bool  # it reached the limit of its tokens
+    scores: dict[str, float | None] = field(default_factory=dict)  # by metric; None: not scored
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedAnswer:
+    prompt: str
+    base: str
+    tuned: str
+    earlier_messages: int = 0  # before the prompt
+    reference: str = ""  # the reply in the data; "" if there is none
+    images: tuple[Image, ...] = ()  # of the prompt and the messages before it
+    reference_tokens: int = 0
+    before: AnswerFacts | None = None  # of `base`; None in files of earlier versions
+    after: AnswerFacts | None = None  # of `tuned`
+    cluster: int = 0  # the same number for prompts that are alike, or belong together
+    is_training: bool = False  # the prompt is one that was trained
+
+    @property
+    def pairs(self) -> list[tuple[str, AnswerFacts]]:
+        """Text and facts of both answers; [] if a file of an earlier version has no facts."""
+        answers = (self.base, self.before), (self.tuned, self.after)
+        return [(text, facts) for text, facts in answers if facts is not None]
+
+
+def answer_held_out(
+    model: Trainable, tokenizer: Any, data: PreparedData, config: TrainConfig, note: Note, progress: Progress
+) -> tuple[list[ComparedAnswer], dict[str, bool]]:
+    """Returns answers to a fixed sample of the held-out prompts, and to training prompts if these are few.
+
+    Also returns of each metric whether higher is better.
+
+    Texts have no replies, and reinforcement learning evaluates itself: of these, answers are only shown.
+    With a sharded model, all ranks must call it. Raises RewardError if a metric fails.
+    """
+    is_shown_only = data.report.task == GRPO or data.report.shape == TEXT
+    metrics = [] if is_shown_only else parse_rewards([], config.metric)[1]
+    number = config.metric_examples if config.metric_examples is not None else MOST_JUDGED if metrics else MOST_READ
+    if is_shown_only:
+        number = min(number, config.samples)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(data.eval_samples))[:number]).tolist()
+    columns = [{name: data.eval_rows[i].get(name) for name in data.report.ignored} for i in chosen]
+    questions = questions_of(model, tokenizer, [data.eval_samples[i] for i in chosen], columns)
+    if number and not is_shown_only and len(data.eval_samples) < FEW_HELD_OUT and not is_seq2seq(model):
+        some = np.random.default_rng(0).permutation(len(data.train))[:TRAINING_PROMPTS]
+        questions += [training_question(data.train[int(i)], tokenizer) for i in some if not data.train[int(i)].images]
+    limit = config.max_completion_length if metrics or data.report.task == GRPO else NEW_TOKENS
+    if questions:
+        note(f"answering {len(questions):,} prompts before and after training, with at most {limit:,} new tokens each")
+    answers = compare_answers(model, tokenizer, questions, max_new_tokens=limit, progress=progress)
+    return score_answers(answers, questions, metrics, config.reward_seconds)
+
+
+def training_question(example: Example, tokenizer: Any) -> Question:
+    """Returns the prompt before the first reply of a training example."""
+    ids, is_trained = example.input_ids.tolist(), example.labels != IGNORED
+    start = int(is_trained.argmax())
+    end = start + int((~is_trained[start:]).argmax()) if not is_trained[start:].all() else len(ids)
+    prompt, reply = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:end]))
+    return Question(EncodedPrompt(prompt, ids[:start]), prompt, reply.strip(), is_training=True)
+
+
+def questions_of(
+    model: Any, tokenizer: Any, samples: Sequence[str | Sample], columns: Sequence[Mapping[str, Any]] = ()
+) -> list[Question]:
+    """Returns the questions that leave the model positions for an answer; of a sample, its last reply is asked for.
+
+    columns: of each sample's row, which are not part of it.
+    Raises DataError if the chat template rejects a prompt.
+    """
+    questions = []
+    for number, sample in enumerate(samples):
+        prompt = prompt_of(model, sample, tokenizer)
+        if free_positions(model, len(prompt.ids)) < 1:
+            continue
+        value: str | Messages = prompt.text
+        if isinstance(sample, Conversation):
+            value = sample.messages[: last_reply(sample)]
+        has_reply = isinstance(sample, Pair) or (isinstance(sample, Conversation) and bool(sample.replies))
+        reference = reply_text(sample, tokenizer) if has_reply else ""  # type: ignore[arg-type]
+        known: dict[str, Any] = {"answer": reference} if reference else {}
+        questions.append(Question(prompt, value, reference, known | dict(columns[number] if columns else {})))
+    return questions
+
+
+def compare_answers(
+    model: Trainable,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = NEW_TOKENS,
+    progress: Progress = lambda _done, _total: None,
+) -> list[ComparedAnswer]:
+    """Returns greedy answers of the base and the tuned model. With a sharded model, all ranks must call it.
+
+    progress: called with the number of finished answers and their total.
+    """
+    prompts, total = [question.prompt for question in questions], 2 * len(questions)
+    if not prompts:
+        return []
+    if is_sharded(model) or is_seq2seq(model):
+        tuned, base = _answer_one_by_one(model, tokenizer, prompts, max_new_tokens, progress)
+    else:
+        longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+        with seeded(0), ExitStack() as stack:
+            sampler = Sampler(model, tokenizer, longest, min(MOST_AT_ONCE, len(prompts)), lambda _note: None)
+            stack.callback(sampler.stop)
+            tuned = sampler.answer(prompts, max_new_tokens, progress=lambda done: progress(done, total))
+            with nullcontext() if isinstance(model, LoRAModel) else model.disable_adapter():
+                base = sampler.answer(
+                    prompts, max_new_tokens, base=True, progress=lambda done: progress(len(prompts) + done, total)
+                )
+    count_tokens = text_tokenizer(tokenizer)
+    return [
+        ComparedAnswer(
+            question.prompt.text,
+            first.text,
+            second.text,
+            question.prompt.earlier_messages,
+            question.reference,
+            question.prompt.images,
+            len(count_tokens(question.reference, add_special_tokens=False)["input_ids"]),
+            AnswerFacts(first.tokens, first.is_cut),
+            AnswerFacts(second.tokens, second.is_cut),
+            cluster,
+            question.is_training,
+        )
+        for question, first, second, cluster in zip(questions, base, tuned, clusters_of(questions), strict=True)
+    ]
+
+
+def clusters_of(questions: Sequence[Question]) -> list[int]:
+    """Returns a number for each question, the same for prompts that are alike or have the same `group`."""
+    prompts = [Example.of_text(np.array(question.prompt.ids, dtype=np.int32)) for question in questions]
+    groups = defaultdict[str, list[int]](list)
+    for number, question in enumerate(questions):
+        group = question.columns.get("group")
+        groups[f"row {number}" if group is None else f"group {group}"].append(number)
+    clusters = list(range(len(questions)))
+    for alike in [*groups.values(), *duplicates(prompts), *near_duplicates(prompts)]:
+        joined = {clusters[number] for number in alike}
+        clusters = [min(joined) if cluster in joined else cluster for cluster in clusters]
+    return clusters
+
+
+def score_answers(
+    answers: Sequence[ComparedAnswer], questions: Sequence[Question], metrics: Sequence[Reward], seconds: float
+) -> tuple[list[ComparedAnswer], dict[str, bool]]:
+    """Returns the answers with their scores, except for training prompts. Raises RewardError.
+
+    Also returns of each metric whether higher is better. seconds: limit for one call of a metric.
+    """
+    asked = [number for number, question in enumerate(questions) if not question.is_training]
+    if not metrics or not asked:
+        return list(answers), {}
+    completions = [
+        _completion(questions[number], text)
+        for number in asked
+        for text in (answers[number].base, answers[number].tuned)
+    ]
+    with RewardProcess(metrics, seconds) as process:
+        rows = process.score(completions).tolist()
+        directions = {m.name: is_higher for m, is_higher in zip(metrics, process.higher_is_better, strict=True)}
+    scores = [
+        {metric.name: None if value != value else value for metric, value in zip(metrics, row, strict=True)}
+        for row in rows
+    ]
+    scored = list(answers)
+    for place, number in enumerate(asked):
+        before, after = (
+            replace(facts, scores=of_text)
+            for (_, facts), of_text in zip(answers[number].pairs, scores[2 * place : 2 * place + 2], strict=True)
+        )
+        scored[number] = replace(answers[number], before=before, after=after)
+    return scored, directions
+
+
+def _completion(question: Question, text: str) -> Completion:
+    is_chat = not isinstance(question.value, str)
+    reply: Any = [{"role": "assistant", "content": text}] if is_chat else text
+    return Completion(question.value, reply, [], question.columns)
+
+
+def _answer_one_by_one(
+    model: Trainable, tokenizer: Any, prompts: Sequence[EncodedPrompt], max_new_tokens: int, progress: Progress
+) -> tuple[list[Answer], list[Answer]]:
+    """Returns the answers of the tuned model and of the base."""
+    answers = list[Answer]()
+    with evaluating(model):
+        for which in (nullcontext(), model.disable_adapter()):
+            with which:
+                for prompt in prompts:
+                    arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+                    output = model.generate(**arguments, synced_gpus=is_sharded(model))  # no rank stops before others
+                    new = new_tokens(model, output[0], prompt.ids)  # (length,)
+                    is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
+                    text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+                    answers.append(Answer(text, len(new), is_cut))
+                    progress(len(answers), 2 * len(prompts))
+    return answers[: len(prompts)], answers[len(prompts) :]
