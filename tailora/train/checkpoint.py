@@ -147,6 +147,7 @@ FREE = {
     "device",  # only the device type is compared
     "fsdp",
     "fsdp_offload_params",
+    "ddp_timeout",
     "resume_from_checkpoint",
     "report_to",
     "reward_seconds",

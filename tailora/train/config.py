@@ -245,6 +245,9 @@ class TrainConfig(StrictModel):
     fsdp_offload_params: bool = Field(
         False, description="FSDP2: keep sharded weights in host memory and copy each layer to the device when it runs"
     )
+    ddp_timeout: PositiveInt = Field(
+        600, description="several processes: seconds to wait for each other, for example for a checkpoint"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed for data order, initialization and dropout")
     # evaluation and files
     eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tailora import errors
 from tailora.errors import INTERRUPTED, MemoryLimitError, ProcessFailedError, WriteError
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
     from torch.distributed.distributed_c10d import Store
 
+T = TypeVar("T")
 TORCH_LAUNCHER = "TORCHELASTIC_RUN_ID"  # set by torch's launcher, and so by torchrun and accelerate
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's launcher reads why a process failed
 HANGUP = getattr(signal, "SIGHUP", None)  # when a terminal is closed; Windows has none
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if HANGUP is None else [HANGUP]))
 SECONDS_FOR_ONE_SIGNAL = 5.0  # in which one of several processes may get it twice
+SECONDS_TO_ANSWER = 5.0  # for the store of all processes, and for a process that waits like this one
 SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that has failed
 TAIL = 20  # lines of a process that failed without a message
 SHOWN_BY = "shown_by_rank"  # attribute of an error: the rank that shows it; the others stay silent
@@ -139,8 +141,13 @@ def fail_together(
         if isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL")):
             advice = "" if how_to_go_on is None else f"; {how_to_go_on()}"
             reason = "another process of this run ended without an error message, probably because memory ran out"
+            if "imed out" in str(error):
+                reason = f"{watch.silent_ranks(accelerator.num_processes)} of this run did not answer within "
+                reason += "--ddp-timeout; check its machine and the network, or use more seconds if it is only slow"
             cause = ProcessFailedError(f"{reason} ({str(error).splitlines()[0]}){advice}")
-            failure = watch.failure if watch.seen.wait(5) else None  # another process may be about to leave its own
+            failure = (
+                watch.failure if watch.seen.wait(SECONDS_TO_ANSWER) else None
+            )  # another process may be about to leave its own
         failure = failure or watch.report(cause)
         if failure.rank != watch.rank:
             text = f"process {failure.rank} of this run failed: {failure.message}"
@@ -195,13 +202,36 @@ class FailureWatch(threading.Thread):
     def report(self, error: BaseException) -> Failure:
         """Leaves the error for the other processes. Returns the first failure, from this or another process."""
         failure = Failure.of(error, rank=self.rank)
-        try:
-            first = Failure(**json.loads(self.store.compare_set(self.key, "", json.dumps(asdict(failure)))))
-        except RuntimeError:
+        text = self._ask(lambda: self.store.compare_set(self.key, "", json.dumps(asdict(failure))))
+        if text is None:
             return self.failure or failure
+        first = Failure(**json.loads(text))
         if first == failure:
             time.sleep(2)  # until the others have looked
         return first
+
+    def silent_ranks(self, count: int) -> str:
+        """Returns which of the processes do not wait for others like this one, in words."""
+        key = f"{self.key}.waits."
+        self._ask(lambda: self.store.set(f"{key}{self.rank}", "yes"))
+        time.sleep(SECONDS_TO_ANSWER)  # until the others have noticed
+        silent = self._ask(lambda: [rank for rank in range(count) if not self.store.check([f"{key}{rank}"])])
+        if silent is None:
+            silent = [0]  # whose machine has the store
+        return f"process {', '.join(map(str, silent))}" if silent else "another process"
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """Returns an answer of the store; None if its process has ended, or is out of reach."""
+        answers: list[T] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(question())
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_ANSWER)
+        return answers[0] if answers else None
 
 
 # ---- For the launcher

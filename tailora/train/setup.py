@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -344,7 +345,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if problems:
         raise ConfigError(listing(problems))
     accelerator = Accelerator(
-        cpu=start_on_device(config.device).type == "cpu",
+        cpu=start_on_device(config.device, config.ddp_timeout).type == "cpu",
         log_with=config.report_to or None,
         project_dir=config.output_dir,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # or the environment's would scale ours
@@ -370,11 +371,20 @@ def check_can_be_offloaded(config: TrainConfig, device_type: str) -> None:
         )
 
 
-def start_on_device(name: str) -> torch.device:
-    """Makes accelerate use a device, for several processes the one of each rank; returns it. Raises ConfigError."""
+def start_on_device(name: str, seconds: int = 600) -> torch.device:
+    """Makes accelerate use a device, for several processes the one of each rank; returns it. Raises ConfigError.
+
+    seconds: how long the processes wait for each other.
+    """
     name = launch.device_asked_for(name)
     device = choose_device(name)
-    state = PartialState(cpu=device.type == "cpu")
+    if device.type == "cpu":
+        launch.check_own_address()
+    try:
+        state = PartialState(cpu=device.type == "cpu", timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:  # of torch.distributed
+        cause = str(error).splitlines()[0]
+        raise ConfigError(f"the processes of this run cannot connect ({cause}); {launch.SET_INTERFACE}") from error
     if state.num_processes == 1:
         state.device = device  # it would keep the device of an earlier run in this process
     elif ":" in name or state.device.type != device.type:

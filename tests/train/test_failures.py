@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +183,38 @@ def test_torch_and_tailora_read_the_same_file(tmp_path: Path, monkeypatch: pytes
 def processes(count: int) -> Any:
     """Returns what `fail_together` reads of accelerate, in the first of so many processes."""
     return SimpleNamespace(num_processes=count, process_index=0)
+
+
+def hang(_: object) -> Any:
+    threading.Event().wait()
+
+
+@pytest.mark.usefixtures("received")  # fail_together ignores signals from then on
+@pytest.mark.parametrize(
+    ("waiting", "check", "named"),
+    [
+        ((0, 1), None, "process 2 of this run"),
+        ((0,), None, "process 1, 2 of this run"),
+        ((0, 1, 2), None, "another process of this run"),
+        ((0, 1), hang, "process 0 of this run"),  # a cut link to the machine with the store
+    ],
+)
+def test_a_process_that_does_not_answer_is_named(
+    waiting: tuple[int, ...], check: Any, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HashStore()
+    reached = SimpleNamespace(
+        **{name: getattr(store, name) for name in ("add", "set", "get", "compare_set")}, check=check or store.check
+    )
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: reached)
+    monkeypatch.setattr("tailora.train.failures.SECONDS_TO_ANSWER", 0.1)
+    for rank in waiting:
+        store.set(f"tailora.failure.1.waits.{rank}", "yes")
+    with (
+        pytest.raises(ProcessFailedError, match=f"{named} did not answer within --ddp-timeout; .*20000ms.*; go on"),
+        fail_together(processes(3), lambda: "go on"),
+    ):
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation")
 
 
 @pytest.fixture

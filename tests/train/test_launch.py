@@ -5,11 +5,13 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tailora.train import launch
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 from tailora.train.launch import LAUNCHED_BY_TAILORA, count_processes
+from tailora.train.setup import start_accelerator
 
 LONGEST = 300  # s; some 10 on an idle machine
 SECONDS_TO_END = 60  # after a process of the run was killed
@@ -304,7 +307,57 @@ def test_a_run_whose_launcher_was_killed_saves_a_checkpoint_and_ends(way: str, s
         assert message.startswith(f"interrupted: the run so far is saved in {out}/checkpoint-{saved}; to resume it")
 
 
+@pytest.mark.ranks
+@pytest.mark.exhaustive
+def test_a_process_that_does_not_answer_ends_the_run_and_is_named(settings: Any, tmp_path: Path) -> None:
+    run = Start(launcher("tailora", flags(settings(**LONG, ddp_timeout=5))), tmp_path)
+    run.wait_for(lambda: bool(checkpoints(tmp_path / "out")))
+    os.kill(run.pid(1), signal.SIGSTOP)
+    code, text = run.end(SECONDS_TO_END)
+    assert code == 1
+    assert "process 1 of this run did not answer within --ddp-timeout" in one_error_in(text)
+
+
 # ---- How a process was started
+
+
+@pytest.mark.parametrize(
+    ("own", "variables", "is_refused"),
+    [
+        ("127.0.1.1", {}, True),
+        (None, {}, True),
+        ("10.0.0.2", {}, False),
+        ("127.0.0.1", {"GLOO_SOCKET_IFNAME": "eth0"}, False),
+        ("127.0.0.1", {"MASTER_ADDR": "localhost"}, False),
+        ("127.0.0.1", {"LOCAL_WORLD_SIZE": "4"}, False),
+    ],
+)
+def test_a_host_name_that_other_machines_cannot_reach_is_refused(
+    own: str | None, variables: dict[str, str], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def address(name: str) -> str:
+        if (found := {"me": own, "localhost": "127.0.0.1"}.get(name, name)) is None:
+            raise socket.gaierror("unknown")
+        return found
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "me")
+    monkeypatch.setattr(socket, "gethostbyname", address)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="host name 'me'; set GLOO_SOCKET_") if is_refused else nullcontext():
+        launch.check_own_address()
+
+
+def test_processes_that_cannot_connect_in_time_are_an_error(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*, cpu: bool, timeout: timedelta) -> None:
+        raise RuntimeError(f"Gloo connectFullMesh failed after {timeout}, cpu={cpu}\nat line 3")
+
+    monkeypatch.setattr("tailora.train.setup.PartialState", connect)
+    with pytest.raises(
+        ConfigError, match=r"cannot connect \(Gloo .* after 0:01:07, cpu=True\); set GLOO_SOCKET_IFNAME"
+    ):
+        start_accelerator(settings(device="cpu", ddp_timeout=67))
 
 
 @pytest.mark.parametrize(
