@@ -89,7 +89,7 @@ def test_a_larger_subset_contains_the_smaller_ones(small_run: TrainConfig) -> No
     def rows(count: int | None, seed: int = 0) -> set[int]:
         config = small_run.replaced(seed=seed, max_steps=3, split_seed=0)
         read = read_data if count is None else partial(read_subset, count)
-        data: TrainingData = read(config, 10**6, tokenizer, accelerator, None)
+        data: TrainingData = read(config, tokenizer, accelerator, None)
         assert data.held_out is not None
         assert len(data.held_out) == 18
         of_steps = {example.source_index for step in [next(data.steps(0))] for b in step.micro_batches for example in b}
