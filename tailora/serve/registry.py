@@ -186,7 +186,11 @@ class AdapterRegistry:
 
     def without_root(self, message: str) -> str:
         """Returns a message for clients, without the path of the root."""
-        return message if self._root is None else message.replace(f"{self._root}{os.sep}", "")
+        return (
+            message
+            if self._root is None
+            else message.replace(f"{self._root}{os.sep}", "").replace(f"{self._root}", ".")
+        )
 
     # ---- Requests
 

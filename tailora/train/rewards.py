@@ -14,6 +14,7 @@ All functions run in one separate process, because a function that hangs can onl
 
 import inspect
 import json
+import logging
 import math
 import sys
 import traceback
@@ -187,6 +188,7 @@ def _math(_: str) -> RewardFunction:
     require_packages("math_verify", extra="rewards")
     from math_verify import parse, verify
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
     # its own time limits use signals, which only work in the main thread; the whole call has one
     parsed = partial(parse, parsing_timeout=None)
     return _compare_answers(lambda text, right: verify(parsed(right), parsed(text), timeout_seconds=None))

@@ -46,7 +46,12 @@ def test_a_shared_expert_generates_with_an_adapter_for_each_row() -> None:
         {"max_new_tokens": 4, "pad_token_id": 0, "num_beams": 2},
     )
     with model.adapter_rows(names):
+        before = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        with torch.no_grad():  # as if it were trained in between
+            for part in model.adapter("b").low_rank.values():
+                part.lora_B.add_(torch.randn_like(part.lora_B))
         together = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert not torch.equal(together[:1, : before.shape[1]], before[:1, : together.shape[1]])
     for row, name in enumerate(names):
         model.set_adapter(name)
         own = ids[row : row + 1]

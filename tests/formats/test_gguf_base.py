@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tailora.data.demo import resolve_model
 from tailora.errors import ConfigError
-from tailora.formats.gguf_base import convert, converted_base, gguf_file
+from tailora.formats.gguf_base import convert, converted_base, folder_of, gguf_file
 from tailora.formats.hub import check_model_exists, find_gguf, is_at_hand, name_of_model, public_name
 from tailora.train.model_loading import load_base
 
@@ -95,9 +95,12 @@ def test_a_file_is_converted_once_and_again_if_it_changes(file: Path) -> None:
     assert is_at_hand(str(file))
     first = converted_base(file)
     assert resolve_model(str(file)) == resolve_model(str(file.parent)) == str(first)
-    with file.open("ab") as more:
-        more.write(b"\0" * 32)
-    assert converted_base(file) != first
+    content = file.read_bytes()
+    for changed in (content[:-1] + bytes([content[-1] ^ 1]), content + bytes(32)):
+        file.write_bytes(changed)
+        assert folder_of(file) != first
+        first = converted_base(file)
+        assert first == folder_of(file)
 
 
 @pytest.mark.usefixtures("file")

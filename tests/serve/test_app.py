@@ -112,7 +112,7 @@ def test_adapters_are_loaded_and_unloaded(server: Running, root: Path) -> None:
     assert chat(server, "legal+rhyme@0.5").choices[0].message.content
     status, error = post("load_lora_adapter", lora_name="rhyme", lora_path="poet")
     assert (status, error["type"]) == (400, "InvalidUserInput")
-    for path, expected in (("nowhere", 404), ("../..", 400), ("empty", 400)):
+    for path, expected in (("nowhere", 404), ("../..", 400), ("empty", 400), (".", 400)):
         (root / "empty").mkdir(exist_ok=True)
         status, error = post("load_lora_adapter", lora_name="x", lora_path=path)
         assert status == expected

@@ -192,9 +192,10 @@ def test_built_in_rewards(tmp_path: Path) -> None:
         assert function(completions=[right, wrong], answer=["7", "7"]) == [1.0, 0.0], source
 
 
-def test_math_compares_values() -> None:
+def test_math_compares_values(caplog: pytest.LogCaptureFixture) -> None:
     completions, answer = ["\\boxed{7}", "0.5", "It is 7.", "\\boxed{8}", "0.25"], ["7", "1/2", 7, "7", "1/2"]
     assert load_reward(Reward("math"))(completions=completions, answer=answer) == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert not caplog.records
 
 
 def test_weights_and_names() -> None:

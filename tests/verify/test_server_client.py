@@ -39,7 +39,7 @@ def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
     probe = Probe(3, ["b", "x", "a"], {}, {}, text="hello")
     choice = {"text": "a", "logprobs": FORMS[form]}
     body = {"choices": [choice], "usage": {"prompt_tokens": 4}}
-    with stand_in({**MODELS, "/v1/completions": (200, body)}) as url, ServerClient(url) as server:
+    with stand_in({**MODELS, "/v1/completions": (200, body)}) as url, ServerClient(url.upper()) as server:
         (answer,) = server.ask([probe], "legal")
     assert answer == Observation(2, {2: -0.5, 0: -1.5}, -3.0, 4, pytest.approx(math.exp(-3)))
 
