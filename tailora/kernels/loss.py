@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -110,7 +111,7 @@ def _log_loss(logits: Tensor, targets: Tensor, scale: float | Tensor, into: Tens
     losses = logits.new_empty(len(targets), dtype=wide)
     size = _block_rows(logits)
     scratch = logits.new_empty(min(size, len(targets)), logits.shape[1], dtype=wide)
-    for part in _slices(len(targets), size):
+    for part in _blocks(logits):
         labels = targets[part, None]  # (block, 1)
         shifted = scratch[: len(labels)].copy_(logits[part])  # (block, vocabulary)
         shifted -= shifted.amax(dim=1, keepdim=True)
@@ -128,6 +129,12 @@ def _block_rows(logits: Tensor) -> int:
     if logits.device.type != "cpu":
         return max(len(logits), 1)
     return max(BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[1], 1)
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Yields the blocks of rows. Without contents, only the first: it shows the memory of all, as for a plan."""
+    size = _block_rows(logits)
+    return _slices(min(size, len(logits)) if isinstance(logits, FakeTensor) else len(logits), size)
 
 
 def _slices(rows: int, size: int) -> Iterator[slice]:
@@ -181,7 +188,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.used = True
         (gradient,) = ctx.saved_tensors
         # in blocks, because a product of two dtypes copies both to the wider
-        for part in _slices(len(gradient), _block_rows(gradient)):
+        for part in _blocks(gradient):
             gradient[part].mul_(gradients[0][part, None])
         return gradient, None
 

@@ -126,7 +126,9 @@ def plan(
         batch_size=config.per_device_train_batch_size,
         batch_size_that_fits=batch_size,
         options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
-        remedies=estimate.remedies(config, shape, batch_size, can_shard=can_shard) if needed.total > available else [],
+        remedies=estimate.remedies(config, shape, batch_size, place.device, can_shard=can_shard)
+        if needed.total > available
+        else [],
         largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
         examples=None if batches.examples is None else len(batches.examples),
         tokens=None if steps is None else round(nproc * batches.tokens_per_step * steps),

@@ -164,7 +164,7 @@ def _free_in_process() -> list[int]:
 
 
 @contextmanager
-def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
+def explain_out_of_memory(doing: str, advice: str | Callable[[], str]) -> Iterator[None]:
     """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
     try:
         yield
@@ -172,7 +172,8 @@ def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         cause = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise MemoryLimitError(f"out of memory while {doing}: {cause}\n{advice}") from error
+        helps = advice if isinstance(advice, str) else advice()
+        raise MemoryLimitError(f"out of memory while {doing}: {cause}\n{helps}") from error
 
 
 def format_bytes(count: float) -> str:

@@ -9,6 +9,7 @@
 A process needs most memory either while it reads the weights, in a step, or while it reads back what was saved.
 """
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -186,6 +187,7 @@ def fake_trainable(
         place, dtype = torch.device("meta"), cast(torch.dtype | str, device.precision)
     else:
         place, dtype = device, precision_of(config.dtype, device)
+    shape = copy.deepcopy(shape)  # new models change it
     stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
     files: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
     with place, no_init_weights():  # torch draws some weights again until they are in range, which never ends here
@@ -437,7 +439,34 @@ def can_quantize(config: TrainConfig, shape: PretrainedConfig) -> bool:
     return not (config.method == "full" or config.quantize or stored_quantization(shape) or config.fsdp_offload_params)
 
 
-def remedies(config: TrainConfig, shape: PretrainedConfig, batch_size: int, *, can_shard: bool = False) -> list[str]:
+def saves_memory(
+    config: TrainConfig, shape: PretrainedConfig, device: torch.device | AbsentDevice, **changes: Any
+) -> bool:
+    """Returns whether the base needs less memory with these changes, while it is read and in a step.
+
+    False where that cannot be estimated. On a CPU, files that are converted or quantized are in memory, too.
+    """
+
+    def needed(config: TrainConfig) -> int:
+        with fake_tensors():
+            _, weights = fake_trainable(config, shape, device)
+        read, kept = (weights.while_read, weights.left_mapped) if device.type == "cpu" else (weights.dense, 0)
+        return weights.stored + max(read, kept + weights.dense)
+
+    try:
+        return needed(config.replaced(**changes)) < needed(config)
+    except Exception:  # noqa: BLE001 - the code of a model may fail in any way on tensors without contents
+        return False
+
+
+def remedies(
+    config: TrainConfig,
+    shape: PretrainedConfig,
+    batch_size: int,
+    device: torch.device | AbsentDevice,
+    *,
+    can_shard: bool = False,
+) -> list[str]:
     """Returns settings that need less memory. batch_size: a smaller one, 0 if there is none."""
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     accumulation = -(-examples // max(batch_size, 1))
@@ -445,7 +474,7 @@ def remedies(config: TrainConfig, shape: PretrainedConfig, batch_size: int, *, c
         (batch_size > 0, f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}"),
         (can_shard, "--fsdp"),
         (can_checkpoint(config), CHECKPOINTING),
-        (can_quantize(config, shape), QUANTIZATION),
+        (can_quantize(config, shape) and saves_memory(config, shape, device, quantize="nf4"), QUANTIZATION),
         (config.method == "full", "--method lora"),
         (config.max_length > 128, f"--max-length {config.max_length // 2}"),
     ]
@@ -543,11 +572,13 @@ def memory_of_loading(fake: FakeModel, process: int, shards: int = 1) -> int:
 
 
 SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/memory/plan.py
-REPEATS = 5
+REPEATS = 3
+MOST_ROWS, MOST_COLUMNS = 256, 8192  # larger products are not faster
 
 
 def products_per_second(tokens: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
     """Returns the operations a second of (tokens, width) x (width, inner); on a CPU, in the faster precision."""
+    tokens, width, inner = min(tokens, MOST_ROWS), min(width, MOST_COLUMNS), min(inner, MOST_COLUMNS)
     both = device.type == "cpu" and dtype in HALF
     medians = []
     for precision in (dtype, torch.float32) if both else (dtype,):

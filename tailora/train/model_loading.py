@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
@@ -44,6 +43,7 @@ from tailora.formats.run_folder import ADAPTER_CONFIG, TOKENIZER_FILES, adapter_
 from tailora.patches import before_loading
 from tailora.quiet import quiet_transformers
 from tailora.train.image_text_to_text import check_processor
+from tailora.train.model_config import read_model_config
 from tailora.train.parallel import Sharding
 from tailora.train.quantize import (
     format_of,
@@ -93,7 +93,7 @@ def _reading(name: str) -> Iterator[str]:
 def read_config(name: str) -> PretrainedConfig:
     """Returns config.json of a model. Raises ConfigError if it cannot be read."""
     with _reading(name) as source:
-        return AutoConfig.from_pretrained(source)
+        return read_model_config(source, name)
 
 
 def load_tokenizer(name: str, labels: Labels | None = None) -> Tokenizer:
@@ -102,7 +102,7 @@ def load_tokenizer(name: str, labels: Labels | None = None) -> Tokenizer:
     Raises ConfigError if it cannot be read, DataError if it has more ids than the model.
     """
     with _reading(name) as source:
-        config = AutoConfig.from_pretrained(source)
+        config = read_model_config(source, name)
         tokenizer = _read_tokenizer(name, source, config, labels)
     check_vocabulary(tokenizer, config.get_text_config().vocab_size)
     return tokenizer
@@ -167,7 +167,7 @@ def load_base(
     device = torch.device(device)
     precision = precision_of(dtype, device)
     with _reading(name) as source:
-        config = AutoConfig.from_pretrained(source)
+        config = read_model_config(source, name)
         tokenizer = _read_tokenizer(name, source, config, labels) if tokenizer is None else tokenizer
         stored = format_of(config, name)
         is_plain = quantize is None and stored is None
@@ -262,6 +262,11 @@ def new_model(config: PretrainedConfig, name: str, task: str, **options: Any) ->
     except ValueError as error:
         raise ConfigError(
             f"model {name!r} does not support this task ({error}); use a different --model or --task"
+        ) from error
+    except (LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"no model can be built from config.json of model {name!r} ({cause}); use the file of the original model"
         ) from error
     return model
 

@@ -48,7 +48,7 @@ from tailora.train.kernel_choice import (
 from tailora.train.kernel_comparison import has_dropout
 from tailora.train.loss import BatchLayout, ModelWithLoss, Task, make_batch
 from tailora.train.memory import available_bytes, explain_out_of_memory, keep_freed_memory, reset_peak
-from tailora.train.memory_estimate import check_fits, remedies
+from tailora.train.memory_estimate import check_fits, remedies, saves_memory
 from tailora.train.model_loading import (
     fitted_labels,
     labels_of_adapter,
@@ -68,10 +68,6 @@ from tailora.train.trainable import FullModel, Trainable, sharded_names, trained
 
 PROBE_TOKENS = 32  # most tokens of the longest example to try the model on
 PEAK_PER_SAVED = 4  # a step never takes more than this, times what autograd saves by itself: temporaries, padding
-LOADING_REMEDIES = (
-    "try --quantize nf4 (a quarter of bfloat16's memory), --dtype bfloat16 (half of float32's memory) or a smaller "
-    "--model, or close other programs"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +170,7 @@ def set_up(
         run_log.check_run_folder(config, overwrite=overwrite)
     saved = None if resumed is None else checkpoint.load(resumed, output_dir, note)
     stack.enter_context(seeded(config.seed))
-    with explain_out_of_memory("loading", LOADING_REMEDIES):
+    with explain_out_of_memory("loading", partial(loading_advice, config, device)):
         labels, has_new_head = find_labels(config)
         sharding = Sharding(device, config.fsdp_offload_params) if config.fsdp else None
         place = (config.model, config.dtype, device, config.quantize)
@@ -254,6 +250,14 @@ def kernels_for(
     return choose_kernels(config, model, layout, data.tokens(step), data.longest, recorded)
 
 
+def loading_advice(config: TrainConfig, device: torch.device) -> str:
+    """Returns what helps if memory runs out while the base is loaded."""
+    shape = read_config(config.model)
+    changes = {"--quantize nf4": {"quantize": "nf4"}, "--dtype bfloat16": {"dtype": "bfloat16"}}
+    saving = [flag for flag, change in changes.items() if saves_memory(config, shape, device, **change)]
+    return f"try {', '.join([*saving, 'a smaller --model'])}, or close other programs"
+
+
 def check_memory(
     config: TrainConfig, shape: PretrainedConfig, data: TrainingData, device: torch.device, bytes_per_token: float
 ) -> str:
@@ -264,7 +268,7 @@ def check_memory(
     bytes_per_token: see `try_forward`.
     """
     smaller, can_shard = config.per_device_train_batch_size // 2, launch.world_size() > 1 and not config.fsdp
-    advice = "\n  - ".join(["what helps:", *remedies(config, shape, smaller, can_shard=can_shard)])
+    advice = "\n  - ".join(["what helps:", *remedies(config, shape, smaller, device, can_shard=can_shard)])
     if data.prompts is not None:
         advice = ADVICE
     if PEAK_PER_SAVED * bytes_per_token * data.largest_tokens > available_bytes(device):

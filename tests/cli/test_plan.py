@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import check_refused, found, output
 from transformers import LlamaConfig
 
@@ -129,16 +130,16 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
     assert main([*tokens, "--memory", "1MB"]) == 4
     shown = capsys.readouterr().out
     assert "It does not fit" in shown
-    helps = "--gradient-checkpointing; --quantize nf4; --max-length 512; a smaller --model."
+    helps = "--gradient-checkpointing; --max-length 512; a smaller --model."
     assert f"What helps: {helps}" in shown
     assert main([*tokens, "--memory", "1MB", "--json"]) == 4
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"]
     first = "--per-device-train-batch-size 24 --gradient-accumulation-steps 6"
     config = TrainConfig(per_device_train_batch_size=64, gradient_accumulation_steps=2)
-    assert remedies(config, LlamaConfig(), 24)[0] == first
+    assert remedies(config, LlamaConfig(), 24, torch.device("cpu"))[0] == first
     full = TrainConfig(method="full", learning_rate=1e-4, gradient_checkpointing=True, max_length=64)
-    assert remedies(full, LlamaConfig(), 0) == ["--method lora", "a smaller --model"]
+    assert remedies(full, LlamaConfig(), 0, torch.device("cpu")) == ["--method lora", "a smaller --model"]
 
 
 @pytest.mark.parametrize(

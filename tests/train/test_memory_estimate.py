@@ -43,6 +43,7 @@ from tailora.train.memory_estimate import (
     fake_model,
     fake_trainable,
     memory_of_loading,
+    remedies,
     simulate_step,
 )
 from tailora.train.model_loading import load_base, read_config
@@ -132,7 +133,25 @@ def test_a_run_is_refused_if_its_largest_step_needs_more_than_is_free(
     lines = str(caught.value).splitlines()[2:]
     assert lines[0] == "  - --per-device-train-batch-size 4 --gradient-accumulation-steps 2"
     assert ("  - --gradient-checkpointing" in lines) == ("gradient_checkpointing" not in changes)
-    assert ("  - --method lora" in lines) == ("  - --quantize nf4" not in lines) == ("method" in changes)
+    assert ("  - --method lora" in lines) == ("method" in changes)
+    assert "  - --quantize nf4" not in lines  # on a CPU, the files that are quantized stay in memory
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", [CPU, AbsentDevice("cuda", torch.bfloat16)], ids=str)
+def test_a_4_bit_base_is_recommended_where_its_estimate_is_smaller(stored: str, device: Any) -> None:
+    """On a CPU, files in the precision of the run are mapped, but those that are converted or quantized are copied."""
+    shape = LlamaConfig(**shape_of(320, 512, 1024, 1, 4, 2), dtype=stored)
+    before, totals = shape.to_dict(), []
+    config = TrainConfig(r=4, dtype="bfloat16")
+    for changes in ({}, {"quantize": "nf4"}, {}):
+        with fake_model(config.replaced(**changes), shape, device) as fake:
+            step = StepCost(activations=0, logits=0, gradients=0, kept=0, flops=0)
+            totals.append(estimate_memory(config, fake, step, process=0).total)
+    advice = remedies(config, shape, 0, device)
+    assert ("--quantize nf4" in advice) == (totals[1] < totals[0]) == (device != CPU or stored == "float32")
+    assert totals[2] == totals[0]
+    assert shape.to_dict() == before  # an estimate does not change what it is made from
 
 
 def test_longer_rows_and_checkpointing_take_what_they_should(model_folder: Path) -> None:
