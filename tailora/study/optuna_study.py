@@ -86,14 +86,19 @@ def explained_errors(folder: Path, url: str | None) -> Iterator[None]:
     """Converts database errors during a search into ConfigError."""
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError) as error:
+    except (StorageInternalError, SQLAlchemyError, UnboundLocalError) as error:  # the last one hides Optuna's own
+        cause: BaseException = error
+        while not isinstance(cause, StorageInternalError | SQLAlchemyError):
+            if cause.__context__ is None:
+                raise
+            cause = cause.__context__
         raise ConfigError(
             f"the search lost access to its database {_without_password(url) if url else folder / DATABASE}: "
-            f"{_first_line(error)}. Once it is available again, run the same command to resume the search"
+            f"{_first_line(cause)}. Once it is available again, run the same command to resume the search"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error.__cause__ or error).splitlines()[0]
 
 

@@ -5,6 +5,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from logging.handlers import BufferingHandler
 from threading import Event
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from llguidance.hf import from_tokenizer
 from tiny import GROUPED
-from tiny_server import base_model, started
+from tiny_server import TOKENIZER, base_model, started
 from transformers import (
     AttentionInterface,
     GPTNeoXConfig,
@@ -42,7 +44,7 @@ from tailora.engine.interface import (
     positions_of_short_factors,
 )
 from tailora.engine.padded_batching import PaddedEngine
-from tailora.engine.sampling import RunningRequest
+from tailora.engine.sampling import RunningRequest, json_matcher
 from tailora.errors import AdapterError, ConfigError
 
 EOS = 7
@@ -363,6 +365,30 @@ def test_a_request_is_cancelled_and_others_go_on(engine: Engine) -> None:
     assert len(tokens["long"]) < 150
     assert tokens["beside"] == alone("dora", [9, 10, 11])
     engine.cancel("long")  # has ended
+
+
+def test_an_answer_that_its_grammar_completed_stops_computing(engine: Engine) -> None:
+    count, base = 0, engine.adapter_set.base_model
+
+    def add(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    grammar = json_matcher({"type": "boolean"}, from_tokenizer(TOKENIZER))
+    answers = Answers(engine)
+    request, handle = answers.request("x", [9, 10, 11], None, max_tokens=150, ignore_eos=True)
+    with base.register_forward_pre_hook(add):
+        engine.submit(replace(request, grammar=grammar), handle)
+        tokens = answers.wait()["x"]
+        answers.submit("next", [9, 10, 11], None)
+        answers.wait()
+    assert answers.finishes["x"].reason == "stop"
+    assert len(tokens) < 10
+    assert count <= len(tokens) + len(answers.tokens["next"]) + 2
+    with engine.paused():
+        assert engine.load == (0, 0)
+        manager = getattr(engine, "_manager", None)
+        assert manager is None or not manager.batch_processor.scheduler.active_requests
 
 
 def test_stop_ends_what_runs(engine: Engine) -> None:

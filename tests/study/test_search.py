@@ -177,11 +177,16 @@ def test_no_trial_starts_after_the_minutes(
     assert len(ran) == 6
 
 
+@pytest.mark.parametrize("is_hidden", [False, True])
 def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
-    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_hidden: bool, small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lose(*_: Any) -> None:
-        raise StorageInternalError("lost") from OperationalError("SELECT", None, Exception("server closed"))
+        try:
+            raise StorageInternalError("lost") from OperationalError("SELECT", None, Exception("server closed"))
+        finally:
+            if is_hidden:  # as in Optuna, if the database stops during a trial
+                raise UnboundLocalError("cannot access local variable 'updated_state'")
 
     monkeypatch.setattr(optuna_study, "open_study", lose)
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
@@ -190,6 +195,8 @@ def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
         match=r"lost access to its database postgresql://me:\*\*\*@host/name: .*server closed.*same command",
     ):
         search(train, SearchConfig(storage="postgresql://me:secret@host/name"))
+    with pytest.raises(UnboundLocalError, match="a bug"), optuna_study.explained_errors(tmp_path, None):
+        raise UnboundLocalError("a bug")
 
 
 def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path) -> None:
