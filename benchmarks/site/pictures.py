@@ -68,7 +68,7 @@ def plan(_: Path | None) -> tuple[str, str]:
 
 
 def inspect(run: Path | None) -> tuple[str, str]:
-    return command("inspect", "outputs/demo", run=run)
+    return command("inspect", "outputs/demo", "--model", "none", run=run)
 
 
 def command(*words: str, run: Path | None = None) -> tuple[str, str]:
