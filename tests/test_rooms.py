@@ -29,13 +29,13 @@ MOST_LINES = {
     "data": 4580,
     "kernels": 1520,
     "engine": 940,
-    "train": 9900,
-    "evaluation": 2400,
+    "train": 10020,
+    "evaluation": 2360,
     "study": 4940,
     "verify": 1000,
     "report": 2580,
     "serve": 2060,
-    "cli": 4220,
+    "cli": 4240,
 }
 MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines

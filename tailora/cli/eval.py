@@ -44,6 +44,7 @@ from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
 from tailora.train.launch import count_processes, is_launched_by_tailora, launch, world_size
+from tailora.train.rewards import BUILT_IN, Reward, RewardProcess, parse_rewards
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -58,8 +59,10 @@ Flags: Any = flags_of(TrainConfig, FLAGS)
 KIND = "eval"  # of report.json
 MEMORY_ADVICE = "try a smaller --max-length, --quantize nf4 or --dtype bfloat16, or close other programs"
 GATE_HELP = f"exit with code 4 if this condition is not met; repeatable; {QUOTES_HINT}"
-METRICS_HELP = f"{', '.join(METRICS)}; default: accuracy for data with choices, all for labels, loss for other data"
-NORMALIZE_HELP = "what exact_match ignores: case, punctuation, space, strip (leading and trailing whitespace), or none"
+METRIC_HELP = (
+    f"a metric that judges answers, as in train, or {', '.join(METRICS)}; repeatable; default: accuracy for data with "
+    "choices, all scores for labels, loss for other data"
+)
 
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter or of its training run")]
 
@@ -90,12 +93,11 @@ class EvalFlags:
         str | None, Parameter(help="held-out data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")
     ] = None
     model: BaseModel = None
-    metrics: Annotated[list[str] | None, Parameter(metavar="A,B", help=METRICS_HELP)] = None
+    metric: Annotated[list[str] | None, Parameter(metavar="METRIC", help=METRIC_HELP)] = None
     gate: Annotated[list[str] | None, Parameter(metavar="METRIC<N", help=GATE_HELP)] = None
     base: Annotated[bool, Parameter(help="also evaluate the base model, for comparison")] = True
-    normalize: Annotated[str, Parameter(metavar="A,B", help=NORMALIZE_HELP)] = "strip"
-    max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens per answer, for exact_match")] = 128
-    samples: Annotated[NonNegativeInt, Parameter(help="number of answers to show, for exact_match")] = 3
+    max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens of an answer")] = 256
+    samples: Annotated[NonNegativeInt, Parameter(help="number of answers to show")] = 3
     limit: Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")] = None
     quantize: Quantize = None
     device: Device = "auto"
@@ -131,7 +133,8 @@ class Evaluation:
     harness: HarnessFlags
     config: TrainConfig  # for reading the data, as in the adapter's run
     gates: Sequence[Gate]
-    metrics: Sequence[str]
+    metrics: Sequence[str]  # scores of the model
+    judges: Sequence[Reward]  # metrics of its answers
     base: bool  # also evaluate the base model
 
     @property
@@ -182,7 +185,8 @@ def checked(
     adapter: str | None, given: EvalFlags, harness: HarnessFlags, flags: Mapping[str, Any] | None
 ) -> Evaluation:
     """Raises ConfigError, DataError or FormatError for what can be checked before loading torch."""
-    gates, metrics = parse_gates(given.gate or []), parse_metrics(given.metrics or [])
+    gates, (metrics, sources) = parse_gates(given.gate or []), parse_metrics(given.metric or [], BUILT_IN)
+    judges = parse_rewards([], sources)[1]
     on_data = [gate for gate in gates if not (harness.names and gate.is_on_task)]
     if given.data is None and on_data:
         raise ConfigError(f"--gate {on_data[0]} needs held-out data; add --data FILE, or set a gate on TASK/METRIC")
@@ -192,39 +196,43 @@ def checked(
     target = find_target(adapter, given.model)
     base = given.base and target.folder is not None
     named = [gate.metric.removesuffix(CHANGE) for gate in on_data]
-    check_gates(on_data, [*METRICS, *LABEL_METRICS, *filter(OF_CLASS.fullmatch, named)], base=base)
+    names = [*METRICS, *LABEL_METRICS, *filter(OF_CLASS.fullmatch, named), *(judge.name for judge in judges)]
+    check_gates(on_data, names, base=base)
     check_report_kind(given.output_dir, KIND)
     config = merge_with_run(flags, target.folder, arguments={"model": target.model})
-    return Evaluation(target, given, harness, config, gates, metrics, base)
+    if judges:
+        with RewardProcess(judges, config.reward_seconds):  # raises if one cannot be loaded
+            pass
+    return Evaluation(target, given, harness, config, gates, metrics, judges, base)
 
 
 def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
     """Evaluates on the data and on the tasks of lm-evaluation-harness; returns the exit code."""
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
-    from tailora.evaluation.scores import EvalOptions, Scores, normalizer
+    from tailora.evaluation.scores import EvalOptions, Scores
     from tailora.train.failures import ignore_signals
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.parallel import first_of_ranks
     from tailora.train.setup import launched_ranks
 
     given, harness, base = evaluation.given, evaluation.harness, evaluation.base
-    check_gates(evaluation.gates_on_data, list(METRICS), base=base)
+    names = [*METRICS, *(judge.name for judge in evaluation.judges)]
+    check_gates(evaluation.gates_on_data, names, base=base)
     if wrong := [name for name in evaluation.metrics if name not in METRICS]:
-        raise ConfigError(f"--metrics {','.join(wrong)} is for models that predict labels; use {', '.join(METRICS)}")
+        raise ConfigError(f"--metric {', '.join(wrong)} is for models that predict labels; use {', '.join(METRICS)}")
     options = EvalOptions(
-        metrics=tuple(evaluation.metrics),
+        metrics=tuple(evaluation.metrics) if evaluation.metrics or evaluation.judges else None,
+        judges=tuple(evaluation.judges),
+        judge_seconds=evaluation.config.reward_seconds,
         extra_metrics=tuple(gate.metric for gate in evaluation.gates if not gate.is_on_task),
         max_length=evaluation.config.max_length,
         max_new_tokens=given.max_new_tokens,
-        normalize=() if given.normalize == "none" else tuple(given.normalize.split(",")),
         limit=given.limit,
-        samples=given.samples,
         image_folder=evaluation.config.image_folder,
     )
-    normalizer(options.normalize)
     tasks = find_tasks(harness.names, harness.include_path) if harness.names else None
     if tasks is not None:
-        check_gates(evaluation.gates, [*(METRICS if given.data else ()), *tasks.metrics], base=base)
+        check_gates(evaluation.gates, [*(names if given.data else ()), *tasks.metrics], base=base)
     scores = Scores({}, {} if base else None, {} if base else None)
     with explain_out_of_memory("evaluating", MEMORY_ADVICE), launched_ranks(given.device) as ranks:
         model, tokenizer = evaluation.load(given.device if ranks is None else str(ranks.device))
@@ -277,6 +285,9 @@ def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
                 "there is nothing to compare; use a gate without _change"
             )
         note(f"the base model {target.model} has no head for these labels, so only the adapter is evaluated")
+    if evaluation.judges:
+        names = ", ".join(judge.name for judge in evaluation.judges)
+        raise ConfigError(f"--metric {names}: this model predicts labels, and has no answers to judge; use its scores")
     needed = [*evaluation.metrics, *(gate.metric.removesuffix(CHANGE) for gate in gates)]
     check_packages()
     check_scores(needed, score_names(labels), labels.task)
@@ -323,6 +334,7 @@ def finish(evaluation: Evaluation, scores: "Scores", started: float) -> int:
     ]
     names = {"model": evaluation.target.model, "adapter": evaluation.target.adapter}
     payload = {**names, **scores.to_dict(), "gates": outcomes, "seconds": time.monotonic() - started}
+    payload["shown_answers"] = evaluation.given.samples
     if folder is not None:
         write_report(folder, KIND, payload, allow_nan=False)
         log(write_page_if_possible(folder))

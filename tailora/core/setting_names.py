@@ -37,6 +37,7 @@ NAMES_OF_OTHER_TOOLS = {  # our name, with a value if theirs is a switch -> name
     "loss": "pref_loss",
     "beta": "pref_beta rl_beta",
     "label_smoothing": "dpo_label_smoothing",
+    "metric": "metrics compute_metrics metric_for_best_model",
     "learning_rate": "lr",
     "optim": "optimizer",
     "loraplus_lr_ratio": "loraplus_ratio",
@@ -106,6 +107,7 @@ REMOVED_SETTINGS: dict[str, tuple[Any, str]] = {  # name -> its default, and wha
     "lr_only": (False, "there is no range test; compare learning rates with --space learning_rate=1e-5..1e-2"),
     "fsdp_reshard_after_forward": (True, "gathered weights are always freed after the forward pass"),
     "eval_reward": ([], "use metric, which judges held-out completions and answers"),
+    "normalize": ("strip", "use --metric exact_match:ignore=case+punctuation+space"),
     "passport": ("none", "`tailora export` and `tailora verify --prepare` write the verification file"),
 }
 

@@ -3,7 +3,7 @@
 import math
 import operator
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -12,7 +12,6 @@ from tailora.errors import ConfigError, listing, nearest
 METRICS = {  # name -> meaning
     "loss": "nats per trained token",
     "perplexity": "exp(loss)",
-    "exact_match": "share of greedy answers that equal the reply in the data",
     "accuracy": "share of questions whose correct choice is the most likely one",
     "accuracy_norm": "the same, with the log-likelihood of each choice divided by its length in bytes",
 }
@@ -38,7 +37,7 @@ PREFERENCE_METRICS = {  # of a run on preferences
     "chosen": "mean log-probability of chosen replies, in nats",
     "rejected": "the same for rejected replies",
 }
-METRIC_ALIASES = {"ppl": "perplexity", "em": "exact_match", "acc": "accuracy", "acc_norm": "accuracy_norm"}
+METRIC_ALIASES = {"ppl": "perplexity", "choice": "accuracy", "acc": "accuracy", "acc_norm": "accuracy_norm"}
 OF_CLASS = re.compile(r"f1\[.+\]")
 COMMA = re.compile(r",(?![^\[]*\])")  # not within f1[NAME]
 CHANGE = "_change"  # loss_change: tuned - base
@@ -68,13 +67,25 @@ class Gate:
         return bool(OPERATORS[self.operator](value, self.bound))
 
 
-def parse_metrics(texts: Iterable[str]) -> list[str]:
-    """Returns the names in texts such as "loss,acc", each once. Raises ConfigError for all unknown names."""
-    known = METRICS | LABEL_METRICS
-    names = [_full_name(part.strip()) for text in texts for part in COMMA.split(text) if part.strip()]
-    if unknown := [name for name in dict.fromkeys(names) if name not in known and not OF_CLASS.fullmatch(name)]:
-        raise ConfigError(listing([f"--metrics: {_unknown_metric(name, known)}" for name in unknown]))
-    return list(dict.fromkeys(names))
+def parse_metrics(texts: Sequence[str], built_in: Collection[str]) -> tuple[list[str], list[str]]:
+    """Returns the names of scores of the model, such as loss, and the metrics that judge answers, each once.
+
+    built_in: the kinds of the latter that are no functions of a file.
+    Raises ConfigError for all unknown names.
+    """
+    known, scores, judges = [*METRICS, *LABEL_METRICS], dict[str, None](), dict[str, None]()
+    problems = []
+    for text in texts:
+        names = [_full_name(part.strip()) for part in COMMA.split(text)]
+        if all(name in known or OF_CLASS.fullmatch(name) for name in names):
+            scores |= dict.fromkeys(names)
+        elif text.partition(":")[0] in built_in or ".py:" in text:
+            judges[text] = None
+        else:
+            problems.append(f"--metric: {_unknown_metric(text, [*built_in, *known])}; or use FILE.py:FUNCTION")
+    if problems:
+        raise ConfigError(listing(problems))
+    return [*scores], [*judges]
 
 
 def parse_gates(texts: Sequence[str]) -> list[Gate]:

@@ -6,46 +6,48 @@ get the scores of all examples. `loss_on_data` is the plain loss, for other comm
 """
 
 import math
-import re
-import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
 
-from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import Examples, distinct_of
 from tailora.data.prepare import EvalDataReport, check_vocabulary, prepare, read_eval_data
-from tailora.data.samples import Conversation, Pair
-from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ
-from tailora.data.tokenize import EncodedSample, reply_text
-from tailora.errors import ConfigError, DataError, listing, nearest
+from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ, TEXT
+from tailora.data.tokenize import EncodedSample
+from tailora.errors import DataError
+from tailora.evaluation.answers import MetricChange, metric_changes
 from tailora.evaluation.metrics import CHANGE, METRICS
 from tailora.evaluation.multiple_choice import log_likelihoods, right_is_likeliest, tokenize_choices
 from tailora.evaluation.statistics import mean_interval, wilson_interval
 from tailora.model import LoRAModel
+from tailora.train.answers import (
+    ComparedAnswer,
+    Question,
+    clusters_of,
+    compare_answers,
+    questions_of,
+    score_answers,
+)
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import data_settings, resolved_sources
-from tailora.train.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of
+from tailora.train.generate import free_positions, is_seq2seq
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.kernel_choice import choose_layout
 from tailora.train.loss import SEQ2SEQ_TASK, Evaluation, Task, evaluate
+from tailora.train.rewards import Reward
 from tailora.train.significance import Interval, change_of
 from tailora.train.step import CPU_TOKENS
-from tailora.train.trainable import Trainable
 
 TUNED, BASE = "tuned", "base"
 CHUNK = 64  # examples evaluated at a time on a CPU, by one model and then by the other
-NEEDS = {"exact_match": "a reply to compare with", "accuracy": "choices", "accuracy_norm": "choices"}
-SHARES = tuple(NEEDS)  # metrics that are shares of right answers
+SHARES = ("accuracy", "accuracy_norm")  # metrics that are shares of right choices
 
 Progress = Callable[[int, int], None]  # number done, total
 Log = Callable[[str], None]
@@ -56,13 +58,13 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    metrics: tuple[str, ...] = ()  # empty: the default for the data
+    metrics: tuple[str, ...] | None = None  # None: the default for the data
     extra_metrics: tuple[str, ...] = ()  # in addition to those; `loss_change` stands for loss
+    judges: tuple[Reward, ...] = ()  # metrics of generated answers
+    judge_seconds: float = 60.0  # for one call of such a metric
     max_length: int = 1024
-    max_new_tokens: int = 128  # of an answer, for exact_match
-    normalize: tuple[str, ...] = ("strip",)  # applied to both answers before comparing them: keys of NORMALIZE
+    max_new_tokens: int = 256  # of an answer
     limit: int | None = None  # only the first examples
-    samples: int = 3  # answers to show
     image_folder: str | None = None  # of the images in the data; None: the folder of its file
 
 
@@ -86,23 +88,14 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """The model's answer next to the reply in the data."""
-
-    prompt: str
-    expected: str
-    answer: str  # up to its first wrong word, unless it is one to show
-    hit: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Scores:
     metrics: dict[str, Score]
     base: dict[str, Score] | None  # of the model without its adapter
     change: dict[str, Score] | None  # metrics - base, on the same examples
     data: EvalDataReport | None = None
-    too_long: int = 0  # examples without room for their choices or an answer, not in accuracy or exact_match
-    samples: dict[str, list[Match]] = field(default_factory=dict)  # "tuned", "base" -> answers
+    too_long: int = 0  # examples without room for their choices or an answer, not in accuracy or in `answers`
+    answers: list[ComparedAnswer] = field(default_factory=list)
+    changes: dict[str, MetricChange] = field(default_factory=dict)  # of metrics of answers
     tasks: dict[str, Any] = field(default_factory=dict)  # facts about the tasks of lm-evaluation-harness
     labels: dict[str, Any] | None = None  # for classification: `classification.label_details`
 
@@ -126,7 +119,8 @@ class Scores:
             change=None if self.change is None else {**self.change, **(other.change or {})},
             data=self.data or other.data,
             too_long=self.too_long + other.too_long,
-            samples={**self.samples, **other.samples},
+            answers=self.answers + other.answers,
+            changes={**self.changes, **other.changes},
             tasks={**self.tasks, **other.tasks},
             labels=self.labels if self.labels is not None else other.labels,
         )
@@ -136,14 +130,17 @@ class Scores:
             return None if of is None else {name: score.to_dict() for name, score in of.items()}
 
         return {
-            "metrics": scores(self.metrics),
+            "metrics": {name: score.to_dict() | self._change(name) for name, score in self.metrics.items()},
             "base": scores(self.base),
             "change": scores(self.change),
             "data": None if self.data is None else {**asdict(self.data), "too_long": self.too_long},
             "tasks": self.tasks or None,
             "labels": self.labels,
-            "samples": {model: [asdict(match) for match in matches] for model, matches in self.samples.items()},
+            "answers": [{**asdict(a), "images": [image.to_dict() for image in a.images]} for a in self.answers],
         }
+
+    def _change(self, name: str) -> dict[str, Any]:
+        return self.changes[name].to_dict() if name in self.changes else {}
 
 
 # ---- Evaluation
@@ -190,6 +187,7 @@ def score(
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
     models = models_to_score(model, base)
+    both = BASE in models
     totals = {name: _Totals() for name in models}
     done = 0  # evaluations, of all models
     rank, world = (0, 1) if ranks is None else (ranks.process_index, ranks.num_processes)
@@ -203,7 +201,21 @@ def score(
                     step(share, totals[name])
             done += len(chunk)
             progress(done, len(models) * len(rows))
-    return _scores(totals if world == 1 else _joined(gather_object([totals]), options.samples), metrics, facts)
+    scores = _scores(totals if world == 1 else _joined(gather_object([totals])), metrics, facts)
+    if not options.judges:
+        return scores
+    questions = _questions(model, tokenizer, rows, facts)
+    own = questions[rank::world]
+    answers = compare_answers(
+        model, tokenizer, own, max_new_tokens=options.max_new_tokens, base=both, progress=progress
+    )
+    answers, directions = score_answers(answers, own, options.judges, options.judge_seconds)
+    if world > 1:
+        parts = gather_object([answers])
+        answers = [parts[number % world][number // world] for number in range(len(questions))]
+    clusters = clusters_of(questions)  # of those of all ranks
+    answers = [replace(answer, cluster=cluster) for answer, cluster in zip(answers, clusters, strict=True)]
+    return scores.merge(_answer_scores(answers, directions, too_long=len(rows) - len(answers), both=both))
 
 
 def models_to_score(model: LoRAModel, base: bool) -> dict[str, Callable[[], AbstractContextManager[None]]]:
@@ -219,20 +231,17 @@ def without_adapter(base_model: Any) -> LoRAModel:
     return model
 
 
-def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequence[str] = ()) -> list[str]:
-    """Returns the metrics to compute; by default loss, or accuracy if the data has choices.
+def choose_metrics(facts: EvalDataReport, metrics: Sequence[str] | None, extra: Sequence[str] = ()) -> list[str]:
+    """Returns the metrics to compute besides those of answers; for None loss, or accuracy if the data has choices.
 
     Raises DataError if the data lacks what a metric needs.
     """
     has_choices = facts.shape in ("choices", "preference")  # of a pair of replies the chosen one is right
     default = ("accuracy", "accuracy_norm") if has_choices else ("loss", "perplexity")
-    wanted = {name.removesuffix(CHANGE) for name in (*(metrics or default), *extra)}
-    has_reply = facts.shape != "text"
-    lacking = [name for name in NEEDS if name in wanted and not (has_reply if name == "exact_match" else has_choices)]
-    if lacking:
-        needs = " and ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
+    wanted = {name.removesuffix(CHANGE) for name in (*(default if metrics is None else metrics), *extra)}
+    if not has_choices and (lacking := [name for name in SHARES if name in wanted]):
         raise DataError(
-            f"data {facts.source}: {needs}, but its rows were read as {facts.shape} "
+            f"data {facts.source}: {' and '.join(lacking)} needs choices, but its rows were read as {facts.shape} "
             f"({', '.join(facts.mapping.values())}); set --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
         )
     return [name for name in METRICS if name in wanted]
@@ -240,11 +249,10 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
 
 @dataclass(slots=True)
 class _Totals:
-    """The results of one model. losses, samples: by index of the example."""
+    """The results of one model. losses: by index of the example."""
 
     losses: dict[int, tuple[float, int]] = field(default_factory=dict)  # nats of the trained tokens, and their number
     hits: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in SHARES})
-    samples: dict[int, Match] = field(default_factory=dict)
     too_long: int = 0
 
     @property
@@ -254,16 +262,14 @@ class _Totals:
         return sums, counts
 
 
-def _joined(of_ranks: Sequence[Mapping[str, _Totals]], most_samples: int) -> dict[str, _Totals]:
+def _joined(of_ranks: Sequence[Mapping[str, _Totals]]) -> dict[str, _Totals]:
     """Returns the totals of all ranks, the losses in the order of one process."""
     joined = {}
     for name in of_ranks[0]:
         parts = [totals[name] for totals in of_ranks]
-        samples = sorted(item for part in parts for item in part.samples.items())
         joined[name] = _Totals(
             losses=dict(sorted(item for part in parts for item in part.losses.items())),
             hits={metric: [hit for part in parts for hit in part.hits[metric]] for metric in SHARES},
-            samples=dict(samples[:most_samples]),
             too_long=sum(part.too_long for part in parts),
         )
     return joined
@@ -279,11 +285,9 @@ class _Evaluator:
         self.task: Task = SEQ2SEQ_TASK if is_seq2seq(model) else language_model_task(tokenizer)
         self.layout = choose_layout(TrainConfig(), model, tokenizer, log, trains=False, task=self.task)
         self.token_budget = token_budget(model)
-        self.normalize = normalizer(options.normalize)
         steps = {
             self._loss: {"loss", "perplexity"},
             self._accuracy: {"accuracy", "accuracy_norm"},
-            self._exact_match: {"exact_match"},
         }
         self.steps = [step for step, names in steps.items() if names & set(metrics)]
 
@@ -302,89 +306,45 @@ class _Evaluator:
         totals.hits["accuracy"] += right_is_likeliest(choices, likelihoods).tolist()
         totals.hits["accuracy_norm"] += right_is_likeliest(choices, likelihoods / choices.bytes).tolist()
 
-    def _exact_match(self, chunk: Mapping[int, EncodedSample], totals: _Totals) -> None:
-        for index, item in chunk.items():
-            is_shown = len(totals.samples) < self.options.samples
-            match = match_answer(
-                self.model,
-                self.tokenizer,
-                item.sample,  # type: ignore[arg-type]  # choose_metrics made sure that it is no Text
-                self.normalize,
-                max_new_tokens=self.options.max_new_tokens,
-                stop_early=not is_shown,
-            )
-            if match is None:
-                totals.too_long += 1
-                continue
-            totals.hits["exact_match"].append(match.hit)
-            if is_shown:
-                totals.samples[index] = match
+
+# ---- Answers
 
 
-# ---- Exact match: whether the greedy answer equals the reply in the data, after normalization
+def _questions(
+    model: LoRAModel, tokenizer: Any, rows: Sequence[EncodedSample], facts: EvalDataReport
+) -> list[Question]:
+    """Raises DataError if the rows have no prompts."""
+    if facts.shape == TEXT:
+        raise DataError(
+            f"data {facts.source}: metrics judge answers, but its rows were read as {facts.shape} "
+            f"({', '.join(facts.mapping.values())}), which has no prompts; use --metric loss"
+        )
+    read = {*facts.mapping.values()}
+    columns = [{name: value for name, value in row.row.items() if name not in read} for row in rows]
+    samples: list[Any] = [row.sample for row in rows]
+    return questions_of(model, tokenizer, samples, columns)
 
 
-Normalize = Callable[[str], str]
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-NORMALIZE: dict[str, Normalize] = {  # applied in this order, whatever the order of the names
-    "case": str.casefold,
-    "punctuation": lambda text: text.translate(NO_PUNCTUATION),
-    "space": lambda text: " ".join(text.split()),
-    "strip": str.strip,
-}
-INCOMPLETE = "\ufffd"  # decoded from an incomplete character
-THOUGHT = re.compile(r"\A\s*<think>.*?(</think>\s*|$)", re.DOTALL)  # before the answer; not compared
+def _answer_scores(
+    answers: list[ComparedAnswer], higher_is_better: Mapping[str, bool], *, too_long: int, both: bool
+) -> Scores:
+    """Returns the scores of metrics of answers. both: of the base, too."""
+    judged = answers if both else [replace(answer, before=answer.after) for answer in answers]
+    changes = metric_changes(judged, higher_is_better)
+    if missing := [name for name in higher_is_better if name not in changes]:
+        raise DataError(f"no answer has a score by {' and '.join(missing)}; check the columns that it reads")
 
+    def of_side(intervals: Mapping[str, Interval]) -> dict[str, Score]:
+        return {name: Score(*interval, changes[name].answers) for name, interval in intervals.items()}
 
-def normalizer(names: Sequence[str]) -> Normalize:
-    """Returns a function that applies these normalizations. Raises ConfigError for unknown names."""
-    if unknown := [name for name in names if name not in NORMALIZE]:
-        choices = f"; available: {', '.join(NORMALIZE)}, or none"
-        problems = [f"--normalize: unknown {name!r}{nearest(name, NORMALIZE) or choices}" for name in unknown]
-        raise ConfigError(listing(problems))
-    steps = [step for name, step in NORMALIZE.items() if name in names]
-
-    def normalize(text: str) -> str:
-        for step in steps:
-            text = step(text)
-        return text
-
-    return normalize
-
-
-def match_answer(
-    model: Trainable,
-    tokenizer: Any,
-    sample: Conversation | Pair,
-    normalize: Normalize,
-    *,
-    max_new_tokens: int,
-    stop_early: bool = True,
-) -> Match | None:
-    """Compares the model's answer with the sample's; None if the prompt leaves the model no positions for one.
-
-    stop_early: a wrong answer ends with its first wrong word.
-    """
-    prompt = prompt_of(model, sample, tokenizer)
-    if free_positions(model, len(prompt.ids)) < 1:
-        return None
-    expected = normalize(THOUGHT.sub("", reply_text(sample, tokenizer)))
-
-    def answer_in(output: Tensor) -> str:
-        new = new_tokens(model, output[0], prompt.ids)
-        text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        text = THOUGHT.sub("", str(text))
-        return "" if text.strip() and "<think>".startswith(text.strip()) else text
-
-    def is_wrong(output: Tensor, _scores: Any) -> Tensor:
-        """Is called after every token, and returns whether to stop: (1,)."""
-        wrong = not expected.startswith(normalize(answer_in(output).rstrip(INCOMPLETE)))
-        return torch.full((1,), wrong and stop_early, dtype=torch.bool, device=output.device)
-
-    with evaluating(model), torch.no_grad():
-        arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-        answer = answer_in(model.generate(**arguments, stopping_criteria=[is_wrong]))
-    return Match(prompt.text, reply_text(sample, tokenizer).strip(), answer.strip(), normalize(answer) == expected)
+    return Scores(
+        metrics=of_side({name: change.after for name, change in changes.items()}),
+        base=of_side({name: change.before for name, change in changes.items()}) if both else None,
+        change=of_side({name: change.change.interval for name, change in changes.items()}) if both else None,
+        too_long=too_long,
+        answers=answers,
+        changes=changes if both else {},
+    )
 
 
 # ---- From totals to scores
@@ -399,7 +359,6 @@ def _scores(totals: Mapping[str, _Totals], metrics: Sequence[str], facts: EvalDa
         change=None if base is None else {name: _change(name, base, tuned) for name in metrics if name != "perplexity"},
         data=facts,
         too_long=tuned.too_long,
-        samples={name: [*total.samples.values()] for name, total in totals.items() if total.samples},
     )
 
 

@@ -153,43 +153,51 @@ def compare_answers(
     questions: Sequence[Question],
     *,
     max_new_tokens: int = NEW_TOKENS,
+    base: bool = True,
     progress: Progress = lambda _done, _total: None,
 ) -> list[ComparedAnswer]:
-    """Returns greedy answers of the base and the tuned model. With a sharded model, all ranks must call it.
+    """Returns greedy answers of the tuned model, and for `base` of the base. With a sharded model, all ranks call it.
 
     progress: called with the number of finished answers and their total.
     """
-    prompts, total = [question.prompt for question in questions], 2 * len(questions)
+    prompts, total = [question.prompt for question in questions], (1 + base) * len(questions)
     if not prompts:
         return []
+    of_base: Sequence[Answer | None] = [None] * len(prompts)
     if is_sharded(model) or is_seq2seq(model):
-        tuned, base = _answer_one_by_one(model, tokenizer, prompts, max_new_tokens, progress)
+        tuned = _answer_one_by_one(model, tokenizer, prompts, max_new_tokens, lambda done: progress(done, total))
+        if base:
+            with model.disable_adapter():
+                of_base = _answer_one_by_one(
+                    model, tokenizer, prompts, max_new_tokens, lambda done: progress(len(prompts) + done, total)
+                )
     else:
         longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
         with seeded(0), ExitStack() as stack:
             sampler = Sampler(model, tokenizer, longest, min(MOST_AT_ONCE, len(prompts)), lambda _note: None)
             stack.callback(sampler.stop)
             tuned = sampler.answer(prompts, max_new_tokens, progress=lambda done: progress(done, total))
-            with nullcontext() if isinstance(model, LoRAModel) else model.disable_adapter():
-                base = sampler.answer(
+            if base:
+                stack.enter_context(nullcontext() if isinstance(model, LoRAModel) else model.disable_adapter())
+                of_base = sampler.answer(
                     prompts, max_new_tokens, base=True, progress=lambda done: progress(len(prompts) + done, total)
                 )
     count_tokens = text_tokenizer(tokenizer)
     return [
         ComparedAnswer(
             question.prompt.text,
-            first.text,
+            "" if first is None else first.text,
             second.text,
             question.prompt.earlier_messages,
             question.reference,
             question.prompt.images,
             len(count_tokens(question.reference, add_special_tokens=False)["input_ids"]),
-            AnswerFacts(first.tokens, first.is_cut),
+            None if first is None else AnswerFacts(first.tokens, first.is_cut),
             AnswerFacts(second.tokens, second.is_cut),
             cluster,
             question.is_training,
         )
-        for question, first, second, cluster in zip(questions, base, tuned, clusters_of(questions), strict=True)
+        for question, first, second, cluster in zip(questions, of_base, tuned, clusters_of(questions), strict=True)
     ]
 
 
@@ -217,25 +225,17 @@ def score_answers(
     asked = [number for number, question in enumerate(questions) if not question.is_training]
     if not metrics or not asked:
         return list(answers), {}
-    completions = [
-        _completion(questions[number], text)
-        for number in asked
-        for text in (answers[number].base, answers[number].tuned)
-    ]
+    texts = [(questions[number], text) for number in asked for text, _ in answers[number].pairs]
     with RewardProcess(metrics, seconds) as process:
-        rows = process.score(completions).tolist()
+        rows = process.score([_completion(question, text) for question, text in texts]).tolist()
         directions = {m.name: is_higher for m, is_higher in zip(metrics, process.higher_is_better, strict=True)}
-    scores = [
-        {metric.name: None if value != value else value for metric, value in zip(metrics, row, strict=True)}
-        for row in rows
-    ]
+    scores = iter({name: None if v != v else v for name, v in zip(directions, row, strict=True)} for row in rows)
     scored = list(answers)
-    for place, number in enumerate(asked):
-        before, after = (
-            replace(facts, scores=of_text)
-            for (_, facts), of_text in zip(answers[number].pairs, scores[2 * place : 2 * place + 2], strict=True)
-        )
-        scored[number] = replace(answers[number], before=before, after=after)
+    for number in asked:
+        answer = answers[number]
+        before = None if answer.before is None else replace(answer.before, scores=next(scores))
+        after = None if answer.after is None else replace(answer.after, scores=next(scores))
+        scored[number] = replace(answer, before=before, after=after)
     return scored, directions
 
 
@@ -246,19 +246,20 @@ def _completion(question: Question, text: str) -> Completion:
 
 
 def _answer_one_by_one(
-    model: Trainable, tokenizer: Any, prompts: Sequence[EncodedPrompt], max_new_tokens: int, progress: Progress
-) -> tuple[list[Answer], list[Answer]]:
-    """Returns the answers of the tuned model and of the base."""
+    model: Trainable,
+    tokenizer: Any,
+    prompts: Sequence[EncodedPrompt],
+    max_new_tokens: int,
+    progress: Callable[[int], None],
+) -> list[Answer]:
     answers = list[Answer]()
     with evaluating(model):
-        for which in (nullcontext(), model.disable_adapter()):
-            with which:
-                for prompt in prompts:
-                    arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-                    output = model.generate(**arguments, synced_gpus=is_sharded(model))  # no rank stops before others
-                    new = new_tokens(model, output[0], prompt.ids)  # (length,)
-                    is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
-                    text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-                    answers.append(Answer(text, len(new), is_cut))
-                    progress(len(answers), 2 * len(prompts))
-    return answers[: len(prompts)], answers[len(prompts) :]
+        for prompt in prompts:
+            arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+            output = model.generate(**arguments, synced_gpus=is_sharded(model))  # no rank stops before others
+            new = new_tokens(model, output[0], prompt.ids)  # (length,)
+            is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
+            text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+            answers.append(Answer(text, len(new), is_cut))
+            progress(len(answers))
+    return answers

@@ -85,6 +85,7 @@ class Sampler:
         self.model, self.tokenizer = model, text_tokenizer(tokenizer)
         self.base = cast(PreTrainedModel, model.base_model)
         self._numbers = count()  # of requests
+        self._active = list(model.active_adapters) if isinstance(model, LoRAModel) else []
         with evaluating(model), use_attention(self.base, cast(str, attention_of(self.base.config))):
             self._engine = make_engine(
                 _adapters_of(model), stop_ids(model, tokenizer), max_positions=longest, max_requests=most, note=note
@@ -151,7 +152,7 @@ class Sampler:
     def _request(
         self, ids: Sequence[int], params: SamplingParams, images: tuple[Image, ...] = (), *, base: bool = False
     ) -> Request:
-        adapter = "default" if isinstance(self.model, LoRAModel) and not base else None
+        adapter = None if base or not self._active else self._active[0]
         return Request(f"{next(self._numbers)}", tuple(ids), adapter, params, images=images)
 
     def _run(self, groups: Sequence[Sequence[Request]], progress: Callable[[int], None]) -> list[list[Token | Finish]]:
@@ -199,7 +200,7 @@ class Sampler:
 
     def _activate_adapter(self) -> None:
         if isinstance(self.model, LoRAModel):
-            self.model.set_adapter("default")
+            self.model.set_adapter(self._active)
 
 
 def _adapters_of(model: Trainable) -> AdapterSet:

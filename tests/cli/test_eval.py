@@ -86,7 +86,7 @@ def test_choices_bring_accuracy(adapter: Path, quiz: Path) -> None:
     both = found("eval", adapter, "--data", quiz)
     assert both["metrics"].keys() == {"accuracy", "accuracy_norm"} == both["change"].keys()
     assert both["metrics"]["accuracy"]["n"] == 12
-    more = found("eval", adapter, "--data", quiz, "--metrics", "loss,acc", "--limit", 5)
+    more = found("eval", adapter, "--data", quiz, "--metric", "loss,acc", "--limit", 5)
     assert more["metrics"].keys() == {"loss", "accuracy"}
     assert more["metrics"]["loss"]["n"] == 5
     code, said, _ = call("eval", adapter, "--data", quiz)
@@ -116,7 +116,7 @@ def test_gates_decide_the_exit_code(adapter: Path, chats: Path) -> None:
 
 
 @pytest.mark.slow
-def test_exact_match_is_of_the_answer_in_the_data(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_metrics_judge_the_answers(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Rows whose reply is what the model says, one with other spaces, one in other letters, one wrong."""
     tokens = ["predict", "--model", tiny_model, "--adapter", adapter, "--max-new-tokens", 12]
     questions = ["hello", "what colour", "is thing 7", "it is"]
@@ -124,18 +124,28 @@ def test_exact_match_is_of_the_answer_in_the_data(adapter: Path, tiny_model: Pat
     said = [row["answer"] for row in found(*tokens, *asked)["predictions"]]
     replies = [said[0], f"  {said[1]}\n", said[2].swapcase(), f"x{said[3]}"]
     path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": asked, "completion": reply} for asked, reply in zip(questions, replies, strict=True)]
+    pairs = zip(questions, replies, strict=True)
+    rows = [{"prompt": asked, "completion": reply, "level": number} for number, (asked, reply) in enumerate(pairs)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "m.py").write_text("def easy(completions, level, **kwargs):\n    return [n < 3 for n in level]\n")
 
-    judged = ["eval", adapter, "--data", path, "--metrics", "exact_match", "--max-new-tokens", 12]
-    for how, share in (("strip", 0.5), ("none", 0.25), ("strip,case", 0.75)):
-        got = found(*judged, "--normalize", how)
-        assert got["metrics"]["exact_match"]["value"] == share, how
-    assert [each["hit"] for each in got["samples"]["tuned"]] == [True] * 3
-    assert got["samples"]["tuned"][0]["answer"] == said[0].strip()
+    judged = ["eval", adapter, "--data", path, "--metric", "exact_match", "--max-new-tokens", 12]
+    got = found(*judged, "--metric", f"{tmp_path}/m.py:easy", "--gate", "easy>=.75", "--gate", "exact_match_change<=1")
+    assert got["metrics"].keys() == got["base"].keys() == got["change"].keys() == {"exact_match", "easy"}
+    exact = got["metrics"]["exact_match"]
+    assert (exact["value"], exact["after"], exact["n"], got["metrics"]["easy"]["value"]) == (0.5, 0.5, 4, 0.75)
+    assert exact["before"] == got["base"]["exact_match"]["value"]
+    assert exact["change"]["value"] == got["change"]["exact_match"]["value"]
+    assert [answer["after"]["scores"]["exact_match"] for answer in got["answers"]] == [1, 1, 0, 0]
+    assert [answer["tuned"] for answer in got["answers"]] == [text.strip() for text in said]
+    assert all(gate["met"] for gate in got["gates"])
+    alone = found(*judged, "--no-base", "--metric", "loss")
+    assert alone["metrics"].keys() == {"exact_match", "loss"}
+    assert alone["metrics"]["exact_match"]["value"] == 0.5
+    assert all(answer["before"] is None for answer in alone["answers"])
     code, shown, _ = call(*judged)
     assert code == 0
-    assert "The first greedy answers" in shown
+    assert "✓" in shown
 
 
 @pytest.mark.slow
@@ -184,7 +194,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no data": (["ONE"], "nothing to evaluate on; use --data"),
     "gate without data": (["ONE", "--gate", "loss<1"], "--gate loss<1 needs held-out data; add --data"),
     "unknown gate": (["ONE", "--data", "CHATS", "--gate", "lss<1"], "did you mean loss"),
-    "normalize": (["ONE", "--data", "CHATS", "--normalize", "strp"], "did you mean strip"),
+    "metric": (["ONE", "--data", "CHATS", "--metric", "exact_mach"], "did you mean exact_match"),
+    "old spelling": (["ONE", "--data", "CHATS", "--metrics", "loss"], "Use --metric"),
+    "no function": (["ONE", "--data", "CHATS", "--metric", "absent.py:f"], "no such file: absent.py"),
+    "no prompts": (["ONE", "--data", "TEXTS", "--metric", "exact_match"], "which has no prompts; use --metric loss"),
     "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "remove --no-base"),
     "no choices": (
         ["ONE", "--data", "CHATS", "--gate", "acc>.5"],
@@ -209,7 +222,9 @@ def test_mistakes_exit_with_2(tokens: list[str], hint: str, adapter: Path, tiny_
             torch.nn.init.normal_(parameter)
         model.save_pretrained(other)
         AutoTokenizer.from_pretrained(tiny_model).save_pretrained(other)
-    places = {"ONE": adapter, "BASE": tiny_model, "CHATS": chats, "BAD": bad, "OTHER": other}
+    texts = chats.with_name("texts.jsonl")
+    texts.write_text(json.dumps({"text": "hello you"}) + "\n")
+    places = {"ONE": adapter, "BASE": tiny_model, "CHATS": chats, "BAD": bad, "OTHER": other, "TEXTS": texts}
     check_refused(hint, "eval", *(places.get(token, token) for token in tokens))
 
 

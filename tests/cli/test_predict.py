@@ -111,7 +111,7 @@ def test_a_question_has_the_tools_of_its_row_and_no_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "name"), [("--metrics", "pearson"), ("--gate", "f1"), ("--gate", "f1_change"), ("--gate", "f1[absent]")]
+    ("flag", "name"), [("--metric", "pearson"), ("--gate", "f1"), ("--gate", "f1_change"), ("--gate", "f1[absent]")]
 )
 def test_eval_names_a_score_that_there_is_not_before_it_loads_the_model(
     flag: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,7 @@ def test_a_gate_is_a_metric_a_sign_and_a_number(text: str, gate: Gate) -> None:
 
 
 def test_several_gates() -> None:
-    assert list(map(str, parse_gates(["loss<1.3,acc>.5", "em>=1"]))) == ["loss<1.3", "accuracy>0.5", "exact_match>=1"]
+    assert list(map(str, parse_gates(["loss<1.3,acc>.5", "polite>=1"]))) == ["loss<1.3", "accuracy>0.5", "polite>=1"]
 
 
 def test_everything_that_is_no_gate_is_told_at_once() -> None:
@@ -43,10 +43,10 @@ def test_an_unknown_metric_names_the_nearest() -> None:
     known = list(METRICS)
     with pytest.raises(ConfigError, match=r"--gate los<1: unknown metric 'los'; did you mean loss"):
         check_gates(parse_gates(["los<1"]), known, base=True)
-    with pytest.raises(ConfigError, match="unknown metric 'f1'; available: loss, perplexity, exact_match"):
+    with pytest.raises(ConfigError, match="unknown metric 'f1'; available: loss, perplexity, accuracy"):
         check_gates(parse_gates(["f1>.5"]), known, base=True)
-    with pytest.raises(ConfigError, match="--metrics: unknown metric 'acuracy'; did you mean accuracy"):
-        parse_metrics(["loss,acuracy"])
+    with pytest.raises(ConfigError, match="--metric: unknown metric 'acuracy'; did you mean accuracy"):
+        parse_metrics(["loss", "acuracy"], ["regex"])
     with pytest.raises(ConfigError, match="a change requires an adapter and its base"):
         check_gates(parse_gates(["loss_change<0"]), known, base=False)
     with pytest.raises(ConfigError, match="unknown metric 'perplexity_change'"):
@@ -55,4 +55,7 @@ def test_an_unknown_metric_names_the_nearest() -> None:
 
 
 def test_names_and_their_short_forms() -> None:
-    assert parse_metrics(["loss,acc", "acc_norm", "accuracy"]) == ["loss", "accuracy", "accuracy_norm"]
+    judges = ["regex:a,b", "a.py:loss", "exact_match"]
+    scores = ["loss", "accuracy", "accuracy_norm", "f1[a,b]"]
+    texts = ["loss,acc", judges[0], "acc_norm", judges[1], "choice", "f1[a,b]", judges[2]]
+    assert parse_metrics(texts, ["regex", "exact_match"]) == (scores, judges)

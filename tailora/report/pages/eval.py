@@ -5,10 +5,10 @@ from typing import Any
 
 from tailora.data.dataset import distinct_of
 from tailora.evaluation.metrics import LABEL_METRICS, METRICS
-from tailora.evaluation.scores import Match
 from tailora.report.blocks import Answers, Block, Column, Number, Page, Paragraph, Section, Table
 from tailora.report.format import decimals, duration, interval, plural
 from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
+from tailora.train.answers import AnswerFacts, ComparedAnswer
 
 CUTS = {  # counts in EvalReport.data -> note
     "truncated": "truncated at --max-length: {}; the longest has {longest:,} tokens",
@@ -56,7 +56,8 @@ class EvalReport:
     change: dict[str, Value] | None = None
     data: dict[str, Any] | None = None
     tasks: dict[str, Any] | None = None
-    samples: dict[str, list[Match]] = field(default_factory=dict)
+    answers: list[ComparedAnswer] = field(default_factory=list)
+    shown_answers: int = 3
     gates: list[GateOutcome] = field(default_factory=list)
     labels: dict[str, Any] | None = None
 
@@ -91,7 +92,11 @@ def eval_page(report: EvalReport) -> Page:
     sections = [
         Section("What was measured", f"{loss} Intervals are 95% intervals over the distinct rows.", [_table(report)]),
         *([section] if (section := labels_section(report.labels or {})) else []),
-        Section("Answers", "The first greedy answers; ✓ marks those that match the expected answer.", _answers(report)),
+        Section(
+            "Answers",
+            "The first greedy answers, scored by the first metric: ✓ for 1, ✗ for 0.",
+            _answers(report),
+        ),
         Section("Data", "", [settings_table("Data", ("", facts))]),
     ]
     notes = [text.format(plural(data[name], "row"), **data) for name, text in CUTS.items() if data.get(name)]
@@ -122,17 +127,17 @@ def _table(report: EvalReport) -> Table:
 
 
 def _answers(report: EvalReport) -> list[Block | None]:
-    def marked(match: Match) -> str:
-        return f"{'✓' if match.hit else '✗'} {match.answer}"
+    def marked(text: str, facts: AnswerFacts | None) -> str:
+        score = None if facts is None else next(iter(facts.scores.values()), None)
+        mark = "" if score is None else {0.0: "✗ ", 1.0: "✓ "}.get(score, f"[{decimals(score)}] ")
+        return mark + text + "…" * (facts is not None and facts.is_cut)
 
-    tuned, base = report.samples.get(TUNED, []), report.samples.get(BASE, [])
-    if not tuned:
+    shown = report.answers[: report.shown_answers]
+    if not shown:
         return []
-    if len(base) == len(tuned):
-        rows = [
-            (f"{after.prompt}\n→ {after.expected}", marked(before), marked(after))
-            for before, after in zip(base, tuned, strict=True)
-        ]
-        return [Answers((BASE, TUNED), rows)]
-    columns = [Column("prompt"), Column("expected"), Column("answer")]
-    return [Table(columns, [[match.prompt, match.expected, marked(match)] for match in tuned])]
+    prompts = [answer.prompt + f"\n→ {answer.reference}" * bool(answer.reference) for answer in shown]
+    tuned = [marked(answer.tuned, answer.after) for answer in shown]
+    if report.base is None:
+        return [Table([Column("prompt"), Column("answer")], [*map(list, zip(prompts, tuned, strict=True))])]
+    base = [marked(answer.base, answer.before) for answer in shown]
+    return [Answers((BASE, TUNED), [*zip(prompts, base, tuned, strict=True)])]
