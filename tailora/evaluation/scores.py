@@ -213,7 +213,7 @@ def score(
     if world > 1:
         parts = gather_object([answers])
         answers = [parts[number % world][number // world] for number in range(len(questions))]
-    clusters = clusters_of(questions)  # of those of all ranks
+    clusters = clusters_of(questions)  # of all ranks together
     answers = [replace(answer, cluster=cluster) for answer, cluster in zip(answers, clusters, strict=True)]
     return scores.merge(_answer_scores(answers, directions, too_long=len(rows) - len(answers), both=both))
 
@@ -232,7 +232,7 @@ def without_adapter(base_model: Any) -> LoRAModel:
 
 
 def choose_metrics(facts: EvalDataReport, metrics: Sequence[str] | None, extra: Sequence[str] = ()) -> list[str]:
-    """Returns the metrics to compute besides those of answers; for None loss, or accuracy if the data has choices.
+    """Returns the metrics to compute that need no answers; for None loss, or accuracy if the data has choices.
 
     Raises DataError if the data lacks what a metric needs.
     """

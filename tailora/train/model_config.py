@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tailora.errors import ConfigError, listing
 
-SIZES = {  # field -> its smallest and its largest value, several times those of the largest models
+SIZES = {  # field -> its smallest and its largest value, several times what the largest models have
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**17),
     "intermediate_size": (0, 2**20),
@@ -49,7 +49,7 @@ def read_model_config(source: str, name: str) -> PretrainedConfig:
 
 
 def _problems(*parts: Any) -> list[str]:
-    """Returns what is wrong with a model's config and those of its parts."""
+    """Returns what is wrong with a model's config, or with a part of it."""
     problems = []
     for part in parts:
         names, dtype = getattr(part, "architectures", None), getattr(part, "dtype", None)
