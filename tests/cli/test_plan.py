@@ -70,7 +70,6 @@ def test_what_is_shown_fits_a_narrow_terminal(
     assert max(map(len, shown.splitlines())) <= 60
     assert "full fine-tuning" in table
     assert "all examples" not in table
-    assert "output head; add its name to adapt it" in " ".join(table.split())
     assert "without --data" in words
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
 
