@@ -25,12 +25,13 @@ from tailora.train.significance import MOST_MISSING, Change, Floats, Interval, c
 RewardsByName = Mapping[str, Floats]  # name -> (prompts, completions of each), NaN: not scored
 SHARE_OF_RISE = 0.25  # a judge that rises by less than this share of the reward's rise did not rise
 NEAR_HIGHEST = 0.05  # share of the range of a judge's values; closer to its highest, it cannot rise
-NO_REWARDS = ("completion_tokens", "truncated", "kl")
+NO_REWARDS = ("completion_tokens", "truncated", "over_limit", "kl")
 MEANINGS = {
     "reward": "weighted sum of the rewards that were trained on, mean over the completions of each prompt",
     "pass@k": "probability that at least one of k completions scores 1 (unbiased estimate)",
     "completion_tokens": "mean length of a completion",
     "truncated": "share of completions that reached --max-completion-length without an end",
+    "over_limit": "share of completions that a built-in reward gave 0, or a function did not score: no result in time",
     "kl": "KL(tuned || base) in nats per token, estimated on these completions",
 }
 NOTHING_TRAINED = (
@@ -62,6 +63,8 @@ def reward_changes(before: RewardsByName, after: RewardsByName) -> dict[str, Rew
     changes: dict[str, RewardChange | None] = {}
     for name in before:
         pair = before[name], after[name]
+        if name == "over_limit" and not np.any(pair):
+            continue
         if name != "reward":  # a function returns None for the prompts that it skips
             scored = ~np.isnan(pair).all((0, 2))
             pair = pair[0][scored], pair[1][scored]

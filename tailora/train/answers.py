@@ -226,7 +226,8 @@ def score_answers(
     if not metrics or not asked:
         return list(answers), {}
     texts = [(questions[number], text) for number in asked for text, _ in answers[number].pairs]
-    with RewardProcess(metrics, seconds) as process:
+    columns = [*dict.fromkeys(name for question, _ in texts for name in question.columns)]
+    with RewardProcess(metrics, seconds, columns) as process:
         rows = process.score([_completion(question, text) for question, text in texts]).tolist()
         directions = {m.name: is_higher for m, is_higher in zip(metrics, process.higher_is_better, strict=True)}
     scores = iter({name: None if v != v else v for name, v in zip(directions, row, strict=True)} for row in rows)

@@ -38,7 +38,7 @@ from tailora.train.config import GRPO, PREFERENCE_FIELDS, TrainConfig
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.preference import preference_task
-from tailora.train.rewards import RewardProcess, parse_rewards
+from tailora.train.rewards import parse_rewards
 from tailora.train.rollouts import Prompts
 from tailora.train.step import Step, StepShape, split_by_tokens, step_shape
 
@@ -228,11 +228,11 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
     if judges and not data.eval:
         problem = "--metric judges held-out prompts, but there are none"
         raise ConfigError(f"{problem}; use --eval-data, or a --validation-split above 0")
-    with RewardProcess([*rewards, *judges], config.reward_seconds):  # raises if a function cannot be loaded
-        pass
     per_epoch = steps_per_epoch(data.train.epoch_size, shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
     prompts = Prompts(config, shape, data, rewards, judges)
+    with prompts.scorer():  # raises if a function cannot be loaded, or needs a column that the rows lack
+        pass
     longest = max([*data.train, *data.eval], key=lambda example: len(example.input_ids)).input_ids
     ids = np.resize(longest, len(longest) + config.max_completion_length)
     full = Example.of_text(ids, np.arange(len(ids)) >= len(longest))

@@ -9,35 +9,56 @@
 
     REWARD=WEIGHT             multiplies its rewards; a final =NUMBER is always a weight, so write x=1 as regex:x[=]1
 
-All functions run in one separate process, because a function that hangs can only be ended with its process.
+Functions run in separate processes, because a function that hangs can only be ended with its process.
 """
 
 import inspect
 import json
 import logging
 import math
+import signal
 import sys
+import sysconfig
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from subprocess import TimeoutExpired
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import regex
 
 from tailora.data.messages import listed, short_repr
 from tailora.errors import ConfigError, DataError, listing, nearest, require_packages
-from tailora.train.child_process import ChildProcess, command_of, connection_to_parent, messages_of_parent
+from tailora.train.child_process import (
+    ChildProcess,
+    PipeError,
+    command_of,
+    connection_to_parent,
+    messages_of_parent,
+)
+
+if sys.platform != "win32":
+    import resource
 
 RewardFunction = Callable[..., Sequence[float | None]]
-OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "kl")  # names that functions cannot have
+ARGUMENTS = ("prompts", "completions", "completion_ids")  # of functions, besides the columns
+# names that functions cannot have
+OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "over_limit", "kl")
+
+BUILT_IN_SECONDS = 2.0  # of the processor that a built-in reward gets for a completion, and memory
+BUILT_IN_BYTES = 2**30
+LOADING_SECONDS = 300.0  # for the import of a file, which may load a model; a higher --reward-seconds replaces it
+SECONDS_TO_EXIT = 10.0  # for a process that has closed its pipe
+MOST_TRIED = 16  # completions, until a function that hangs on more than half of them ends the run
 
 
 @dataclass(frozen=True)
@@ -93,9 +114,14 @@ def _function_name(source: str) -> str:
 # ---- Functions
 
 
+def is_built_in(reward: Reward) -> bool:
+    kind, colon, _ = reward.source.partition(":")
+    return kind in BUILT_IN and bool(colon) == (kind in WITH_ARGUMENT)
+
+
 def load_reward(reward: Reward) -> RewardFunction:
-    kind, colon, argument = reward.source.partition(":")
-    if kind in BUILT_IN and bool(colon) == (kind in WITH_ARGUMENT):
+    kind, _, argument = reward.source.partition(":")
+    if is_built_in(reward):
         return BUILT_IN[kind](argument)
     path, _, name = reward.source.rpartition(":")
     if not path.endswith(".py"):
@@ -119,7 +145,9 @@ def load_reward(reward: Reward) -> RewardFunction:
 def _module(path: Path) -> ModuleType:
     """Returns the module of a file, which runs once and can import files next to it, as a script can."""
     name = str(path.with_suffix("")).replace(".", "_")  # of no other module
-    sys.path.insert(0, str(path.parent))
+    packages = sysconfig.get_path("purelib")
+    # after Python's own modules, which a file such as random.py must not replace
+    sys.path.insert(sys.path.index(packages) if packages in sys.path else len(sys.path), str(path.parent))
     module = sys.modules[name] = ModuleType(name)  # where dataclasses look it up
     module.__file__ = str(path)
     SourceFileLoader(name, str(path)).exec_module(module)
@@ -143,7 +171,10 @@ def _compare_answers(is_right: Callable[[str, str], bool]) -> RewardFunction:
 
     def function(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
         pairs = zip(completions, answer, strict=True)
-        return [float(is_right(text_of_completion(completion), str(right))) for completion, right in pairs]
+        return [
+            None if right is None else float(is_right(text_of_completion(completion), str(right)))
+            for completion, right in pairs
+        ]
 
     return function
 
@@ -157,7 +188,7 @@ def _regex(pattern: str) -> RewardFunction:
         compiled = regex.compile(pattern, regex.DOTALL)
     except regex.error as error:
         raise ConfigError(f"--reward regex:{pattern}: {error}") from None
-    return _score_texts(lambda text: compiled.fullmatch(text.strip(), timeout=1.0) is not None)
+    return _score_texts(lambda text: compiled.fullmatch(text.strip()) is not None)
 
 
 def _json_schema(path: str) -> RewardFunction:
@@ -172,10 +203,16 @@ def _json_schema(path: str) -> RewardFunction:
 
     def is_valid(text: str) -> bool:
         with suppress(ValueError, RecursionError):
-            return bool(validator.is_valid(json.loads(text)))
+            return bool(validator.is_valid(json.loads(text, parse_float=_finite, parse_constant=_finite)))
         return False
 
     return _score_texts(is_valid)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
 
 
 def _max_length(limit: str) -> RewardFunction:
@@ -188,8 +225,8 @@ def _math(_: str) -> RewardFunction:
     require_packages("math_verify", extra="rewards")
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
-    # its own time limits use signals, which only work in the main thread; the whole call has one
+    # its own time limits do not end a single long computation; the process has one that does
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about that
     parsed = partial(parse, parsing_timeout=None)
     return _compare_answers(lambda text, right: verify(parsed(right), parsed(text), timeout_seconds=None))
 
@@ -217,53 +254,143 @@ class Problem:
 
     text: str
     row: int | None = 0  # number of the completion with the problem; None if unknown
+    is_lost: bool = False  # there was no reply, and the process was killed
 
 
 class RewardProcess:
-    """Runs reward functions with a time limit. Use it as a context manager. seconds: limit for one call."""
+    """Runs reward functions with limits. Use it as a context manager.
 
-    def __init__(self, rewards: Sequence[Reward], seconds: float) -> None:
-        self.rewards, self.seconds = rewards, seconds
+    Built-in rewards judge each completion with a limit of time and memory. Functions of files get all completions at
+    once, and each one alone if that hangs. Both have their own process, which is replaced after a call without reply.
+
+    seconds: limit for one call of a function.
+    columns: of the rows, which functions can use; by default those that the completions of a call have.
+    note: reports completions that are not scored.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        seconds: float,
+        columns: Collection[str] | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.rewards, self.seconds, self.columns, self.note = rewards, seconds, columns, note
+        self.over_limit: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)  # completions of the last call of `score`
+        self._children: dict[bool, ChildProcess] = {}  # is_built_in -> the process of these rewards
+        self._directions: dict[Reward, bool] = {}  # whether higher is better
 
     def __enter__(self) -> "RewardProcess":
-        self._child = ChildProcess(command_of(serve))
-        reply = self._ask(self.rewards, None)
-        if isinstance(reply, Problem):
-            self._child.end()
-            raise ConfigError(reply.text)
-        self.higher_is_better: list[bool] = reply
+        try:
+            if problems := [problem for built_in in (True, False) for problem in self._start(built_in)]:
+                raise ConfigError(listing(problems))
+        except BaseException:  # also Ctrl-C
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._child.end()
+        for child in self._children.values():
+            child.end()
+
+    @property
+    def higher_is_better(self) -> list[bool]:
+        return [self._directions[reward] for reward in self.rewards]
 
     def score(self, completions: Sequence[Completion]) -> npt.NDArray[np.float64]:
-        """Returns (completions, rewards), NaN where a function returns None. Raises RewardError."""
-        scores = np.empty((len(completions), len(self.rewards)))
+        """Returns (completions, rewards), NaN where a function returns None or hangs. Raises RewardError."""
+        scores = np.full((len(completions), len(self.rewards)), np.nan)
+        self.over_limit = np.zeros(len(completions), dtype=np.bool_)
         for column in range(len(self.rewards) if completions else 0):
-            reply = self._ask((column, completions), self.seconds)
-            if isinstance(reply, Problem):
+            reply = None if is_built_in(self.rewards[column]) else self._call(column, completions)
+            if isinstance(reply, Problem) and not reply.is_lost:
                 raise self._failed(column, completions, reply)
-            scores[:, column] = reply
+            if reply is None or isinstance(reply, Problem):
+                scores[:, column] = self._score_each(column, completions, reply)
+            else:
+                scores[:, column] = reply
         return scores
 
-    def _ask(self, message: Any, seconds: float | None) -> Any:
-        """Returns the reply to a message, or a Problem if there is none."""
+    def _score_each(
+        self, column: int, completions: Sequence[Completion], problem: "Problem | None"
+    ) -> npt.NDArray[np.float64]:
+        """Scores the completions one by one. problem: of a function that did not reply to all of them at once.
+
+        Raises RewardError if a function has no reply to more than half of them, or of the first 16 in random order.
+        """
+        reward, values = self.rewards[column], np.full(len(completions), np.nan)
+        if problem is not None and len(completions) > 1:
+            text = f"{problem.text}. It is called again for each of {len(completions)} completions"
+            self.note(f"reward {reward.source}: {text}")
+        lost = list[int]()
+        for called, row in enumerate(np.random.default_rng(0).permutation(len(completions)).tolist(), start=1):
+            reply = self._call(column, [completions[row]])
+            if not isinstance(reply, Problem):
+                values[row] = reply[0]
+            elif is_built_in(reward) and reply.row is None:
+                values[row], self.over_limit[row] = 0.0, True
+            else:
+                lost.append(row)
+                if not reply.is_lost or 2 * len(lost) > max(called, min(len(completions), MOST_TRIED)):
+                    raise self._error(column, completions[row], reply)
+        if lost:
+            self.over_limit[lost] = True
+            shown = short_repr(completions[lost[0]].text)
+            self.note(
+                f"reward {reward.source}: {len(lost)} completions without a reply are not scored, such as {shown}"
+            )
+        return values
+
+    def _start(self, built_in: bool) -> list[str]:
+        """Starts the process of the built-in rewards, or of the others. Returns why they cannot be used."""
+        rewards = [reward for reward in self.rewards if is_built_in(reward) == built_in]
+        if not rewards:
+            return []
+        self._children[built_in] = ChildProcess(command_of(serve))
+        limits = (BUILT_IN_SECONDS, BUILT_IN_BYTES) if built_in else None
+        reply = self._ask(built_in, (rewards, self.columns, limits), max(self.seconds, LOADING_SECONDS))
+        if isinstance(reply, Problem):
+            return [f"--reward {', '.join(reward.source for reward in rewards)} cannot be loaded: {reply.text}"]
+        problems: list[str]
+        problems, directions = reply
+        self._directions |= dict(zip(rewards, directions, strict=False))
+        return problems
+
+    def _call(self, column: int, completions: Sequence[Completion]) -> "list[float] | Problem":
+        built_in = is_built_in(self.rewards[column])
+        if built_in not in self._children and (problems := self._start(built_in)):
+            return Problem(listing(problems))
+        number = sum(is_built_in(reward) == built_in for reward in self.rewards[:column])
+        reply: list[float] | Problem = self._ask(built_in, (number, completions), self.seconds)
+        return reply
+
+    def _ask(self, built_in: bool, message: Any, seconds: float) -> Any:
+        """Returns the reply to a message, or a Problem if there is none. Then the process is killed."""
+        child = self._children[built_in]
         try:
-            self._child.send(message)
-            return self._child.receive(seconds)
+            child.send(message)
+            return child.receive(seconds)
         except TimeoutError:
-            return Problem(f"it did not return within {seconds:g} seconds; use a higher --reward-seconds")
+            text = f"it did not return within {seconds:g} seconds; use a higher --reward-seconds"
+        except PipeError as error:
+            text = str(error)
         except (EOFError, OSError):
-            return Problem(f"the process of the reward functions ended with exit code {self._child.process.wait()}")
+            with suppress(TimeoutExpired):
+                child.process.wait(SECONDS_TO_EXIT)
+            text = f"the process of the reward functions ended with exit code {child.process.returncode}"
+        child.end()
+        del self._children[built_in]
+        return Problem(text, None, is_lost=True)
 
     def _failed(self, column: int, completions: Sequence[Completion], problem: Problem) -> RewardError:
         """Returns an error that names the completion. Bisection finds it with few calls, which may be slow or paid."""
         while problem.row is None and len(completions) > 1:
             first, second = completions[: len(completions) // 2], completions[len(completions) // 2 :]
-            reply = self._ask((column, first), self.seconds)
+            reply = self._call(column, first)
             completions, problem = (first, reply) if isinstance(reply, Problem) else (second, problem)
-        completion = completions[problem.row or 0]
+        return self._error(column, completions[problem.row or 0], problem)
+
+    def _error(self, column: int, completion: Completion, problem: Problem) -> RewardError:
         return RewardError(
             f"reward {self.rewards[column].source}: {problem.text}\n  prompt: {short_repr(completion.prompt)}\n  "
             f"completion: {short_repr(completion.text)}"
@@ -273,26 +400,50 @@ class RewardProcess:
 def serve() -> None:
     """Runs in the separate process until it is killed, or the parent is gone."""
     messages, parent = messages_of_parent(), connection_to_parent()
+    rewards, columns, limits = messages.recv()
     functions, problems = list[RewardFunction](), list[str]()
-    for reward in messages.recv():
+    for reward in rewards:
         try:
             functions.append(load_reward(reward))
         except ConfigError as error:
             problems.append(str(error))
-    are_higher_better = [bool(getattr(function, "higher_is_better", True)) for function in functions]
-    parent.send(Problem(listing(problems)) if problems else are_higher_better)
-    while True:
-        column, completions = messages.recv()
-        try:
-            reply = _values(functions[column], completions)
-        except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-            reply = Problem(_last_line(error), row=None)
-        parent.send(reply)
+            continue
+        if columns is not None and (missing := _missing(functions[-1], columns)):
+            problems.append(f"--reward {reward.source}: {missing}")
+    parent.send((problems, [bool(getattr(function, "higher_is_better", True)) for function in functions]))
+    seconds, most_bytes = limits or (0.0, None)
+    if most_bytes is not None and sys.platform == "linux":
+        most_bytes += psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (most_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with suppress(EOFError, ConnectionError):
+        while True:
+            number, completions = messages.recv()
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process; 0: no limit
+            try:
+                reply = _values(functions[number], completions, columns)
+            except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+                reply = Problem(_last_line(error), row=None)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            parent.send(reply)
 
 
-def _values(function: RewardFunction, completions: Sequence[Completion]) -> list[float] | Problem:
+def _missing(function: RewardFunction, columns: Collection[str]) -> str:
+    """Returns what to say if a function needs a column that the rows lack; "" otherwise."""
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(function).parameters.items()
+    needed = [key for key, value in parameters if value.default is value.empty and value.kind not in variable]
+    missing = " and ".join(name for name in needed if name not in {*columns, *ARGUMENTS})
+    names = f"they have {listed(columns)}" if columns else "they have no others than the prompt"
+    return f"it needs {missing}, but the rows have no such column ({names})" if missing else ""
+
+
+def _values(
+    function: RewardFunction, completions: Sequence[Completion], columns: Collection[str] | None
+) -> list[float] | Problem:
     """Returns a number for each completion, NaN for None. Functions get the columns that they accept."""
-    names = dict.fromkeys(name for completion in completions for name in completion.columns)
+    names = columns or dict.fromkeys(name for completion in completions for name in completion.columns)
+    if missing := _missing(function, names):
+        return Problem(missing)
     arguments: dict[str, Any] = {
         **{name: [completion.columns.get(name) for completion in completions] for name in names},
         "prompts": [completion.prompt for completion in completions],  # instead of columns with these names
@@ -302,10 +453,6 @@ def _values(function: RewardFunction, completions: Sequence[Completion]) -> list
     parameters = inspect.signature(function).parameters
     if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    needed = [key for key, value in parameters.items() if value.default is value.empty and value.kind not in variable]
-    if missing := " and ".join(name for name in needed if name not in arguments):
-        return Problem(f"it needs {missing}, but the rows have no such column (they have {listed(names)})")
     values: Any = function(**arguments)
     values = values.tolist() if hasattr(values, "tolist") else values  # of numpy and torch
     if not isinstance(values, list | tuple):

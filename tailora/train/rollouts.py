@@ -67,8 +67,14 @@ class Prompts:
             config.epsilon_high or config.epsilon,
             config.temperature,
             config.max_completion_length,
-            score_names=("reward", *chain(*self.names.values()), "completion_tokens", "truncated", "kl"),
+            score_names=("reward", *chain(*self.names.values()), "completion_tokens", "truncated", "over_limit", "kl"),
         )
+
+    def scorer(self, note: Callable[[str], None] = lambda _: None) -> RewardProcess:
+        """Returns what runs the reward functions, on the columns of all rows."""
+        prompts = [*self.data.prompts, *self.data.eval_samples]
+        columns = [*dict.fromkeys(name for prompt in prompts for name in prompt.columns)]
+        return RewardProcess(self.rewards + self.judges, self.config.reward_seconds, columns, note)
 
     def of_step(self, number: int) -> list[int]:
         """Returns the indices of the prompts that are sampled the `number`th time, of all ranks."""
@@ -119,7 +125,7 @@ class Rollouts:
         self.sampler = Sampler(model, tokenizer, prompts.longest, prompts.sampled_at_once, note)
         stack.callback(self.sampler.stop)
         self.task.drift.limit, self.task.drift.warn = grpo.DRIFT_LIMITS.get(self.sampler.base.dtype, math.inf), note
-        self._scorer = stack.enter_context(RewardProcess(prompts.rewards + prompts.judges, self.config.reward_seconds))
+        self._scorer = stack.enter_context(prompts.scorer(note))
 
     def _scores(self, samples: Sequence[Sample]) -> dict[str, Floats]:
         """Returns `GRPO.score_names` without kl -> (groups, completions). NaN: None. Raises RewardError."""
@@ -132,9 +138,8 @@ class Rollouts:
         known = np.ma.masked_invalid(scores[: len(self.prompts.rewards)])
         total = (known * [[reward.weight] for reward in self.prompts.rewards]).sum(0).filled(np.nan)
         lengths, truncated = [len(sample.ids) for sample in samples], [sample.is_truncated for sample in samples]
-        columns = np.array([total, *scores, lengths, truncated]).reshape(
-            len(scores) + 3, -1, self.config.num_generations
-        )
+        columns = np.array([total, *scores, lengths, truncated, self._scorer.over_limit])
+        columns = columns.reshape(len(columns), -1, self.config.num_generations)
         return dict(zip(self.task.score_names, columns, strict=False))
 
     def _log(self, **values: Any) -> None:
@@ -151,6 +156,7 @@ class Rollouts:
             for iteration in range(self.config.num_iterations):
                 self.task.drift.is_measured = iteration == 0
                 yield step
+                step = replace(step, metrics={**step.metrics, "over_limit": 0.0})  # counted once
 
     def _sampled_step(self, number: int) -> Step:
         """Returns the step of this rank's completions of the prompts that are sampled the `number`th time."""
@@ -167,6 +173,7 @@ class Rollouts:
             metrics |= mean_and_error(f"reward/{name}", scores[name])
         metrics["equal_groups"] = float(grpo.has_equal_rewards(scores["reward"]).mean())
         metrics |= {name: float(scores[name].mean()) for name in ("completion_tokens", "truncated")}
+        metrics["over_limit"] = float(scores["over_limit"].sum())
         rewards, advantages = (np.split(values, shape.world)[shape.rank] for values in (scores["reward"], advantages))
         self._log_largest(number, samples, rewards, advantages)
         completions = [sample.completion() for sample in samples]

@@ -1,13 +1,16 @@
 """Reward functions: TRL's signature, the built-in ones, and every way in which a function can fail."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tailora.errors import ConfigError
+from tailora.train import rewards
 from tailora.train.rewards import (
     Completion,
     Reward,
@@ -50,6 +53,21 @@ def other_column(completions, label):
 def dies(completions, **kwargs):
     import os
     os._exit(3)
+
+def writes(completions, **kwargs):
+    import os, stat
+    for number in range(3, 20):
+        try:
+            if stat.S_ISFIFO(os.fstat(number).st_mode):
+                os.write(number, b"some text")
+        except OSError:
+            pass
+    return [1.0] * len(completions)
+
+def hangs_on_bad(completions, **kwargs):
+    while "bad" in completions:
+        9**9**9**9
+    return [1] * len(completions)
 """
 
 SCRIPT = """
@@ -117,8 +135,9 @@ def test_a_function_gets_what_trl_passes(file: Path, name: str, texts: list[Any]
         ("raises", "ZeroDivisionError: division by zero (rewards.py, line 14)", "bad"),
         ("nan", "expected a finite number or None, got nan", "bad"),
         ("few", "expected 2 rewards, one for each completion, got 1", "good"),
-        ("hangs", "it did not return within 1 seconds; use a higher --reward-seconds", "good"),
-        ("dies", "the process of the reward functions ended with exit code 3", "good"),
+        ("hangs", "it did not return within 0.5 seconds; use a higher --reward-seconds", "bad"),
+        ("dies", "the process of the reward functions ended with exit code 3", "bad"),
+        ("writes", "it wrote to the pipe of its process; write to a file or to stdout", "bad"),
         ("score", "TypeError", "good"),
         ("nothing", "expected a list with a number or None for each completion, got None", "good"),
         ("other_column", "it needs label, but the rows have no such column (they have answer)", "good"),
@@ -126,7 +145,7 @@ def test_a_function_gets_what_trl_passes(file: Path, name: str, texts: list[Any]
 )
 def test_a_failure_names_the_function_and_the_completion(file: Path, name: str, problem: str, completion: str) -> None:
     rows = [Completion("How many?", text, [1], {"answer": 7 if name == "score" else "7"}) for text in ("good", "bad")]
-    with RewardProcess([Reward(f"{file}:{name}")], seconds=1) as process, pytest.raises(RewardError) as raised:
+    with RewardProcess([Reward(f"{file}:{name}")], seconds=0.5) as process, pytest.raises(RewardError) as raised:
         process.score(rows)
     assert f"reward {file}:{name}: {problem}" in str(raised.value)
     assert f"completion: '{completion}'" in str(raised.value)
@@ -148,16 +167,16 @@ def test_few_calls_find_the_completion_that_a_function_fails_on(
 ) -> None:
     texts = [f"good {i}" for i in range(8)]
     texts[5] = "bad"
-    rewards, message = [Reward(f"{script}:prints_calls")], r"ZeroDivisionError(.|\n)*completion: 'bad'"
-    with RewardProcess(rewards, seconds=30) as process, pytest.raises(RewardError, match=message):
+    functions, message = [Reward(f"{script}:prints_calls")], r"ZeroDivisionError(.|\n)*completion: 'bad'"
+    with RewardProcess(functions, seconds=30) as process, pytest.raises(RewardError, match=message):
         process.score(completions(*texts))
     calls = [int(line.split()[0]) for line in capfd.readouterr().err.splitlines() if line.endswith(" completions")]
     assert calls == [8, 4, 2, 1]
 
 
 def test_objects_of_the_file_are_refused_as_rewards(script: Path) -> None:
-    rewards, message = [Reward(f"{script}:own_class")], "expected a finite number or None, got <?Score"
-    with RewardProcess(rewards, seconds=30) as process, pytest.raises(RewardError, match=message):
+    functions, message = [Reward(f"{script}:own_class")], "expected a finite number or None, got <?Score"
+    with RewardProcess(functions, seconds=30) as process, pytest.raises(RewardError, match=message):
         process.score(completions("a"))
 
 
@@ -167,11 +186,97 @@ def test_a_column_does_not_replace_an_argument(file: Path) -> None:
         assert process.score([Completion("How many?", "It is 7.", [1], {"answer": "7", **columns})]) == 1
 
 
-def test_a_process_that_died_between_calls_is_reported(file: Path) -> None:
+def test_a_process_that_died_between_calls_is_replaced(file: Path) -> None:
     with RewardProcess([Reward(f"{file}:score")], seconds=30) as process:
-        process._child.end()
-        with pytest.raises(RewardError, match="process of the reward functions ended with exit code -9"):
-            process.score(completions("a"))
+        process._children[False].end()
+        assert process.score(completions("It is 7.", "8")).tolist() == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_completions_on_which_a_function_hangs_are_not_scored_unless_they_are_most(file: Path, bad: int) -> None:
+    notes, texts = list[str](), ["good", "bad", "fine"] if bad == 1 else ["bad", "good", "bad"]
+    with RewardProcess([Reward(f"{file}:hangs_on_bad")], 0.6, note=notes.append) as process:
+        if bad == 2:
+            with pytest.raises(RewardError, match=r"hangs_on_bad: it did not return(.|\n)*completion: 'bad'"):
+                process.score(completions(*texts))
+            return
+        np.testing.assert_equal(process.score(completions(*texts)), [[1.0], [np.nan], [1.0]])
+        assert process.over_limit.tolist() == [False, True, False]
+        np.testing.assert_equal(process.score(completions("good")), [[1.0]])
+        assert process.over_limit.tolist() == [False]
+    assert notes[0].endswith("use a higher --reward-seconds. It is called again for each of 3 completions")
+    assert notes[1:] == [f"reward {file}:hangs_on_bad: 1 completions without a reply are not scored, such as 'bad'"]
+
+
+HOSTILE = {  # reward -> completions that take too much time or memory, or raise an error
+    "math": [*("9**9**9**9", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{100000000!}", r"\boxed{\binom{10^9}{5*10^8}}")],
+    "regex:(a|aa)+$": ["a" * 100 + "b"],
+    'json_schema:{"pattern": "^(a|a)*$"}': [json.dumps("a" * 60 + "b")],
+    'json_schema:{"uniqueItems": true}': [json.dumps([{str(i): i} for i in range(20_000)])],
+}
+HARMLESS = {  # completions that the same rewards judge
+    "math": [("7", 1), ("(" * 5000 + "7" + ")" * 5000, 0), ("1e999", 0)],
+    "regex:(a|aa)+$": [("aaa", 1), ("b" * 100_000, 0)],
+    'json_schema:{"pattern": "^(a|a)*$"}': [('"aa"', 1), ("NaN", 0), ("[" * 100_000, 0)],
+    'json_schema:{"multipleOf": 0.5}': [("1.5", 1), ("1e999", 0), ("-Infinity", 0), ("1" * 5000, 0)],
+}
+
+
+def in_file(source: str, folder: Path) -> str:
+    kind, _, schema = source.partition(":")
+    if kind != "json_schema":
+        return source
+    (folder / f"{len(schema)}.json").write_text(schema)
+    return f"{kind}:{folder}/{len(schema)}.json"
+
+
+@pytest.mark.parametrize("source", HOSTILE.keys() | HARMLESS.keys())
+def test_a_built_in_reward_of_a_hostile_completion_is_0(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rewards, "BUILT_IN_SECONDS", 0.3)
+    cases = [*((text, 0, True) for text in HOSTILE.get(source, [])[:2])]
+    cases += [(text, value, False) for text, value in HARMLESS.get(source, [("[1]", 1)])]
+    with RewardProcess([Reward(in_file(source, tmp_path))], seconds=30) as process:
+        scores = process.score(completions(*(text for text, *_ in cases)))
+        assert [*zip(scores[:, 0], process.over_limit, strict=True)] == [(value, over) for _, value, over in cases]
+    assert not capfd.readouterr().err
+
+
+def test_memory_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewards, "BUILT_IN_SECONDS", 60.0)
+    monkeypatch.setattr(rewards, "BUILT_IN_BYTES", 2**26)
+    with RewardProcess([Reward("regex:.*")], seconds=30) as process:
+        assert process.score(completions("a", "a" * 2**25, "b")).tolist() == [[1.0], [0.0], [1.0]]
+        assert process.over_limit.tolist() == [False, True, False]
+
+
+def test_files_next_to_a_reward_replace_no_standard_module(script: Path) -> None:
+    script.with_name("colorsys.py").write_text("raise SystemExit('the wrong module')")
+    script.with_name("uses.py").write_text("import colorsys, helper\ndef one(completions):\n    return [helper.ONE]")
+    with RewardProcess([Reward(f"{script.with_name('uses.py')}:one")], seconds=30) as process:
+        assert process.score(completions("a")) == 1
+
+
+def test_columns_are_checked_when_the_process_starts(file: Path) -> None:
+    functions = [Reward(f"{file}:other_column"), Reward("exact_match")]
+    message = r"2 problems:(.|\n)*exact_match: it needs answer(.|\n)*other_column: it needs label, but the rows"
+    with pytest.raises(ConfigError, match=message), RewardProcess(functions, 30, ["level"]):
+        pass
+    with RewardProcess(functions, 30, ["answer", "label"]) as process:
+        row = Completion("How many?", "7", [1], {"label": 2})
+        rows = [row, replace(row, columns={"answer": "7", "label": 3})]
+        np.testing.assert_equal(process.score(rows), [[2, np.nan], [3, 1]])
+
+
+def test_an_import_has_a_limit_and_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards.py").write_text("import time\ntime.sleep(600)")
+    monkeypatch.setattr(rewards, "LOADING_SECONDS", 0.5)
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    message = "rewards.py:score cannot be loaded: it did not return within 0.5 seconds"
+    with pytest.raises(ConfigError, match=message), RewardProcess([Reward(f"{tmp_path}/rewards.py:score")], 0.1):
+        pass
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
 
 def test_no_completions_need_no_call(file: Path) -> None:
@@ -251,9 +356,9 @@ def test_a_reward_that_does_not_exist_is_refused(source: str, message: str) -> N
 
 
 def test_an_unknown_function_is_named_when_the_process_starts(file: Path) -> None:
-    rewards = [Reward(f"{file}:scores"), Reward("missing.py:score")]
+    functions = [Reward(f"{file}:scores"), Reward("missing.py:score")]
     message = r"has no function 'scores'(.|\n)*no such file: missing.py"
-    with pytest.raises(ConfigError, match=message), RewardProcess(rewards, seconds=30):
+    with pytest.raises(ConfigError, match=message), RewardProcess(functions, seconds=30):
         pass
 
 

@@ -98,6 +98,7 @@ class Result:
     drift_mean: float | None = None  # of rewards: nats per token between sampling and training, over all steps
     drift_max: float | None = None
     equal_groups: float | None = None  # share of the groups whose rewards were all equal
+    over_limit: float | None = None  # completions of all steps on which a reward took too much time or memory
     eval_loss_before_95: tuple[float, float] | None = None
     eval_loss_after_95: tuple[float, float] | None = None
 
@@ -194,7 +195,13 @@ def _with_intervals(
     metrics: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Returns the numbers of the run with what its files say about them."""
-    for name, joined in (("drift_mean", np.mean), ("drift_max", np.max), ("equal_groups", np.mean)):
+    of_steps: dict[str, Any] = {
+        "drift_mean": np.mean,
+        "drift_max": np.max,
+        "equal_groups": np.mean,
+        "over_limit": np.sum,
+    }
+    for name, joined in of_steps.items():
         values = [step[name] for step in steps if name in step]
         result |= {name: float(joined(values))} if values else {}
     if header.get("rewards"):  # their loss is minus the reward
@@ -335,6 +342,8 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
         of_groups = "of the groups had equal rewards, so they trained nothing"
         numbers.append(Number("drift", f"{result.drift_mean:.2g}", of_drift))
         numbers.append(Number("equal groups", share(result.equal_groups, 1), of_groups))
+    if result.over_limit:
+        numbers.append(Number("over limit", f"{result.over_limit:,.0f}", "completions without a result of a reward"))
     return [
         *numbers,
         Number("trained parameters", count(result.trainable_parameters), of_all),
