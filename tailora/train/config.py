@@ -117,8 +117,9 @@ class TrainConfig(StrictModel):
     # reinforcement learning
     reward: list[str] = Field(
         [],
-        description="grpo: reward for completions, FILE.py:FUNCTION, exact_match, regex:PATTERN, json_schema:FILE, "
-        "max_length:CHARACTERS or math; repeatable; a final =NUMBER is its weight, so write x=1 as regex:x[=]1",
+        description="grpo: reward for completions, FILE.py:FUNCTION, exact_match, contains, regex:PATTERN, "
+        "json_schema:FILE, max_length:CHARACTERS, math, chrf or rouge_l; repeatable; a final =NUMBER is its weight, so "
+        "write x=1 as regex:x[=]1",
     )
     reward_seconds: float = Field(60.0, gt=0, description="time limit for one call of a reward or a metric")
     num_generations: int = Field(8, ge=2, lt=COUNT, description="grpo: completions sampled for each prompt")

@@ -231,8 +231,10 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
     per_epoch = steps_per_epoch(data.train.epoch_size, shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
     prompts = Prompts(config, shape, data, rewards, judges)
-    with prompts.scorer():  # raises if a function cannot be loaded, or needs a column that the rows lack
-        pass
+    with prompts.scorer() as scorer:  # raises if a function cannot be loaded, or needs a column that the rows lack
+        lower = [reward.source for reward, higher in zip(rewards, scorer.higher_is_better, strict=False) if not higher]
+    if lower:
+        raise ConfigError(f"--reward {', '.join(lower)}: lower is better, so it cannot be trained on; use --metric")
     longest = max([*data.train, *data.eval], key=lambda example: len(example.input_ids)).input_ids
     ids = np.resize(longest, len(longest) + config.max_completion_length)
     full = Example.of_text(ids, np.arange(len(ids)) >= len(longest))

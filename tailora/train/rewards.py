@@ -1,11 +1,16 @@
-"""Reward functions: `reward(prompts, completions, **columns) -> list[float | None]`, with TRL's signature.
+"""Rewards and metrics: `reward(prompts, completions, **columns) -> list[float | None]`, with TRL's signature.
+
+A reward is trained on, a metric only judges. Higher is better, unless a function has `higher_is_better = False`.
 
     rewards.py:score          the function `score` of a file
-    exact_match               1 if the completion is the row's answer
+    exact_match               1 if the completion, without a thought in <think>, is the row's answer;
+                              exact_match:ignore=case+punctuation+space ignores these
+    contains                  1 if the completion contains the row's answer
     regex:PATTERN             1 if the pattern matches the whole completion
     json_schema:FILE          1 if the completion is JSON of this schema
     max_length:CHARACTERS     1 if the completion is not longer
     math                      1 if the completion and the row's answer are the same number or formula (math-verify)
+    chrf, rouge_l             similarity to the row's answer: chrF (sacrebleu, 0 to 100), ROUGE-L (rouge-score, 0 to 1)
 
     REWARD=WEIGHT             multiplies its rewards; a final =NUMBER is always a weight, so write x=1 as regex:x[=]1
 
@@ -16,6 +21,7 @@ import inspect
 import json
 import logging
 import math
+import re
 import signal
 import sys
 import sysconfig
@@ -116,7 +122,7 @@ def _function_name(source: str) -> str:
 
 def is_built_in(reward: Reward) -> bool:
     kind, colon, _ = reward.source.partition(":")
-    return kind in BUILT_IN and bool(colon) == (kind in WITH_ARGUMENT)
+    return kind in BUILT_IN and (kind in MAY_HAVE_ARGUMENT or bool(colon) == (kind in WITH_ARGUMENT))
 
 
 def load_reward(reward: Reward) -> RewardFunction:
@@ -166,21 +172,59 @@ def _score_texts(score: Callable[[str], bool]) -> RewardFunction:
     return function
 
 
-def _compare_answers(is_right: Callable[[str, str], bool]) -> RewardFunction:
-    """is_right: of a completion and the row's answer."""
+def _compare_answers(compare: Callable[[str, str], float]) -> RewardFunction:
+    """compare: scores a completion; its second argument is the row's answer."""
 
     def function(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
         pairs = zip(completions, answer, strict=True)
         return [
-            None if right is None else float(is_right(text_of_completion(completion), str(right)))
+            None if right is None else float(compare(text_of_completion(completion), str(right)))
             for completion, right in pairs
         ]
 
     return function
 
 
-def _exact_match(_: str) -> RewardFunction:
-    return _compare_answers(lambda text, right: text.strip() == right.strip())
+THOUGHT = re.compile(r"\A\s*<think>.*?(</think>\s*|\Z)", re.DOTALL)  # before the answer
+IGNORE: dict[str, Callable[[str], str]] = {  # applied in this order
+    "case": str.casefold,
+    "punctuation": partial(re.compile(r"[^\w\s]").sub, ""),
+    "space": lambda text: " ".join(text.split()),
+}
+
+
+def _exact_match(argument: str) -> RewardFunction:
+    ignored = argument.removeprefix("ignore=").split("+") if argument else []
+    if unknown := [name for name in ignored if name not in IGNORE]:
+        problem = f"--metric exact_match:{argument}: expected ignore= with {', '.join(IGNORE)}, joined by +"
+        raise ConfigError(f"{problem}; got {', '.join(unknown)}")
+
+    def normalized(text: str) -> str:
+        text = THOUGHT.sub("", text)
+        for name, apply in IGNORE.items():
+            text = apply(text) if name in ignored else text
+        return text.strip()
+
+    return _compare_answers(lambda text, right: normalized(text) == normalized(right))
+
+
+def _contains(_: str) -> RewardFunction:
+    return _compare_answers(lambda text, right: right.strip() in text)
+
+
+def _chrf(_: str) -> RewardFunction:
+    require_packages("sacrebleu", extra="rewards")
+    from sacrebleu import sentence_chrf
+
+    return _compare_answers(lambda text, right: sentence_chrf(text, [right]).score)
+
+
+def _rouge_l(_: str) -> RewardFunction:
+    require_packages("rouge_score", extra="rewards")
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return _compare_answers(lambda text, right: scorer.score(right, text)["rougeL"].fmeasure)
 
 
 def _regex(pattern: str) -> RewardFunction:
@@ -233,12 +277,16 @@ def _math(_: str) -> RewardFunction:
 
 BUILT_IN: dict[str, Callable[[str], RewardFunction]] = {
     "exact_match": _exact_match,
+    "contains": _contains,
     "regex": _regex,
     "json_schema": _json_schema,
     "max_length": _max_length,
     "math": _math,
+    "chrf": _chrf,
+    "rouge_l": _rouge_l,
 }
 WITH_ARGUMENT = {"regex": "PATTERN", "json_schema": "FILE", "max_length": "CHARACTERS"}
+MAY_HAVE_ARGUMENT = {"exact_match": "ignore=..."}
 
 
 # ---- The process that runs them

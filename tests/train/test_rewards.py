@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from sacrebleu.metrics import CHRF
 
 from tailora.errors import ConfigError
 from tailora.train import rewards
@@ -230,7 +231,7 @@ def in_file(source: str, folder: Path) -> str:
     return f"{kind}:{folder}/{len(schema)}.json"
 
 
-@pytest.mark.parametrize("source", HOSTILE.keys() | HARMLESS.keys())
+@pytest.mark.parametrize("source", {**HOSTILE, **HARMLESS})
 def test_a_built_in_reward_of_a_hostile_completion_is_0(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,12 +290,34 @@ def test_built_in_rewards(tmp_path: Path) -> None:
     schema.write_text(json.dumps({"type": "object", "required": ["a"]}))
     for source, right, wrong in [
         ("exact_match", " 7\n", "7."),
+        ("exact_match", "<think>6 + 1</think>\n7", "<think>7"),
+        ("exact_match:ignore=punctuation+case", "7.\n", "7 7"),
+        ("exact_match:ignore=space+punctuation", " 7 .", "7 7"),
+        ("contains", "It is 7.", "It is 6."),
         (r"regex:\d+", "42", "42 apples"),
         (f"json_schema:{schema}", '{"a": 1}', '{"b": 1}'),
         ("max_length:3", "abc", "abcd"),
     ]:
         function = load_reward(Reward(source))
         assert function(completions=[right, wrong], answer=["7", "7"]) == [1.0, 0.0], source
+
+
+def test_similarities_are_those_of_their_definitions() -> None:
+    pairs = [("the cat sat on the mat", "a cat was on the mat"), ("Arrr!", "Arrr! Eat oats."), ("x", "y")]
+    texts, answer = map(list, zip(*pairs, strict=True))
+    chrf = [CHRF().sentence_score(text, [right]).score for text, right in pairs]
+    assert load_reward(Reward("chrf"))(completions=texts, answer=answer) == pytest.approx(chrf)
+    # ROUGE-L of words: 4 of 6 and 6, 1 of 1 and 3
+    assert load_reward(Reward("rouge_l"))(completions=texts, answer=answer) == pytest.approx([4 / 6, 1 / 2, 0])
+
+
+def test_a_metric_says_whether_higher_is_better(tmp_path: Path) -> None:
+    file = tmp_path / "m.py"
+    file.write_text(
+        "def errors(completions, **kwargs):\n    return [0] * len(completions)\nerrors.higher_is_better = False"
+    )
+    with RewardProcess([Reward(f"{file}:errors"), Reward("exact_match")], 60) as process:
+        assert process.higher_is_better == [False, True]
 
 
 def test_math_compares_values(caplog: pytest.LogCaptureFixture) -> None:
@@ -339,10 +362,11 @@ def test_rewards_that_only_judge_have_no_weight(value: str, advice: str) -> None
     [
         (
             "exact",
-            "unknown --reward 'exact'; expected one of exact_match, regex:PATTERN, json_schema:FILE, "
-            "max_length:CHARACTERS, math, FILE.py:FUNCTION; did you mean exact_match?",
+            "unknown --reward 'exact'; expected one of exact_match, contains, regex:PATTERN, json_schema:FILE, "
+            "max_length:CHARACTERS, math, chrf, rouge_l, FILE.py:FUNCTION; did you mean exact_match?",
         ),
-        ("regex", "unknown --reward 'regex'; expected one of exact_match, regex:PATTERN"),
+        ("regex", "unknown --reward 'regex'; expected one of exact_match, contains, regex:PATTERN"),
+        ("exact_match:ignore=cases", "expected ignore= with case, punctuation, space, joined by"),
         ("rewards.py", "unknown --reward 'rewards.py'; expected one of"),
         ("missing.py:score", "no such file: missing.py"),
         ("regex:(", "missing )"),
