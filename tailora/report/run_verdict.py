@@ -121,10 +121,13 @@ def run_verdict(
         return RunVerdict(f"Held-out loss went from {change} {unit}; its interval was not recorded.")
     of_loss = describe_change(effect.change, plural(effect.examples, "held-out example"), unit)
     of_loss += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
+    is_unknown = bool(settings.get("metric")) and not effect.answers
     asked = max((metric.answers for metric in effect.answers.values()), default=0)
     finding, of_answers = answers_verdict(
         effect.answers, effect.faults, effect.change.finding, plural(asked, "held-out prompt")
     )
+    if is_unknown:
+        finding, of_answers = "cannot tell", "Cannot tell: the answers have no scores by the metrics."
     is_better = not effect.labels or beats_majority(after["accuracy"].value, effect.labels)
     of_task = [of_loss, effect.text] if is_better else [effect.text, of_loss]
     text = " ".join(filter(None, [of_answers, *of_task, describe_faults(effect.faults)]))

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from tailora.data.prepare import PreparedData
 from tailora.data.samples import Conversation, Pair, Sample
 from tailora.data.schemas import GRPO, TEXT
 from tailora.data.tokenize import last_reply, reply_text
+from tailora.errors import ConfigError
 from tailora.model import LoRAModel
-from tailora.train.config import TrainConfig
+from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.generate import (
     EncodedPrompt,
     free_positions,
@@ -35,7 +37,7 @@ from tailora.train.generate import (
     prompt_of,
 )
 from tailora.train.parallel import is_sharded
-from tailora.train.rewards import Completion, Reward, RewardProcess, parse_rewards
+from tailora.train.rewards import Completion, Reward, RewardError, RewardProcess, parse_rewards
 from tailora.train.sampler import Answer, Sampler
 from tailora.train.state import seeded
 from tailora.train.trainable import Trainable
@@ -95,7 +97,7 @@ def answer_held_out(
     Also returns of each metric whether higher is better.
 
     Texts have no replies, and reinforcement learning evaluates itself: of these, answers are only shown.
-    With a sharded model, all ranks must call it. Raises RewardError if a metric fails.
+    With a sharded model, all ranks must call it. If a metric fails, the answers have no scores.
     """
     is_shown_only = data.report.task == GRPO or data.report.shape == TEXT
     metrics = [] if is_shown_only else parse_rewards([], config.metric)[1]
@@ -112,7 +114,11 @@ def answer_held_out(
     if questions:
         note(f"answering {len(questions):,} prompts before and after training, with at most {limit:,} new tokens each")
     answers = compare_answers(model, tokenizer, questions, max_new_tokens=limit, progress=progress)
-    return score_answers(answers, questions, metrics, config.reward_seconds)
+    try:
+        return score_answers(answers, questions, metrics, config.reward_seconds)
+    except RewardError as error:  # the run is complete, so it has not failed
+        note(f"the answers could not be judged: {error}")
+        return answers, {}
 
 
 def training_question(example: Example, tokenizer: Any) -> Question:
@@ -137,14 +143,42 @@ def questions_of(
         prompt = prompt_of(model, sample, tokenizer)
         if free_positions(model, len(prompt.ids)) < 1:
             continue
-        value: str | Messages = prompt.text
-        if isinstance(sample, Conversation):
-            value = sample.messages[: last_reply(sample)]
-        has_reply = isinstance(sample, Pair) or (isinstance(sample, Conversation) and bool(sample.replies))
-        reference = reply_text(sample, tokenizer) if has_reply else ""  # type: ignore[arg-type]
-        known: dict[str, Any] = {"answer": reference} if reference else {}
-        questions.append(Question(prompt, value, reference, known | dict(columns[number] if columns else {})))
+        questions.append(_question(prompt, sample, tokenizer, columns[number] if columns else {}))
     return questions
+
+
+def _question(
+    prompt: EncodedPrompt, sample: str | Sample, tokenizer: Any, columns: Mapping[str, Any] = MappingProxyType({})
+) -> Question:
+    is_chat = isinstance(sample, Conversation)
+    value = sample.messages[: last_reply(sample)] if is_chat else prompt.text  # type: ignore[union-attr, arg-type]
+    has_reply = isinstance(sample, Pair) or (is_chat and bool(sample.replies))  # type: ignore[union-attr]
+    reference = reply_text(sample, tokenizer) if has_reply else ""  # type: ignore[arg-type]
+    known: dict[str, Any] = {"answer": reference} if reference else {}
+    return Question(prompt, value, reference, known | dict(columns))
+
+
+def check_metrics(config: TrainConfig, data: PreparedData | None, tokenizer: Any) -> None:
+    """Tries the metrics on two held-out rows, as if their replies were answers.
+
+    Raises ConfigError if there is nothing to judge, or a metric needs what the rows lack; RewardError if one fails.
+    """
+    metrics = parse_rewards([], config.metric)[1]
+    names = ", ".join(config.metric)
+    if data is not None and (data.report.task in TASK_TYPES or data.report.shape == TEXT):
+        raise ConfigError(f"--metric {names} judges answers, but the data has {data.report.shape} rows; remove it")
+    if data is None or not data.eval_samples:
+        raise ConfigError(f"--metric {names} judges held-out prompts, but there are none; use --eval-data FILE")
+    rows = [{name: row.get(name) for name in data.report.ignored} for row in data.eval_rows[:2]]
+    pairs = zip(data.eval_samples, rows, strict=False)
+    questions = [_question(EncodedPrompt(_prompt_text(sample), []), sample, tokenizer, row) for sample, row in pairs]
+    columns = [*dict.fromkeys(name for question in questions for name in question.columns)]
+    with RewardProcess(metrics, config.reward_seconds, columns) as process:
+        process.score([_completion(question, question.reference) for question in questions])
+
+
+def _prompt_text(sample: Any) -> str:
+    return str(sample.prompt) if isinstance(sample, Pair) else ""
 
 
 def compare_answers(

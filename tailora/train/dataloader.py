@@ -33,6 +33,7 @@ from tailora.data.readers import Source, parse_sources, source_names
 from tailora.data.row_checks import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import ConfigError, DataError
+from tailora.train.answers import check_metrics
 from tailora.train.classification import class_weights, label_task
 from tailora.train.config import GRPO, PREFERENCE_FIELDS, TrainConfig
 from tailora.train.image_text_to_text import language_model_task
@@ -132,8 +133,13 @@ def read_data(
     if config.task == GRPO:
         return _sampled(config, tokenizer, shape)
     if config.streaming:
-        return _streamed(config, tokenizer, shape)
+        streamed = _streamed(config, tokenizer, shape)
+        if config.metric and accelerator.is_main_process:
+            check_metrics(config, streamed.prepared, tokenizer)
+        return streamed
     data = read_whole(config, tokenizer, labels)
+    if config.metric and accelerator.is_main_process:
+        check_metrics(config, data, tokenizer)
     shape = replace(shape, task=task_of(config, data.report, tokenizer, labels))
     max_steps = config.max_steps or epoch_steps(config, data.train.epoch_size, shape.world)
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)

@@ -72,6 +72,7 @@ class Reward:
     source: str  # the text after --reward, without the weight
     weight: float = 1.0
     name: str = ""  # in metrics and reports
+    flag: str = "--reward"  # or --metric, in messages
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,13 @@ def _parse_reward(value: str, judges: bool = False) -> Reward:
     try:
         weight = float(number) if equals else 1.0
     except ValueError:  # the = belongs to the source
-        return Reward(value)
+        return Reward(value, flag="--metric" if judges else "--reward")
     if equals and judges:
         pattern = ", or write [=] if it belongs to the pattern" if source.startswith("regex:") else ""
         raise ConfigError(f"--metric {value}: metrics have no weight; remove ={number}{pattern}")
     if not math.isfinite(weight) or weight == 0:
         raise ConfigError(f"--reward {value}: expected a finite weight other than 0, got {number}")
-    return Reward(source if equals else value, weight)
+    return Reward(source if equals else value, weight, flag="--metric" if judges else "--reward")
 
 
 def _function_name(source: str) -> str:
@@ -133,17 +134,17 @@ def load_reward(reward: Reward) -> RewardFunction:
     if not path.endswith(".py"):
         forms = [f"{name}:{WITH_ARGUMENT[name]}" if name in WITH_ARGUMENT else name for name in BUILT_IN]
         known = f"{', '.join(forms)}, FILE.py:FUNCTION{'' if kind in BUILT_IN else nearest(kind, BUILT_IN)}"
-        raise ConfigError(f"unknown --reward {reward.source!r}; expected one of {known}")
+        raise ConfigError(f"unknown {reward.flag} {reward.source!r}; expected one of {known}")
     if not Path(path).is_file():
-        raise ConfigError(f"--reward {reward.source}: no such file: {path}")
+        raise ConfigError(f"{reward.flag} {reward.source}: no such file: {path}")
     try:
         module = _module(Path(path).resolve())
     except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-        raise ConfigError(f"--reward {reward.source}: {path} cannot be imported: {_last_line(error)}") from None
+        raise ConfigError(f"{reward.flag} {reward.source}: {path} cannot be imported: {_last_line(error)}") from None
     function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ConfigError(f"--reward {reward.source}: {path} has no function {name!r}{nearest(name, names)}")
+        raise ConfigError(f"{reward.flag} {reward.source}: {path} has no function {name!r}{nearest(name, names)}")
     return function
 
 
@@ -196,7 +197,7 @@ IGNORE: dict[str, Callable[[str], str]] = {  # applied in this order
 def _exact_match(argument: str) -> RewardFunction:
     ignored = argument.removeprefix("ignore=").split("+") if argument else []
     if unknown := [name for name in ignored if name not in IGNORE]:
-        problem = f"--metric exact_match:{argument}: expected ignore= with {', '.join(IGNORE)}, joined by +"
+        problem = f"exact_match:{argument}: expected ignore= with {', '.join(IGNORE)}, joined by +"
         raise ConfigError(f"{problem}; got {', '.join(unknown)}")
 
     def normalized(text: str) -> str:
@@ -231,7 +232,7 @@ def _regex(pattern: str) -> RewardFunction:
     try:
         compiled = regex.compile(pattern, regex.DOTALL)
     except regex.error as error:
-        raise ConfigError(f"--reward regex:{pattern}: {error}") from None
+        raise ConfigError(f"regex:{pattern}: {error}") from None
     return _score_texts(lambda text: compiled.fullmatch(text.strip()) is not None)
 
 
@@ -243,7 +244,7 @@ def _json_schema(path: str) -> RewardFunction:
         validator = jsonschema.validators.validator_for(schema := json.loads(Path(path).read_text("utf-8")))(schema)
         validator.check_schema(schema)
     except (OSError, ValueError, jsonschema.SchemaError) as error:
-        raise ConfigError(f"--reward json_schema:{path}: {error}") from None
+        raise ConfigError(f"json_schema:{path}: {error}") from None
 
     def is_valid(text: str) -> bool:
         with suppress(ValueError, RecursionError):
@@ -261,7 +262,7 @@ def _finite(text: str) -> float:
 
 def _max_length(limit: str) -> RewardFunction:
     if not limit.isdecimal():
-        raise ConfigError(f"--reward max_length:{limit}: expected a number of characters")
+        raise ConfigError(f"max_length:{limit}: expected a number of characters")
     return _score_texts(lambda text: len(text) <= int(limit))
 
 
@@ -398,7 +399,9 @@ class RewardProcess:
         limits = (BUILT_IN_SECONDS, BUILT_IN_BYTES) if built_in else None
         reply = self._ask(built_in, (rewards, self.columns, limits), max(self.seconds, LOADING_SECONDS))
         if isinstance(reply, Problem):
-            return [f"--reward {', '.join(reward.source for reward in rewards)} cannot be loaded: {reply.text}"]
+            return [
+                f"{rewards[0].flag} {', '.join(reward.source for reward in rewards)} cannot be loaded: {reply.text}"
+            ]
         problems: list[str]
         problems, directions = reply
         self._directions |= dict(zip(rewards, directions, strict=False))
@@ -457,7 +460,7 @@ def serve() -> None:
             problems.append(str(error))
             continue
         if columns is not None and (missing := _missing(functions[-1], columns)):
-            problems.append(f"--reward {reward.source}: {missing}")
+            problems.append(f"{reward.flag} {reward.source}: {missing}")
     parent.send((problems, [bool(getattr(function, "higher_is_better", True)) for function in functions]))
     seconds, most_bytes = limits or (0.0, None)
     if most_bytes is not None and sys.platform == "linux":

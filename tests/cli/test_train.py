@@ -378,3 +378,44 @@ def test_kl_is_measured_on_few_tokens(length: int) -> None:
 )
 def test_what_comes_next_fits_the_task(settings: dict[str, Any], commands: list[str], tmp_path: Path) -> None:
     assert [command[1] for command in next_commands(TrainConfig(**settings), tmp_path)] == commands
+
+
+METRICS = """
+def needs_level(completions, level, **kwargs):
+    return [1.0] * len(completions)
+
+def raises(completions, **kwargs):
+    raise ValueError("no idea")
+
+def fails_later(completions, answer, **kwargs):
+    if all(chat[0]["content"] == right for chat, right in zip(completions, answer)):
+        return [1.0] * len(completions)  # in the trial on replies of the data
+    raise ValueError("no idea")
+"""
+
+
+@pytest.mark.parametrize(
+    ("metric", "more", "hint"),
+    [
+        ("needs_level", {}, "it needs level, but the rows have no such column"),
+        ("raises", {}, "ValueError: no idea"),
+        ("raises", {"--validation-split": "0"}, "judges held-out prompts, but there are none; use --eval-data FILE"),
+        ("absent", {}, "m.py has no function 'absent'"),
+    ],
+)
+def test_metrics_are_tried_before_the_model_is_loaded(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, more: dict[str, str], hint: str
+) -> None:
+    (tmp_path / "m.py").write_text(METRICS)
+    monkeypatch.setattr("tailora.train.setup.load_base", None)
+    check_refused(hint, *line(flags, {"--metric": f"{tmp_path}/m.py:{metric}", **more}))
+
+
+def test_a_metric_that_fails_on_an_answer_leaves_the_run_without_a_verdict(
+    flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.py").write_text(METRICS)
+    assert main(line(flags, {"--metric": f"{tmp_path}/m.py:fails_later", "--metric-examples": "2"})) == 0
+    shown = capsys.readouterr()
+    assert "the answers could not be judged: reward" in shown.err
+    assert "Cannot tell: the answers have no scores by the metrics." in " ".join(shown.out.split())
