@@ -24,7 +24,7 @@ MOST_LINES = {
     "errors": 200,
     "quiet": 70,
     "core": 6960,
-    "formats": 3960,
+    "formats": 3980,
     "model": 520,
     "data": 4580,
     "kernels": 1520,
@@ -33,9 +33,9 @@ MOST_LINES = {
     "evaluation": 2360,
     "study": 4940,
     "verify": 1000,
-    "report": 2600,
+    "report": 2800,
     "serve": 2060,
-    "cli": 4240,
+    "cli": 4360,
 }
 MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines

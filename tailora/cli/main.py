@@ -50,6 +50,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "search": ("study", "Search for the best settings, and for cheaper ones that work just as well."),
     "rows": ("study", "Find the training rows that hurt, and prove it by training without them."),
     "curve": ("study", "Measure whether more data, or a higher rank, would help."),
+    "runs": ("runs", "List runs and studies with their results, or compare two runs."),
     "report": ("study", "Regenerate report.html for a run or a study."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "predict": ("predict", "Predict labels, or generate answers, for the rows of a file or for prompts."),

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
+SUMMARY = "summary.json"  # what `tailora runs` lists of them
 SAMPLES = "samples.json"
+LISTED = ("train", "compare", "search", "rows", "curve")  # kinds of reports that have a summary
 HELD_OUT = "held_out.jsonl"  # rows of the data that the run was evaluated on
 TRAINED_ROWS = "trained-rows.bin"  # 8 bytes for each row that the run trains on
 REFERENCE = "reference.npz"  # the model's values for the examples before training, for losses that need them
@@ -35,7 +38,7 @@ ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, PASSPORT, SYSTEM)
 # A merged model looks like any other
 OTHER_EXPORTED_FILES = (GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS, DIFFUSERS_WEIGHTS, SERVE_SCRIPT, CHAT_TEMPLATE)
 EXPORTED_FILES = (*ADAPTER_FILES, *OTHER_EXPORTED_FILES)
-REPORT_FILES = (REPORT, PAGE)
+REPORT_FILES = (REPORT, PAGE, SUMMARY)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -145,4 +148,24 @@ def recorded_metadata(path: Path) -> dict[str, Any]:
 def write_report(folder: Path, kind: str, content: Mapping[str, Any], *, allow_nan: bool = True) -> Path:
     """Writes report.json and returns its path. Raises WriteError, and ValueError for NaN unless `allow_nan`."""
     write_file(folder / REPORT, json.dumps({"kind": kind, **content}, indent=1, allow_nan=allow_nan).encode())
+    if kind in LISTED:
+        write_file(folder / SUMMARY, json.dumps(_summary(kind, content)).encode())
     return folder / REPORT
+
+
+def _summary(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a `report.run_records.RunRecord`, without its name."""
+    result, settings = content.get("result") or {}, content.get("settings") or {}
+    is_finished = kind != "train" or bool(result)
+    is_diverged = bool((content.get("run") or {}).get("diverged"))
+    return {
+        "kind": kind,
+        "date": datetime.now().isoformat(" ", "minutes"),
+        "state": "diverged" if is_diverged else "finished" if is_finished else "interrupted",
+        "settings": settings.get("train", settings),
+        "verdict": content.get("verdict", ""),
+        "metrics": result.get("metrics", {}),
+        "eval_loss_before": result.get("eval_loss_before"),
+        "eval_loss_after": result.get("eval_loss_after"),
+        "seconds": result.get("total_seconds", content.get("seconds")),
+    }

@@ -30,6 +30,7 @@ from tailora.formats.run_folder import (
     REPORT,
     RUN,
     SAMPLES,
+    SUMMARY,
     TRAINED_ROWS,
     adapter_folder,
     checkpoints_in,
@@ -59,6 +60,7 @@ FILES = (
     SAMPLES,
     REPORT,
     PAGE,
+    SUMMARY,
 )
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
