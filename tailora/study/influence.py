@@ -6,7 +6,7 @@ arXiv:2002.08484, sec. 3), with the gradients of their losses by the parameters 
     score_i = -g_i . mean over j of h_j / ||h_j||        above 0: training on row i raises the held-out loss
 
 All gradients belong to the finished adapter. They are compared with one direction only, so nothing needs to be stored
-or projected. Three choices were made on planted wrong replies (benchmarks/studies/planted_rows.py):
+or projected. Three choices were made on planted wrong replies (commit eda5ab4e, benchmarks/studies/planted_rows.py):
 - Every h_j has length 1. Otherwise the few held-out examples that the model cannot predict decide all scores.
 - g_i keeps its length. With length 1 (as in LESS) rows unlike all others, such as another language, score about 0.
 - Earlier checkpoints and AdamW's second moments did not improve the order, and most runs keep neither.

@@ -19,7 +19,6 @@ from tiny import chat_tokenizer
 from tiny_run import WORDS, save_model, write_rows
 
 import tailora.study.rows
-from benchmarks.studies.planted_rows import plant, recall_at_k
 from tailora.errors import ConfigError, FormatError
 from tailora.evaluation.statistics import Difference
 from tailora.formats.io import read_json_object
@@ -51,12 +50,27 @@ def lookup(count: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
+def plant(rows: list[dict[str, str]], count: int) -> list[int]:
+    """Gives rows the replies of each other, in place; returns the numbers, from 1, of those whose reply changed."""
+    chosen = random.Random(0).sample(range(len(rows)), len(rows))[:count]
+    replies = [rows[index]["completion"] for index in (*chosen[1:], chosen[0])]
+    changed = sorted(i + 1 for i, reply in zip(chosen, replies, strict=True) if rows[i]["completion"] != reply)
+    for index, reply in zip(chosen, replies, strict=True):
+        rows[index]["completion"] = reply
+    return changed
+
+
+def recall_at_k(order: list[int], planted: Collection[int]) -> float:
+    """Returns the share of the planted rows among as many first rows of the order."""
+    return len({*order[: len(planted)]} & {*planted}) / len(planted)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("rows")
     save_model(folder / "model", hidden_size=64)
     rows = lookup(ROWS, seed=0)
-    planted = plant(rows, "shuffled", PLANTED / ROWS, seed=0)
+    planted = plant(rows, PLANTED)
     train = TrainConfig(
         model=str(folder / "model"),
         data=str(write_rows(folder / "train.jsonl", rows)),

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tailora.core.config import LoRAConfig
-from tailora.errors import ConfigError, DataError, TailoraWarning, TargetError
+from tailora.errors import ConfigError, TailoraWarning, TargetError
 from tailora.model import LoRAModel
 from tailora.report.pages.train import write_train_report
 from tailora.study import trial as trial_module
@@ -292,10 +293,16 @@ def test_the_number_of_processes_may_change_if_the_batches_of_a_step_stay_the_sa
         get_trial(of_two(small_run), tmp_path, run_trial=not_run)
 
 
-def test_an_error_of_the_process_is_raised_here(small_run: TrainConfig, tmp_path: Path) -> None:
+def test_an_error_of_the_process_is_sent_to_the_study(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(trial_module, "messages_of_parent", lambda: None)
+    monkeypatch.setattr(trial_module, "connection_to_parent", lambda: SimpleNamespace(send=sent.append))
     spec = TrialSpec(settings(small_run, data=str(tmp_path / "none.jsonl")))
-    with pytest.raises(DataError, match=r"none\.jsonl"):
-        get_trial(spec, tmp_path / "trial")
+    (tmp_path / "spec.json").write_text(json.dumps(asdict(spec)))
+    assert main(str(tmp_path)) == 1
+    assert (sent[0].type, "none.jsonl" in sent[0].message) == ("DataError", True)
 
 
 def test_a_trial_with_other_settings_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:

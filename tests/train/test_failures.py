@@ -208,6 +208,7 @@ def test_a_process_that_does_not_answer_is_named(
     )
     monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: reached)
     monkeypatch.setattr("tailora.train.failures.SECONDS_TO_ANSWER", 0.1)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     for rank in waiting:
         store.set(f"tailora.failure.1.waits.{rank}", "yes")
     with (
