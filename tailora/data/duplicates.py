@@ -18,7 +18,7 @@ from tailora.data.dataset import IGNORED, Example, Int32, group_equal
 SHINGLE = 3  # tokens
 HASHES, BAND = 64, 4
 SIMILAR = 0.7  # share of the shingles of two examples that both have (Jaccard)
-TEMPLATE = 0.5  # shingles in more than this share of the examples belong to a template or a system message
+TEMPLATE = 0.5  # shingles in more than this share of the examples of each class are of a template or a system message
 UInt64 = NDArray[np.uint64]
 
 
@@ -64,8 +64,13 @@ def near_duplicates(examples: Sequence[Example]) -> list[list[int]]:
     """Returns groups of similar examples with the same images, each similar to another. Equal examples count once."""
     chosen = [copies[0] for copies in group_equal([example.hash for example in examples])]
     shingles = [_shingles(examples[index].input_ids) for index in chosen]
-    counts = Counter(shingle for row in shingles for shingle in row.tolist())
-    common = [shingle for shingle, count in counts.items() if count > max(TEMPLATE * len(chosen), 2)]
+    # a template is in most examples of each class; near duplicates may be most examples of one
+    classes = group_equal([b"" if (of := examples[index].target) is None else of.tobytes() for index in chosen])
+    counts = [Counter(shingle for row in rows for shingle in shingles[row].tolist()) for rows in classes]
+    most = [TEMPLATE * len(rows) for rows in classes]
+    frequent = [{part for part in of if of[part] > least} for of, least in zip(counts, most, strict=True)]
+    in_all = set[int].intersection(*frequent) if frequent else set[int]()
+    common = [part for part in in_all if sum(of[part] for of in counts) > 2]
     shingles = [np.setdiff1d(row, np.array(common, np.uint64)) for row in shingles]
     group_of = list(range(len(chosen)))  # an earlier example of the group, or the example itself
 

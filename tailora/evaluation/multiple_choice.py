@@ -2,14 +2,16 @@
 
 log p(reply | prompt) is summed over the reply's own tokens, without the token that ends a turn. `accuracy` chooses the
 reply with the highest log-likelihood, `accuracy_norm` the one with the highest log-likelihood per UTF-8 byte, so that
-long replies are not at a disadvantage (acc and acc_norm there; acc_norm divides by characters).
+long replies are not at a disadvantage (acc and acc_norm there; acc_norm divides by characters). The empty thought that
+templates such as Qwen 3's write before a reply is a part of its prompt.
 
 On a CPU a packed row computes the prompt once for all its replies (`data.collate.shared_beginnings`).
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from tailora.train.trainable import Trainable
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: i
             encoded += result
         if any(result.length > max_length for result in encoded):
             continue
-        for example in (result.example for result in encoded):
+        for example in (_without_empty_thought(result.example, tokenizer) for result in encoded):
             last = int(np.flatnonzero(example.labels != IGNORED)[-1])
             while last and int(example.labels[last]) in chat_tokenizer.special_ids:  # not the end of the turn
                 last -= 1
@@ -66,6 +69,17 @@ def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: i
         bytes=np.array(sizes, dtype=np.int64),
         left_out=len(questions) - len(answers),
     )
+
+
+def _without_empty_thought(example: Example, tokenizer: Any) -> Example:
+    """Returns the example without labels for the empty thought before its reply, if there is one."""
+    positions = np.flatnonzero(example.labels != IGNORED)
+    ids, labels = example.input_ids[positions].tolist(), example.labels.copy()
+    if (thought := EMPTY_THOUGHT.match(tokenizer.decode(ids))) is None:
+        return example
+    lengths = (len(tokenizer.decode(ids[:count])) for count in range(len(ids)))
+    labels[positions[: sum(1 for _ in takewhile(lambda length: length < thought.end(), lengths))]] = IGNORED
+    return replace(example, labels=labels)
 
 
 def log_likelihoods(model: Trainable, choices: TokenizedChoices, layout: BatchLayout, *, token_budget: int) -> Floats:

@@ -243,19 +243,22 @@ def spec_without(examples: list[int], finished: FinishedRun, seed: int, steps: i
 
 def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str, bool]:
     """Returns the sentences, and whether the rows are harmful. Differences are from the runs without these rows."""
+    these, top, are, it = f"these {k} rows", f"the {k} rows", "are", "them"
+    if k == 1:
+        these, top, are, it = "this row", "the row", "is", "it"
     if not variants:
-        return f"Not proven: scores are estimates. --prove trains again without the {k} rows at the top.", False
+        return f"Not proven: scores are estimates. --prove trains again without {top} at the top.", False
     differences = {variant.name: variant.difference for variant in variants if variant.difference is not None}
     with_all, of_random, of_loss = (differences[name] for name in (ALL, RANDOM, LOSS))
     numbers, than_random, than_loss = (
         f"{name} - {WORST} = {format_difference(differences[name], unit)}" for name in (ALL, RANDOM, LOSS)
     )
     if with_all.seeds == 1:
-        return one_seed(f"training with or without these {k} rows", numbers), False
+        return one_seed(f"training with or without {these}", numbers), False
     more = "More held-out examples" if with_all.from_examples > 0.5 else "More seeds (--seeds)"
-    begin, proven = f"Cannot tell whether these {k} rows are harmful:", False
+    begin, proven = f"Cannot tell whether {these} {are} harmful:", False
     if with_all.high < 0:
-        text = f"Keep these {k} rows: the model is worse without them ({numbers})."
+        text = f"Keep {these}: the model is worse without {it} ({numbers})."
     elif with_all.low <= 0:
         text = f"{begin} the interval of the difference contains 0 ({numbers}). {more} narrow it."
     elif of_random.low <= 0:
@@ -263,9 +266,9 @@ def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str,
     else:
         proven = True
         text = (
-            f"These {k} rows are harmful: the held-out loss is lower without them ({numbers}), and lower than without "
-            f"random rows ({than_random}). Correct or remove them."
+            f"{these.capitalize()} {are} harmful: the held-out loss is lower without {it} ({numbers}), and lower than "
+            f"without random rows ({than_random}). Correct or remove {these}."
         )
         if of_loss.high < 0:
-            text += f" Removing the {k} rows with the highest losses helps more ({than_loss})."
+            text += f" Removing {top} with the highest {'loss' if k == 1 else 'losses'} helps more ({than_loss})."
     return text, proven

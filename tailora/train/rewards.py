@@ -60,6 +60,7 @@ ARGUMENTS = ("prompts", "completions", "completion_ids")  # of functions, beside
 # names that functions cannot have
 OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "over_limit", "kl")
 
+LARGEST = 1e9  # reward, and weight: the square of their product fits into float32
 BUILT_IN_SECONDS = 2.0  # of the processor that a built-in reward gets for a completion, and memory
 BUILT_IN_BYTES = 2**30
 LOADING_SECONDS = 300.0  # for the import of a file, which may load a model; a higher --reward-seconds replaces it
@@ -108,8 +109,8 @@ def _parse_reward(value: str, judges: bool = False) -> Reward:
     if equals and judges:
         pattern = ", or write [=] if it belongs to the pattern" if source.startswith("regex:") else ""
         raise ConfigError(f"--metric {value}: metrics have no weight; remove ={number}{pattern}")
-    if not math.isfinite(weight) or weight == 0:
-        raise ConfigError(f"--reward {value}: expected a finite weight other than 0, got {number}")
+    if not 0 < abs(weight) <= LARGEST:
+        raise ConfigError(f"--reward {value}: expected a weight from -{LARGEST:g} to {LARGEST:g}, not 0, got {number}")
     return Reward(source if equals else value, weight, flag="--metric" if judges else "--reward")
 
 
@@ -512,8 +513,8 @@ def _values(
         return Problem(f"expected {len(completions)} rewards, one for each completion, got {len(values)}")
     numbers = [value.item() if hasattr(value, "item") else value for value in values]
     for row, value in enumerate(numbers):
-        if value is not None and (type(value) not in (int, float, bool) or not math.isfinite(value)):
-            return Problem(f"expected a finite number or None, got {short_repr(value)}", row)
+        if value is not None and (type(value) not in (int, float, bool) or not abs(value) <= LARGEST):
+            return Problem(f"expected None or a number from -{LARGEST:g} to {LARGEST:g}, got {short_repr(value)}", row)
     return [math.nan if value is None else value for value in numbers]
 
 

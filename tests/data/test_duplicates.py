@@ -84,6 +84,19 @@ def test_near_duplicates_are_those_that_a_comparison_of_all_pairs_finds() -> Non
     assert sorted(map(tuple, near_duplicates(texts))) == sorted(pairs)
 
 
+def test_near_duplicates_of_a_majority_class_are_no_template() -> None:
+    """What is in the rows of all classes is one."""
+    generator = random.Random(1)
+    others = [[generator.randrange(500) for _ in range(30)] for _ in range(8)]
+    copies = [[*range(500, 530), 600 + number] for number in range(12)]
+    rows = [replace(text(*row), target=np.array([0.0])) for row in [*others[:4], *copies]]
+    rows += [replace(text(*row), target=np.array([1.0])) for row in others[4:]]
+    assert near_duplicates(rows) == [[*range(4, 16)]]
+    template = [*BEGIN, *range(2000, 2100)]
+    longer = [replace(row, input_ids=np.array([*template, *row.input_ids], np.int32)) for row in rows]
+    assert near_duplicates(longer) == [[*range(4, 16)]]
+
+
 def test_chains_of_similar_texts_are_one_group() -> None:
     base = list(range(100, 140))
     chain = [text(*base, *range(200, 200 + 3 * count)) for count in range(4)]

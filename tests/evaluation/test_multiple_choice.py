@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.data.dataset import IGNORED
 from tailora.data.samples import Choices
 from tailora.data.schemas import from_choices
 from tailora.evaluation.multiple_choice import log_likelihoods, right_is_likeliest, tokenize_choices
@@ -55,6 +56,21 @@ def test_a_reply_has_the_likelihood_that_transformers_gives(
             assert got[3 * question + place] == pytest.approx(expected, rel=1e-4)
     assert found.bytes.tolist() == [len(reply) for reply in COLOURS] * 2
     assert found.answers.tolist() == [0, 2]
+
+
+def test_the_empty_thought_of_a_template_is_no_part_of_a_reply(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As Qwen 3's, which writes one before the last reply, but not into the prompt of a generation."""
+    plain = tokenize_choices([asked()], tokenizer, 100)
+    reply = "{{ message['content']"
+    assert tokenizer.chat_template.count(reply) == 1
+    thought = "{{ '<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '' }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(reply, thought + reply)
+    found = tokenize_choices([asked()], tokenizer, 100)
+    for with_thought, without in zip(found.examples, plain.examples, strict=True):
+        assert len(with_thought.input_ids) > len(without.input_ids)
+        own = [example.labels[example.labels != IGNORED].tolist() for example in (with_thought, without)]
+        assert own[0] == own[1]
+    assert found.bytes.tolist() == plain.bytes.tolist()
 
 
 def test_the_right_reply_counts_where_its_value_is_highest(tokenizer: PreTrainedTokenizerFast) -> None:

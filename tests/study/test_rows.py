@@ -246,6 +246,16 @@ def test_a_verdict_needs_several_seeds_and_mentions_what_helps_more() -> None:
     text, proven = rows_verdict(variants(0.2, 0.2, -0.2), 5, "nats per token")
     assert proven
     assert "Removing the 5 rows with the highest losses helps more" in text
+    text, _ = rows_verdict(variants(0.2, 0.2, -0.2), 1, "nats per token")
+    assert text.startswith("This row is harmful: the held-out loss is lower without it (all rows - ")
+    assert "Correct or remove this row. Removing the row with the highest loss helps more" in text
+    texts = [rows_verdict(found, 1, "nats")[0] for found in ([], variants(-0.3, 0.2, 0.2), unclear)]
+    beginnings = [
+        "Not proven: scores are estimates. --prove trains again without the row at the top.",
+        "Keep this row:",
+    ]
+    for text, beginning in zip(texts, [*beginnings, "Cannot tell whether this row is harmful:"], strict=True):
+        assert text.startswith(beginning)
 
 
 @pytest.mark.slow

@@ -39,6 +39,9 @@ def raises(completions, **kwargs):
 def nan(completions, **kwargs):
     return [float("nan") if text == "bad" else 1.0 for text in completions]
 
+def huge(completions, **kwargs):
+    return [-1e308 if text == "bad" else -1e9 for text in completions]
+
 def few(completions, **kwargs):
     return [1.0]
 
@@ -134,7 +137,8 @@ def test_a_function_gets_what_trl_passes(file: Path, name: str, texts: list[Any]
     ("name", "problem", "completion"),
     [
         ("raises", "ZeroDivisionError: division by zero (rewards.py, line 14)", "bad"),
-        ("nan", "expected a finite number or None, got nan", "bad"),
+        ("nan", "expected None or a number from -1e+09 to 1e+09, got nan", "bad"),
+        ("huge", "expected None or a number from -1e+09 to 1e+09, got -1e+308", "bad"),
         ("few", "expected 2 rewards, one for each completion, got 1", "good"),
         ("hangs", "it did not return within 0.5 seconds; use a higher --reward-seconds", "bad"),
         ("dies", "the process of the reward functions ended with exit code 3", "bad"),
@@ -176,7 +180,7 @@ def test_few_calls_find_the_completion_that_a_function_fails_on(
 
 
 def test_objects_of_the_file_are_refused_as_rewards(script: Path) -> None:
-    functions, message = [Reward(f"{script}:own_class")], "expected a finite number or None, got <?Score"
+    functions, message = [Reward(f"{script}:own_class")], r"number from -1e\+09 to 1e\+09, got <?Score"
     with RewardProcess(functions, seconds=30) as process, pytest.raises(RewardError, match=message):
         process.score(completions("a"))
 
@@ -337,6 +341,9 @@ def test_weights_and_names() -> None:
         ("a.py:same", 1.0),
     ]
     assert [reward.name for reward in judging] == ["b.py:same", "rewards.py:reward"]  # "reward" is the sum
+    for weight in ("1e300", "-1.1e9", "0", "nan"):
+        with pytest.raises(ConfigError, match=rf"weight from -1e\+09 to 1e\+09, not 0, got {weight}$"):
+            parse_rewards([f"math={weight}"], [])
     with pytest.raises(ConfigError, match="exact_match appears twice"):
         parse_rewards(["exact_match=2"], ["exact_match"])
     trained, _ = parse_rewards(["regex:x=2", "regex:x[=]2", "json_schema:a.json=0.5"], [])
