@@ -157,7 +157,7 @@ def _summary(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a `report.run_records.RunRecord`, without its name."""
     result, settings = content.get("result") or {}, content.get("settings") or {}
     is_finished = kind != "train" or bool(result)
-    is_diverged = bool((content.get("run") or {}).get("diverged"))
+    is_diverged = kind == "train" and bool((content.get("run") or {}).get("diverged"))
     return {
         "kind": kind,
         "date": datetime.now().isoformat(" ", "minutes"),
