@@ -88,7 +88,7 @@ class Run:
     model: Trainable  # the adapter around the base, or the base trained in full
     layout: BatchLayout  # packed or padded batches
     kernels: Kernels
-    memory_remedies: str  # what helps if memory runs out
+    memory_remedies: Callable[[], str]  # returns what helps if memory runs out, which takes seconds
     base_fingerprint: dict[str, LayerFingerprint]  # of the adapted weights
     updates: FiniteUpdates  # the trained parameters, their optimizer, and the last good values
     forward: nn.Module  # the model with its loss, as accelerate prepared it
@@ -260,19 +260,23 @@ def loading_advice(config: TrainConfig, device: torch.device) -> str:
 
 def check_memory(
     config: TrainConfig, shape: PretrainedConfig, data: TrainingData, device: torch.device, bytes_per_token: float
-) -> str:
-    """Returns what helps if memory runs out. Raises MemoryLimitError if the largest step needs more than is free.
+) -> Callable[[], str]:
+    """Returns a function that says, after some seconds, what helps if memory runs out.
 
-    The estimate of that step takes seconds, so a generous bound comes first.
+    Raises MemoryLimitError if the largest step needs more than is free. The estimate of that step takes seconds, so a
+    generous bound comes first.
 
     bytes_per_token: see `try_forward`.
     """
-    smaller, can_shard = config.per_device_train_batch_size // 2, launch.world_size() > 1 and not config.fsdp
-    advice = "\n  - ".join(["what helps:", *remedies(config, shape, smaller, device, can_shard=can_shard)])
-    if data.prompts is not None:
-        advice = ADVICE
+
+    def advice() -> str:
+        if data.prompts is not None:
+            return ADVICE
+        smaller, can_shard = config.per_device_train_batch_size // 2, launch.world_size() > 1 and not config.fsdp
+        return "\n  - ".join(["what helps:", *remedies(config, shape, smaller, device, can_shard=can_shard)])
+
     if PEAK_PER_SAVED * bytes_per_token * data.largest_tokens > available_bytes(device):
-        check_fits(config, shape, data.task.without_reference(), data.largest, device, advice)
+        check_fits(config, shape, data.task.without_reference(), data.largest, device, advice())
     return advice
 
 

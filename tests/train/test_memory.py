@@ -82,9 +82,9 @@ def test_running_out_in_training_names_cause_and_remedies(settings: Any, model_f
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = settings(model=str(tmp_path / "wide"), data=str(data), per_device_train_batch_size=8, validation_split=0)
-    process = subprocess.run(
-        [sys.executable, "-c", STARVED, config.model_dump_json()], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", STARVED, config.model_dump_json()]
+    one_arena = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # more of them hold memory in reserve
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=one_arena)
     assert process.returncode == 0, process.stderr
     assert "out of memory while training" in process.stdout
     assert "allocate" in process.stdout.splitlines()[0]
