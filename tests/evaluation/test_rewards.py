@@ -80,6 +80,11 @@ def test_prompts_that_a_judge_leaves_out_are_left_out() -> None:
     assert found.change.missing == (~known).mean() > 0.05
     assert len(changes[f"pass@{COMPLETIONS}/answer"].change.sums) == PROMPTS - 13  # one more has too few scores
     assert "Undecided whether" in describe_rewards(changes, ["score"], ["answer"], "N prompts")
+    for scores in (sides := judged(0.2, 0.8)):
+        for part in scores.values():
+            part[:10] = np.nan  # a function may skip prompts, but the sum of all has no score for them
+    changes = reward_changes(*sides)
+    assert (changes["answer"].change.missing, changes["reward"].change.missing) == (0, 0.1)
     before["answer"][:] = np.nan
     assert "answer" not in reward_changes(before, after)
     assert "Without a --metric" in describe_rewards(reward_changes(before, after), ["score"], ["answer"], "N prompts")

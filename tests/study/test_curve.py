@@ -278,7 +278,7 @@ def changed(value: float, low: float, high: float) -> Difference:
         ),
         (
             (0.0, -0.01, 0.0),
-            (0.0, -0.01, 0.01),
+            (-0.005, -0.015, 0.005),
             (-0.1, -0.2, -0.05),
             ["More data hardly helped", "as well", "rank is the bottle"],
         ),
