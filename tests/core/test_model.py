@@ -169,13 +169,6 @@ def test_the_base_s_own_attributes_and_generate_are_there() -> None:
         _ = model.nothing_like_it
 
 
-def test_a_base_that_has_adapters_is_refused() -> None:
-    model = two()
-    for base in (model.base_model, model):
-        with pytest.raises(TargetError, match="already has tailora adapters"):
-            LoRAModel(base, LoRAConfig(r=2))
-
-
 def test_adapters_that_are_not_active_follow_the_model_to_another_precision() -> None:
     model, x = two(), torch.randn(3, 8, dtype=torch.float64)
     model.double()
@@ -317,9 +310,12 @@ def test_an_invalid_strength_is_refused() -> None:
         model.set_scale("default", 0.5)
 
 
-def test_an_argument_that_is_no_model_or_config_is_refused() -> None:
+def test_an_argument_that_is_no_plain_model_or_config_is_refused() -> None:
     with pytest.raises(TargetError, match=r"expected a torch\.nn\.Module as base_model, got str; load it first"):
         LoRAModel("gpt2")  # type: ignore[arg-type]
+    for base in ((model := two()).base_model, model):
+        with pytest.raises(TargetError, match="already has tailora adapters"):
+            LoRAModel(base, LoRAConfig(r=2))
     with pytest.raises(TargetError, match="as base_model, got NoneType"):
         LoRAModel.from_pretrained(None, "anywhere")  # type: ignore[arg-type]
     for config in ({"r": 2}, peft.LoraConfig(r=2)):
@@ -515,7 +511,3 @@ def test_saving_without_an_adapter_is_refused(tmp_path: Path) -> None:
     model.delete_adapter("default")
     with pytest.raises(AdapterError, match="no adapter to save"):
         model.save_pretrained(tmp_path / "out")
-
-
-def test_the_default_start_of_peft_is_ours() -> None:
-    assert LoRAConfig(init_lora_weights=True).init_lora_weights == "kaiming"  # type: ignore[arg-type]

@@ -84,8 +84,9 @@ def test_the_first_gradients_of_a_and_of_a_learned_scale_are_exactly_zero() -> N
 def test_a_starts_uniform_within_one_over_root_in_or_gaussian_with_std_one_over_r() -> None:
     """The reference implementation of arXiv:2106.09685; PEFT's "gaussian"."""
     torch.manual_seed(0)
-    uniform = LoRAModel(nn.Sequential(nn.Linear(400, 300)), LoRAConfig(r=100)).lora_layers["0"].lora_A
-    assert uniform.abs().max() <= 1 / math.sqrt(400)
-    assert uniform.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.02)
+    for config in (LoRAConfig(r=100), LoRAConfig(r=100, init_lora_weights=True)):  # type: ignore[arg-type]
+        uniform = LoRAModel(nn.Sequential(nn.Linear(400, 300)), config).lora_layers["0"].lora_A
+        assert uniform.abs().max() <= 1 / math.sqrt(400)
+        assert uniform.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.02)
     gaussian = LoRAModel(nn.Sequential(nn.Linear(400, 300)), LoRAConfig(r=100, init_lora_weights="gaussian"))
     assert gaussian.lora_layers["0"].lora_A.std().item() == pytest.approx(1 / 100, rel=0.02)

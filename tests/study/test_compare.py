@@ -211,14 +211,11 @@ def test_the_command_passes_on_how_many_processes_a_run_has(
         raise ConfigError(f"each run has {processes}")
 
     words = ["--model", small_run.model, "--data", small_run.data, "--device", "cpu", "--output-dir", str(tmp_path)]
-    for command, found in (
-        ("compare", "compare.compare"),
-        ("search", "search.search"),
-    ):
-        monkeypatch.setattr(f"tailora.study.{found}", refuse)
-        check_refused("each run has 2", *command.split(), *words, "--nproc-per-node", "2")
-        check_refused("each run has 1", *command.split(), *words)
-        check_refused("--nproc-per-node 'two': use a number", *command.split(), *words, "--nproc-per-node", "two")
+    for command in ("compare", "search"):
+        monkeypatch.setattr(f"tailora.study.{command}.{command}", refuse)
+        check_refused("each run has 2", command, *words, "--nproc-per-node", "2")
+        check_refused("each run has 1", command, *words)
+        check_refused("--nproc-per-node 'two': use a number", command, *words, "--nproc-per-node", "two")
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_refused("each process of a launcher would run the whole study", "compare", *words)
 

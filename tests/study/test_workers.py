@@ -274,22 +274,16 @@ def test_a_search_goes_on_in_another_number_of_processes_with_the_same_steps(
         search(train, study, run_trial=not_run)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"compare": {"arms": {"a": {"gradient_accumulation_steps": 2}, "b": {}}}},
-        {"space": {"gradient_accumulation_steps": [1, 2]}},
-    ],
-)
-def test_arms_and_trials_with_steps_of_their_own_keep_the_number_of_processes(changes: dict[str, Any]) -> None:
-    settings = {"train": {"gradient_accumulation_steps": 1}, "launch": {"nproc_per_node": 2}, **changes}
-    assert same_steps(settings) == settings
-
-
-def test_the_settings_of_one_process_stay_as_they_were_stored(train: TrainConfig) -> None:
+def test_settings_of_one_process_or_with_steps_of_their_own_stay_as_they_were_stored(train: TrainConfig) -> None:
     """By them a search finds its trials in a database."""
-    settings = {"train": train.model_dump(mode="json"), "space": {"r": [2, 4]}}
-    assert same_steps(settings) == settings
+    of_two = {"train": {"gradient_accumulation_steps": 1}, "launch": {"nproc_per_node": 2}}
+    arms = {"a": {"gradient_accumulation_steps": 2}, "b": {}}
+    for settings in (
+        {"train": train.model_dump(mode="json"), "space": {"r": [2, 4]}},
+        {**of_two, "compare": {"arms": arms}},
+        {**of_two, "space": {"gradient_accumulation_steps": [1, 2]}},
+    ):
+        assert same_steps(settings) == settings
 
 
 def test_workers_note_the_same_once(tmp_path: Path) -> None:
