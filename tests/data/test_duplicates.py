@@ -93,7 +93,7 @@ def test_near_duplicates_of_a_majority_class_are_no_template() -> None:
     rows += [replace(text(*row), target=np.array([1.0])) for row in others[4:]]
     assert near_duplicates(rows) == [[*range(4, 16)]]
     template = [*BEGIN, *range(2000, 2100)]
-    assert near_duplicates([text(*template, *row) for row in others[:5]]) == []
+    assert near_duplicates([text(*template, *template, *range(2100, 2200), *row) for row in others[:5]]) == []
     longer = [replace(row, input_ids=np.array([*template, *row.input_ids], np.int32)) for row in rows]
     assert near_duplicates(longer) == [[*range(4, 16)]]
 
