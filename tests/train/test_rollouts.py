@@ -1,7 +1,9 @@
 """Reinforcement learning runs: sampled from the model in training, scored, resumed, and judged."""
 
 import json
+import math
 import re
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -420,3 +422,64 @@ def test_rows_that_are_no_prompts_are_refused(grpo: Any, row: dict[str, Any], me
     with pytest.raises(DataError, match=re.escape(message)) as raised:
         run(grpo(data=str(file), validation_split=0))
     assert "wrong.jsonl" in str(raised.value)
+
+
+def hostile_completions(random: np.random.Generator) -> list[str]:
+    """One of each kind: they take too much time or memory, or break parsers."""
+    n = int(random.integers(20, 60))
+    return [
+        "9**9**9**9" + "**9" * (n % 3),
+        rf"\\boxed{{{n}^{{{n}^{{{n}^{{9}}}}}}}}",
+        rf"\\boxed{{{n}00000000!}}",
+        rf"\\boxed{{\\binom{{10^{n}}}{{5*10^{n - 1}}}}}",
+        "(" * 100 * n + "1" + ")" * 100 * n,
+        "a" * n * 3 + "b",  # for (a|aa)+$
+        json.dumps("a" * n * 2 + "b"),  # for a pattern of a schema
+        json.dumps([{str(i): i} for i in range(100 * n)]),  # for uniqueItems
+        "[" * 1000 * n,
+        "1e999",
+        "NaN",
+        "1" * 5000,
+        "\0\ud800",
+        "",
+        "x" * 10_000 * n,
+    ]
+
+
+@pytest.mark.exhaustive
+def test_two_thousand_steps_with_hostile_completions_end_as_usual(
+    grpo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the completions are hostile; a function hangs on one of 200."""
+    monkeypatch.setattr("tailora.train.rewards.BUILT_IN_SECONDS", 0.05)
+    schema, file = tmp_path / "schema.json", tmp_path / "hostile.py"
+    schema.write_text('{"pattern": "^(a|a)*$", "uniqueItems": true}')
+    file.write_text("import time\ndef slow(completions, **_):\n    if '' in completions:\n        time.sleep(9)\n"
+                    "    return [float(len(text) % 7) for text in completions]\n")  # fmt: skip
+    random, sample, seen = np.random.default_rng(0), Sampler.sample, Counter[int]()
+
+    def replaced(*arguments: Any) -> list[Any]:
+        samples = sample(*arguments)
+        for number in range(0, len(samples), 2):
+            kind = int(random.integers(15))
+            kind = 0 if kind == 13 and random.random() > 0.1 else kind
+            seen[kind] += 1
+            samples[number] = replace(samples[number], text=hostile_completions(random)[kind])
+        return samples
+
+    monkeypatch.setattr(Sampler, "sample", replaced)
+    sources = ["math", "regex:(a|aa)+$", f"json_schema:{schema}", f"{file}:slow"]
+    data = tmp_path / "prompts.jsonl"
+    config = grpo(
+        reward=sources,
+        data=str(data),
+        max_steps=int(os.environ.get("STEPS", "2000")),
+        max_completion_length=2,
+        reward_seconds=0.2,
+    )
+    result = run(config.replaced(num_generations=2, per_device_train_batch_size=1, eval_steps=0, validation_split=0))
+    assert result.steps == 2000
+    assert len(seen) == 15
+    metrics = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert sum(step.get("over_limit", 0) for step in metrics) > 100
+    assert all(math.isfinite(step["loss"]) for step in metrics if "loss" in step)
