@@ -473,7 +473,7 @@ def test_two_thousand_steps_with_hostile_completions_end_as_usual(
     config = grpo(
         reward=sources,
         data=str(data),
-        max_steps=int(os.environ.get("STEPS", "2000")),
+        max_steps=2000,
         max_completion_length=2,
         reward_seconds=0.2,
     )
