@@ -29,13 +29,13 @@ MOST_LINES = {
     "data": 4580,
     "kernels": 1520,
     "engine": 940,
-    "train": 10280,
-    "evaluation": 2380,
+    "train": 10320,
+    "evaluation": 2700,
     "study": 4960,
     "verify": 1000,
     "report": 2800,
     "serve": 2060,
-    "cli": 4360,
+    "cli": 4380,
 }
 MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,7 @@ from tailora.train.config import GRPO, TASK_TYPES, TrainConfig
 from tailora.train.launch import count_processes, how_to_resume, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
+    from tailora.evaluation.judge import Judge
     from tailora.train.answers import ComparedAnswer
     from tailora.train.events import TrainResult
 
@@ -73,6 +75,10 @@ def train(
         run_log.check_run_folder(config, overwrite=given.overwrite)
     check_sources_of_run(config)
     fetch_sources(config.model)
+    if config.judges and is_rank_0() and not is_launched_by_tailora():
+        from tailora.evaluation.judge import Judge
+
+        Judge(config, log).check()
     if given.nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(given.nproc_per_node, config.device)
         if processes > 1:
@@ -84,6 +90,7 @@ def train(
             from accelerate import PartialState
 
             from tailora.evaluation.classification import check_packages
+            from tailora.evaluation.judge import Judge
             from tailora.train.failures import Interrupted, fail_together
             from tailora.train.memory import peak_bytes
             from tailora.train.parallel import own_process_group
@@ -103,8 +110,10 @@ def train(
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState()))
         if config.fsdp or is_main:
-            answers, directions = answer_prompts(result, config)
+            judge = Judge(config, log) if config.judges and is_main else None
+            answers, directions = answer_prompts(result, config, judge)
             measured = measure_forgetting(result, config) | {"higher_is_better": directions}
+            measured |= {} if judge is None else {"judge": dict(judge.counts)}
     if not is_main:
         return 0
     folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
@@ -128,6 +137,7 @@ FILES = {
     ADAPTER: "the adapter, in PEFT format",
     "model": "the fine-tuned model, in Hugging Face format",
     SAMPLES: "answers to held-out prompts, before and after training",
+    "verdicts.jsonl": "verdicts of the judge, which it is not asked for again",
     HELD_OUT: "the rows that were held out",
     "metrics.jsonl": "{loss}, learning rate and speed of every step",
     "examples.jsonl": "{loss} of each held-out example, before and after training",
@@ -218,7 +228,9 @@ def write_results(
     return report, page
 
 
-def answer_prompts(result: "TrainResult", config: TrainConfig) -> tuple[list["ComparedAnswer"], dict[str, bool]]:
+def answer_prompts(
+    result: "TrainResult", config: TrainConfig, judge: "Judge | None"
+) -> tuple[list["ComparedAnswer"], dict[str, bool]]:
     """Returns answers of the base and the fine-tuned model, and of each metric whether higher is better."""
     from tailora.train.answers import answer_held_out
     from tailora.train.memory import explain_out_of_memory
@@ -228,7 +240,8 @@ def answer_prompts(result: "TrainResult", config: TrainConfig) -> tuple[list["Co
     advice = f"the adapter in {result.output_dir} is complete; use --metric-examples 0 to skip the answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", advice), counter(console, "answers") as progress:
-        return answer_held_out(result.model, result.tokenizer, result.data, config, log, progress)
+        compare = None if judge is None else partial(judge.compare, progress=progress)
+        return answer_held_out(result.model, result.tokenizer, result.data, config, log, progress, compare)
 
 
 def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, Any]:

@@ -9,14 +9,16 @@ adjusted for their number (Holm, Scand. J. Stat. 6, 1979).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from tailora.evaluation.answer_faults import FAULTS, Fault, faults_of
+from tailora.evaluation.judge import judge_facts
 from tailora.evaluation.statistics import mean_interval, wilson_interval
 from tailora.train.answers import AnswerFacts, ComparedAnswer
+from tailora.train.config import JUDGE
 from tailora.train.significance import LEVEL, MOST_MISSING, Change, Finding, Floats, Interval, change_of
 
 MOST_FAULTY = 0.2  # share of answers with a fault after training, above which the verdict names it
@@ -38,6 +40,7 @@ class MetricChange:
 
     gained, lost: answers that became right or wrong; None unless all scores are 0 or 1.
     p_value: of the change, adjusted unless this is the first metric.
+    judge: what influenced the verdicts of a judge; its score after training is the win rate, and .5 before.
     """
 
     before: Interval
@@ -48,6 +51,7 @@ class MetricChange:
     lost: int | None
     is_constant: bool  # all answers have the same score
     p_value: float
+    judge: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def finding(self) -> Finding:
@@ -63,6 +67,7 @@ class MetricChange:
             "p": self.p_value,
             "examples": self.answers,
             "finding": self.finding,
+            **self.judge,
         }
 
 
@@ -95,6 +100,7 @@ def metric_changes(answers: Sequence[ComparedAnswer], higher_is_better: Mapping[
             lost=int((moved < 0).sum()) if is_share else None,
             is_constant=bool(np.ptp(scores[known]) == 0),
             p_value=change.p_value,
+            judge=judge_facts(answers) if name == JUDGE else {},
         )
     return _adjusted(changes)
 
@@ -118,6 +124,8 @@ def _adjusted(changes: Mapping[str, MetricChange]) -> dict[str, MetricChange]:
 
 def describe_metric(name: str, metric: MetricChange, prompts: str) -> str:
     """Returns a sentence. prompts: number and name, such as "200 held-out prompts"."""
+    if metric.judge:
+        return _describe_judge(metric, prompts)
     is_share, (value, low, high) = metric.gained is not None, metric.change.interval
     before, after = (f"{part.value:.0%}" if is_share else f"{part.value:.3f}" for part in (metric.before, metric.after))
     if metric.is_constant:
@@ -132,6 +140,21 @@ def describe_metric(name: str, metric: MetricChange, prompts: str) -> str:
         return f"Whether {name} changed cannot be told{reason}: it went {moved}."
     flips = f"; {metric.gained:,} answers became right and {metric.lost:,} wrong" if is_share else ""
     return f"{name} {'rose' if value > 0 else 'fell'} {moved}{flips}."
+
+
+def _describe_judge(metric: MetricChange, prompts: str) -> str:
+    rate, low, high = metric.after
+    ends = "" if math.isnan(low) else f"{max(low, 0):.0%} to {min(high, 1):.0%}"
+    order, equal = metric.judge["order_changed"], metric.judge["win_rate_at_equal_length"]
+    facts = [ends] if ends else []
+    facts += [] if order is None else [f"{order:.0%} of its verdicts changed with the order"]
+    facts += ["unknown at equal length" if equal is None else f"{equal:.0%} at equal length"]
+    preferred = f"the judge preferred the tuned answers to {rate:.0%} of {prompts} ({'; '.join(facts)})"
+    if metric.finding != "cannot tell":
+        return f"{preferred}."
+    missing = metric.change.missing
+    reason = f" because {missing:.0%} of the prompts have no verdict" if missing > MOST_MISSING else ""
+    return f"{preferred}, from which no preference can be told{reason}."
 
 
 # ---- Faults
@@ -205,12 +228,13 @@ def answers_verdict(
     finding = loss if first is None else first.finding
     worse_faults = [DOES[fault] for fault, change in faults.items() if change.has_risen]
     if finding == "better" and worse_faults:
-        gain = f"{name} became better" if first else "The loss fell"
+        gain = "The loss fell" if first is None else f"{name} became better"
+        gain = "The judge prefers the tuned answers" if first is not None and first.judge else gain
         return "cannot tell", " ".join([f"{gain}, but the answers {' and '.join(worse_faults)}.", *texts])
     if first is None:
         return finding, ""
     if "cannot tell" not in (loss, finding) and loss != finding:
-        texts.append(f"The loss says the opposite, but {name} decides.")
+        texts.append(f"The loss says the opposite, but {'the judge' if first.judge else name} decides.")
     elif finding == "cannot tell" and loss == "better":
         texts.append("A lower loss alone does not show that the answers are better.")
     return finding, f"{finding.capitalize()}: {' '.join(texts)}"

@@ -52,6 +52,7 @@ class Effect:
     labels: dict[str, Any] = field(default_factory=dict)  # `label_details` after training
     text: str = ""  # the effect on the metrics in words
     answers: dict[str, MetricChange] = field(default_factory=dict)  # of metrics that judge answers
+    first_metric: str = ""  # of these, which decides even if it has no scores
     faults: dict[str, FaultChange] = field(default_factory=dict)  # of the answers
 
 
@@ -80,6 +81,7 @@ def effect_of(
         losses,
         change_of(before, after, tokens, higher_is_better=False),
         answers=metric_changes(samples, higher_is_better),
+        first_metric=next(iter(higher_is_better), ""),
         faults={} if header.get("rewards") else fault_changes(samples),
     )
     if header.get("labels"):
@@ -121,13 +123,14 @@ def run_verdict(
         return RunVerdict(f"Held-out loss went from {change} {unit}; its interval was not recorded.")
     of_loss = describe_change(effect.change, plural(effect.examples, "held-out example"), unit)
     of_loss += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
-    is_unknown = bool(settings.get("metric")) and not effect.answers
+    is_unknown = bool(settings.get("metric")) and effect.first_metric not in effect.answers
     asked = max((metric.answers for metric in effect.answers.values()), default=0)
     finding, of_answers = answers_verdict(
         effect.answers, effect.faults, effect.change.finding, plural(asked, "held-out prompt")
     )
     if is_unknown:
-        finding, of_answers = "cannot tell", "Cannot tell: the answers have no scores by the metrics."
+        missing = f"by {effect.first_metric}" if effect.answers else "by the metrics"
+        finding, of_answers = "cannot tell", f"Cannot tell: the answers have no scores {missing}."
     is_better = not effect.labels or beats_majority(after["accuracy"].value, effect.labels)
     of_task = [of_loss, effect.text] if is_better else [effect.text, of_loss]
     text = " ".join(filter(None, [of_answers, *of_task, describe_faults(effect.faults)]))

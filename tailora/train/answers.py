@@ -27,7 +27,7 @@ from tailora.data.schemas import GRPO, TEXT
 from tailora.data.tokenize import last_reply, reply_text
 from tailora.errors import ConfigError
 from tailora.model import LoRAModel
-from tailora.train.config import TASK_TYPES, TrainConfig
+from tailora.train.config import JUDGE, TASK_TYPES, TrainConfig
 from tailora.train.generate import (
     EncodedPrompt,
     free_positions,
@@ -81,6 +81,7 @@ class ComparedAnswer:
     after: AnswerFacts | None = None  # of `tuned`
     cluster: int = 0  # the same number for prompts that are alike, or belong together
     is_training: bool = False  # the prompt is one that was trained
+    judged: tuple[float | None, ...] = ()  # by a judge: 1 if it preferred `tuned` as answer A, and as answer B
 
     @property
     def pairs(self) -> list[tuple[str, AnswerFacts]]:
@@ -89,8 +90,17 @@ class ComparedAnswer:
         return [(text, facts) for text, facts in answers if facts is not None]
 
 
+JudgeAnswers = Callable[[Sequence[ComparedAnswer], Sequence[Question]], list[ComparedAnswer]]
+
+
 def answer_held_out(
-    model: Trainable, tokenizer: Any, data: PreparedData, config: TrainConfig, note: Note, progress: Progress
+    model: Trainable,
+    tokenizer: Any,
+    data: PreparedData,
+    config: TrainConfig,
+    note: Note,
+    progress: Progress,
+    judge: JudgeAnswers | None = None,
 ) -> tuple[list[ComparedAnswer], dict[str, bool]]:
     """Returns answers to a fixed sample of the held-out prompts, and to training prompts if these are few.
 
@@ -98,10 +108,12 @@ def answer_held_out(
 
     Texts have no replies, and reinforcement learning evaluates itself: of these, answers are only shown.
     With a sharded model, all ranks must call it. If a metric fails, the answers have no scores.
+    judge: a language model that compares the answers.
     """
     is_shown_only = data.report.task == GRPO or data.report.shape == TEXT
-    metrics = [] if is_shown_only else parse_rewards([], config.metric)[1]
-    number = config.metric_examples if config.metric_examples is not None else MOST_JUDGED if metrics else MOST_READ
+    metrics = [] if is_shown_only else parse_rewards([], config.metric_functions)[1]
+    has_metric = not is_shown_only and bool(config.metric)
+    number = config.metric_examples if config.metric_examples is not None else MOST_JUDGED if has_metric else MOST_READ
     if is_shown_only:
         number = min(number, config.samples)
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.eval_samples))[:number]).tolist()
@@ -110,15 +122,20 @@ def answer_held_out(
     if number and not is_shown_only and len(data.eval_samples) < FEW_HELD_OUT and not is_seq2seq(model):
         some = np.random.default_rng(0).permutation(len(data.train))[:TRAINING_PROMPTS]
         questions += [training_question(data.train[int(i)], tokenizer) for i in some if not data.train[int(i)].images]
-    limit = config.max_completion_length if metrics or data.report.task == GRPO else NEW_TOKENS
+    limit = config.max_completion_length if has_metric or data.report.task == GRPO else NEW_TOKENS
     if questions:
         note(f"answering {len(questions):,} prompts before and after training, with at most {limit:,} new tokens each")
     answers = compare_answers(model, tokenizer, questions, max_new_tokens=limit, progress=progress)
     try:
-        return score_answers(answers, questions, metrics, config.reward_seconds)
+        answers, directions = score_answers(answers, questions, metrics, config.reward_seconds)
     except RewardError as error:  # the run is complete, so it has not failed
         note(f"the answers could not be judged: {error}")
         return answers, {}
+    if judge is None or not has_metric:
+        return answers, directions
+    names = [*directions]
+    names.insert(next(place for place, name in enumerate(config.metric) if name.startswith(JUDGE)), JUDGE)
+    return judge(answers, questions), {name: directions.get(name, True) for name in names}
 
 
 def training_question(example: Example, tokenizer: Any) -> Question:
@@ -163,7 +180,7 @@ def check_metrics(config: TrainConfig, data: PreparedData | None, tokenizer: Any
 
     Raises ConfigError if there is nothing to judge, or a metric needs what the rows lack; RewardError if one fails.
     """
-    metrics = parse_rewards([], config.metric)[1]
+    metrics = parse_rewards([], config.metric_functions)[1]
     names = ", ".join(config.metric)
     if data is not None and (data.report.task in TASK_TYPES or data.report.shape == TEXT):
         raise ConfigError(f"--metric {names} judges answers, but the data has {data.report.shape} rows; remove it")

@@ -20,6 +20,7 @@ from tailora.errors import ConfigError, listing
 
 LabelTask = Literal["sequence-classification", "regression", "token-classification"]
 GRPO = "grpo"  # task: reinforcement learning
+JUDGE = "judge"  # --metric judge:URL: a language model
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "rloo"]
 Quantize = Literal["nf4", "int8"]
@@ -273,6 +274,10 @@ class TrainConfig(StrictModel):
         description="number of held-out prompts to answer before and after training; 0: none; default: 200 with a "
         "metric, 24 without",
     )
+    judge_model: str | None = Field(None, description="name of the model that --metric judge:URL uses on its server")
+    judge_prompt: str | None = Field(
+        None, description="file with the prompt of the judge, with {prompt}, {answer_a} and {answer_b}"
+    )
     samples: NonNegativeInt = Field(3, description="number of these answers to show")
     report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")
@@ -325,6 +330,17 @@ class TrainConfig(StrictModel):
             (adapter_settings, f"the adapter in --adapter already defines {adapter_settings}; remove these settings"),
         ]
         rules += self._grpo_rules()
+        never = "a judge compares answers after training, and is never trained on; remove it"
+        rules += [
+            (any(reward.startswith(f"{JUDGE}:") for reward in self.reward), f"--reward judge: {never}"),
+            (self.task == GRPO and bool(self.judges), f"--task grpo does not support --metric judge:URL: {never}"),
+            (len(self.judges) > 1, "--metric judge:URL appears twice; use one judge"),
+            (bool(self.judges) and not self.judge_model, "--metric judge:URL needs --judge-model NAME"),
+            (
+                not self.judges and (self.judge_model or self.judge_prompt),
+                "--judge-model and --judge-prompt need a judge; add --metric judge:URL",
+            ),
+        ]
         problems = [message for is_broken, message in rules if is_broken]
         for settings, other, allowed in COMBINATIONS:
             value, given = getattr(self, other), ", ".join(self.changed(settings))
@@ -367,6 +383,16 @@ class TrainConfig(StrictModel):
                 f"--save-steps {steps} must be a multiple of --num-iterations {self.num_iterations}",
             ),
         ]
+
+    @property
+    def judges(self) -> list[str]:
+        """Addresses of language models that judge."""
+        return [metric.removeprefix(f"{JUDGE}:") for metric in self.metric if metric.startswith(f"{JUDGE}:")]
+
+    @property
+    def metric_functions(self) -> list[str]:
+        """The metrics without those."""
+        return [metric for metric in self.metric if not metric.startswith(f"{JUDGE}:")]
 
     def changed(self, names: Iterable[str]) -> list[str]:
         """Returns the names of the settings that differ from their defaults."""

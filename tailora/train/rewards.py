@@ -58,7 +58,7 @@ if sys.platform != "win32":
 RewardFunction = Callable[..., Sequence[float | None]]
 ARGUMENTS = ("prompts", "completions", "completion_ids")  # of functions, besides the columns
 # names that functions cannot have
-OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "over_limit", "kl")
+OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "over_limit", "kl", "judge")
 
 LARGEST = 1e9  # reward, and weight: the square of their product fits into float32
 BUILT_IN_SECONDS = 2.0  # of the processor that a built-in reward gets for a completion, and memory

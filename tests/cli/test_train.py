@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import check_refused, found, output
+from judge_server import KEY, fake_judge
 
 from tailora.cli.main import main
 from tailora.cli.train import first_prompt, next_commands
@@ -419,3 +420,28 @@ def test_a_metric_that_fails_on_an_answer_leaves_the_run_without_a_verdict(
     shown = capsys.readouterr()
     assert "the answers could not be judged: reward" in shown.err
     assert "Cannot tell: the answers have no scores by the metrics." in " ".join(shown.out.split())
+
+
+def test_a_judge_decides_the_verdict_and_its_key_is_in_no_file(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags |= {"--judge-model": "fake", "--metric-examples": "2"}
+    with fake_judge(monkeypatch) as server:
+        flags["--metric"] = f"judge:{server.url}"
+        assert main([*line(flags), "--json"]) == 0
+        shown = capsys.readouterr()
+        result, sent = json.loads(shown.out.splitlines()[-1]), len(server.requests)
+        check_refused("a judge never chooses settings", *line(flags, command="search"))
+        server.reply = lambda _a, _b: 401
+        assert main(line(flags, {"--output-dir": str(tmp_path / "other")})) == 1
+    metric = result["metrics"]["judge"]
+    assert (metric["before"], metric["after"], metric["order_changed"]) == (0.5, 0.5, 1.0)  # it says A
+    assert result["judge"] == {"requests": sent - 1, "cached": 0}
+    assert result["verdict"].startswith(
+        "Cannot tell: the judge preferred the tuned answers to 50% of 2 held-out prompts"
+    )
+    assert "one request now" in shown.err
+    assert f"sending {sent - 1} requests with prompts and answers" in shown.err
+    shown = capsys.readouterr()
+    assert KEY not in shown.out + shown.err
+    assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())

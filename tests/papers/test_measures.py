@@ -9,9 +9,12 @@ import pytest
 import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from tailora.evaluation.answer_faults import NGRAM, WINDOW, repetition
 from tailora.evaluation.classification import _calibration
+from tailora.evaluation.judge import win_rate_at_equal_length
 from tailora.evaluation.rewards import pass_at_k
 from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank
 from tailora.study.optuna_study import importances
@@ -89,3 +92,24 @@ def test_repetition_is_the_share_of_ngrams_that_occurred_before(text: str) -> No
     ngrams = [end[i:][:NGRAM] for i in range(len(end)) if len(end[i:]) >= NGRAM]
     old = sum(ngram in ngrams[:i] for i, ngram in enumerate(ngrams))
     assert repetition(text) == pytest.approx(old / max(1, len(ngrams)))
+
+
+@pytest.mark.parametrize("is_separable", [False, True])
+def test_win_rate_at_equal_length(is_separable: bool) -> None:
+    """logit P(win) = a + b tanh(difference / sd), at 0 (arXiv:2404.04475, the length term), with a weak prior."""
+    random = np.random.default_rng(0)
+    longer = random.normal(50, 100, 3000).round()
+    x = np.tanh(longer / longer.std())
+    wins = (x > 0).astype(float) if is_separable else (random.random(3000) < expit(0.4 + 2 * x)).astype(float)
+    wins[:100] = 0.5 if not is_separable else wins[:100]
+
+    def loss(w: np.ndarray) -> float:
+        p = expit(w[0] + w[1] * x).clip(1e-15, 1 - 1e-15)
+        return float(-(wins * np.log(p) + (1 - wins) * np.log(1 - p)).sum() + 0.005 * (w**2).sum())
+
+    rate = win_rate_at_equal_length(wins, longer)
+    assert rate == pytest.approx(expit(minimize(loss, np.zeros(2)).x[0]), abs=1e-3)
+    assert is_separable or rate == pytest.approx(expit(0.4), abs=0.03)
+    assert rate == pytest.approx(1 - win_rate_at_equal_length(1 - wins, -longer))
+    assert win_rate_at_equal_length(wins, abs(longer) + 1) is None
+    assert win_rate_at_equal_length([1, 0, 1, 1], [0, 0, 0, 0]) == pytest.approx(0.75, abs=0.01)
