@@ -266,10 +266,16 @@ def test_the_report_says_whether_a_chat_template_renders_the_rows(
     assert prepare(jsonl(rows), tokenizer, validation_split=0, **task).report.chat_template == is_rendered
 
 
+def read_stream(*args: Any, streaming: bool = True, **options: Any) -> None:
+    assert streaming
+    list(stream(*args, **options))
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
         ("", {}, r"rows.jsonl: expected at least one row, got none"),
+        ("", {"streaming": True}, r"rows.jsonl: expected at least one row"),
         ("\n\n", {}, r"rows.jsonl: expected at least one row"),
         (
             "nonsense\n[]\n",
@@ -283,13 +289,15 @@ def test_the_report_says_whether_a_chat_template_renders_the_rows(
         ('{"text": "a b"}', {"field": {"text": "txt"}}, r"no column 'txt'; did you mean text\?"),
         (json.dumps(chat_row("a", "b")), {}, r"rows.jsonl:1: messages need a chat template"),
         ('{"text": "one two three"}', {"max_length": 1}, r"max_length 1 removes all .*longest row has \d+ tokens"),
+        ('{"text": "one two three"}', {"max_length": 1, "streaming": True}, "max_length 1 removes all trained tokens"),
     ],
 )
 def test_unusable_data_is_refused_with_the_reason(bytes_tokenizer, tmp_path: Path, content, options, message) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
+    read = read_stream if "streaming" in options else prepare
     with pytest.raises(DataError, match=message):
-        prepare(str(path), bytes_tokenizer(), **options)
+        read(str(path), bytes_tokenizer(), **options)
 
 
 def test_every_problem_of_every_kind_is_named_at_once(bytes_tokenizer, tmp_path: Path, chatml) -> None:
@@ -430,15 +438,6 @@ def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
         next(examples)
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [([], "expected at least one row"), ([{"text": "one two three"}], "max_length 1 removes all trained tokens")],
-)
-def test_a_stream_without_trained_tokens_is_refused(bytes_tokenizer, jsonl, rows, message) -> None:
-    with pytest.raises(DataError, match=message):
-        list(stream(jsonl(rows), bytes_tokenizer(), max_length=1))
-
-
 def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenizer, jsonl, chatml) -> None:
     rows = [{"question": f"hello {n}", "choices": ["you", "me"], "answer": 0} for n in range(4)]
     for path in (jsonl(rows, "choices.jsonl"), jsonl([chat_row(f"hello {n}", "you") for n in range(4)], "chats.jsonl")):
@@ -456,7 +455,7 @@ TEXT = {"text": "a b"}
 FEEDBACK_ROWS = [{"prompt": f"{n}", "completion": f"b {n}", "label": n % 2 == 0} for n in range(3)]
 
 
-@pytest.mark.parametrize("read", [prepare, lambda *args, **options: next(stream(*args, **options))])
+@pytest.mark.parametrize("read", [prepare, read_stream])
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import check_refused
+from runs import not_run
 
 from tailora.errors import ConfigError, TargetError
 from tailora.report.files import write_page
@@ -19,10 +20,6 @@ from tailora.study.trial import Listen, Trial, TrialSpec, Worker, evaluation_hal
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
-
-
-def not_run(*_: Any) -> Trial:
-    raise AssertionError("every trial is there")
 
 
 def test_an_arm_with_targets_that_the_model_lacks_is_named(small_run: TrainConfig, tmp_path: Path) -> None:

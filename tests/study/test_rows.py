@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import check_refused, found, output
+from runs import not_run
 from tiny import chat_tokenizer
 from tiny_run import WORDS, save_model, write_rows
 
@@ -214,10 +215,6 @@ def test_texts_lose_only_the_lines_that_all_begin_with(monkeypatch: pytest.Monke
     turns: Any = ["<s>Hi\nyou<s><s>me\nyes", f"<s>{'word ' * 100}", f"<s>{'字' * 200}"]
     shortened = [f"{'word ' * 15}word … {'word ' * 15}word", f"{'字' * 80} … {'字' * 80}"]
     assert _texts(run, turns) == ["Hi\nyou | me\nyes", *shortened]
-
-
-def not_run(*_: Any) -> Trial:
-    raise AssertionError("every trial exists")
 
 
 def test_a_verdict_needs_several_seeds_and_mentions_what_helps_more() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from runs import not_run
 from transformers import AutoModelForCausalLM
 
 from tailora.core.config import LoRAConfig
@@ -41,14 +42,14 @@ def settings(train: TrainConfig, **changes: Any) -> dict[str, Any]:
     return trial_settings(train, {"learning_rate": 1e-2, "max_steps": 3, **changes})
 
 
+def diverged(*_: Any) -> Trial:
+    return Trial("diverged", "")
+
+
 def test_all_seeds_of_a_study_hold_out_the_same_examples() -> None:
     train = TrainConfig(learning_rate=1e-3, seed=3)
     assert trial_settings(train, {}, seed=9)["split_seed"] == 3
     assert trial_settings(train.replaced(split_seed=7), {}, seed=9)["split_seed"] == 7
-
-
-def not_run(*_: Any) -> Trial:
-    raise AssertionError("the trial is there")
 
 
 @pytest.fixture(scope="module")
@@ -281,10 +282,7 @@ def test_a_trial_that_is_stopped_ends_all_its_processes(tmp_path: Path, monkeypa
 def test_the_number_of_processes_may_change_if_the_batches_of_a_step_stay_the_same(
     small_run: TrainConfig, tmp_path: Path
 ) -> None:
-    def none_done(*_: Any) -> Trial:
-        return Trial("diverged", "")
-
-    made = get_trial(of_two(small_run, gradient_accumulation_steps=2), tmp_path, run_trial=none_done)
+    made = get_trial(of_two(small_run, gradient_accumulation_steps=2), tmp_path, run_trial=diverged)
     assert made.processes == 2
     for processes, accumulation in ((1, 4), (4, 1)):
         asked = settings(small_run, device="cpu", gradient_accumulation_steps=accumulation)
@@ -306,11 +304,8 @@ def test_an_error_of_the_process_is_sent_to_the_study(
 
 
 def test_a_trial_with_other_settings_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:
-    def none_done(*_: Any) -> Trial:
-        return Trial("diverged", "", {}, [], [], [], None, 0)
-
     spec = TrialSpec(settings(small_run))
-    get_trial(spec, tmp_path, run_trial=none_done)
+    get_trial(spec, tmp_path, run_trial=diverged)
     get_trial(replace(spec, before=([1.0], [1])), tmp_path, run_trial=not_run)  # no setting
     default = {"lr_scheduler_type": TrainConfig(model="x", data="x").lr_scheduler_type}
     get_trial(replace(spec, settings=settings(small_run, **default)), tmp_path, run_trial=not_run)

@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from runs import not_run
 
 from tailora.core import device
 from tailora.errors import ConfigError
@@ -98,10 +99,6 @@ def test_workers_share_a_search_and_what_one_leaves_is_run_by_another(
     again = search(train, STUDY.replaced(workers=1), run_trial=not_run)
     assert again.best == found.best
     assert SEVERAL in again.notes  # as was true when the runs were made
-
-
-def not_run(*_: Any, **__: Any) -> Any:
-    raise AssertionError("every trial is there")
 
 
 def test_a_search_whose_workers_all_fail_says_why(
