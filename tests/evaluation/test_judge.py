@@ -42,7 +42,7 @@ def judged(
 
 
 def test_biases_by_order_and_length_show_and_verdicts_are_cached(server: Server, tmp_path: Path) -> None:
-    server.reply = lambda a, b: "[[A]]" if len(a) + 30 > len(b) else "I prefer [[B]]"
+    server.reply = lambda a, b: "[[A]]" if len(a) + 30 > len(b) else "[[A]] is short: [[b]]"
     random = np.random.default_rng(0)
     lengths = [(100, int(100 + d)) for d in random.normal(40, 60, 60).round()]
     _, answers, notes = judged(server, tmp_path, lengths)
@@ -66,6 +66,13 @@ def test_biases_by_order_and_length_show_and_verdicts_are_cached(server: Server,
     assert judged(server, tmp_path, lengths)[1] == answers
     assert judged(server, tmp_path, lengths)[1] == answers
     assert len(server.requests) == sent + 1
+    config = TrainConfig(metric=[f"judge:{server.url}/api/v1/"], judge_model="fake", output_dir=str(tmp_path))
+    other = Judge(config, notes.append)
+    assert other.url == f"{server.url}/api/v1/chat/completions"
+    asked = Question(EncodedPrompt("p0", [1]), "p0"), Question(EncodedPrompt("p1", [1]), "p1", is_training=True)
+    other.model = "other"  # with the verdicts of the first one in the file
+    first, second = other.compare(answers[:2], asked, lambda _done, _total: None)
+    assert (other.counts["requests"], first.judged, second) == (2, answers[0].judged, answers[1])
 
 
 @pytest.mark.parametrize(
@@ -95,6 +102,7 @@ def test_failing_judges_are_asked_again_and_given_up(
     with pytest.raises(ServerError, match="has no verdict"):
         Judge(TrainConfig(metric=[f"judge:{server.url}"], judge_model="fake", output_dir="new"), notes.append).check()
     assert KEY not in "".join(notes)
+    assert isinstance(reply, str) or "Bearer ***" in notes[-2]
     assert all(KEY not in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
 
 
