@@ -368,7 +368,7 @@ def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
         rows.append(row)
     names = {m.name.partition("@")[0] for m in metrics}  # of pass@8, pass
     note = "; ".join(f"{name}: {text}" for name, text in meanings.items() if name.partition("@")[0] in names)
-    return Section("Metrics", "On the held-out examples.", [Table(columns, rows, note=f"{note}.")])
+    return Section("Metrics", "On the held-out examples.", [Table(columns, rows, note=note and f"{note}.")])
 
 
 def _curve(report: TrainReport, measure: Measure, unit: str) -> Figure | None:
