@@ -33,9 +33,9 @@ MOST_LINES = {
     "evaluation": 2700,
     "study": 4960,
     "verify": 1000,
-    "report": 2800,
+    "report": 2880,
     "serve": 2060,
-    "cli": 4380,
+    "cli": 4400,
 }
 MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines

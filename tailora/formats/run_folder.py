@@ -2,8 +2,10 @@
 
 import json
 import re
+import textwrap
+import time
 from collections.abc import Collection, Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
-SUMMARY = "summary.json"  # what `tailora runs` lists of them
+SUMMARY = "summary.json"  # what `tailora runs` lists of a report, in at most SUMMARY_BYTES
+SUMMARIZED, SUMMARY_BYTES = ("train", "compare", "search", "rows", "curve"), 4096
 SAMPLES = "samples.json"
-LISTED = ("train", "compare", "search", "rows", "curve")  # kinds of reports that have a summary
 HELD_OUT = "held_out.jsonl"  # rows of the data that the run was evaluated on
 TRAINED_ROWS = "trained-rows.bin"  # 8 bytes for each row that the run trains on
 REFERENCE = "reference.npz"  # the model's values for the examples before training, for losses that need them
@@ -38,7 +40,7 @@ ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, PASSPORT, SYSTEM)
 # A merged model looks like any other
 OTHER_EXPORTED_FILES = (GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS, DIFFUSERS_WEIGHTS, SERVE_SCRIPT, CHAT_TEMPLATE)
 EXPORTED_FILES = (*ADAPTER_FILES, *OTHER_EXPORTED_FILES)
-REPORT_FILES = (REPORT, PAGE, SUMMARY)
+REPORT_FILES = (REPORT, PAGE)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -146,26 +148,31 @@ def recorded_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path, kind: str, content: Mapping[str, Any], *, allow_nan: bool = True) -> Path:
-    """Writes report.json and returns its path. Raises WriteError, and ValueError for NaN unless `allow_nan`."""
+    """Writes report.json and returns its path; of a run or a study, also summary.json.
+
+    Raises WriteError, and ValueError for NaN unless `allow_nan`.
+    """
     write_file(folder / REPORT, json.dumps({"kind": kind, **content}, indent=1, allow_nan=allow_nan).encode())
-    if kind in LISTED:
-        write_file(folder / SUMMARY, json.dumps(_summary(kind, content)).encode())
+    if kind in SUMMARIZED:
+        write_file(folder / SUMMARY, _summary(folder, kind, content))
     return folder / REPORT
 
 
-def _summary(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a `report.run_records.RunRecord`, without its name."""
-    result, settings = content.get("result") or {}, content.get("settings") or {}
-    is_finished = kind != "train" or bool(result)
-    is_diverged = kind == "train" and bool((content.get("run") or {}).get("diverged"))
-    return {
+def _summary(folder: Path, kind: str, content: Mapping[str, Any]) -> bytes:
+    """Returns the content of summary.json. Of very many metrics, the last are missing."""
+    result, run = content.get("result") or content, folder / RUN
+    ended = run.stat().st_mtime if run.exists() else time.time()  # a report may be written again much later
+    summary = {
         "kind": kind,
-        "date": datetime.now().isoformat(" ", "minutes"),
-        "state": "diverged" if is_diverged else "finished" if is_finished else "interrupted",
-        "settings": settings.get("train", settings),
-        "verdict": content.get("verdict", ""),
-        "metrics": result.get("metrics", {}),
-        "eval_loss_before": result.get("eval_loss_before"),
-        "eval_loss_after": result.get("eval_loss_after"),
-        "seconds": result.get("total_seconds", content.get("seconds")),
+        "date": datetime.fromtimestamp(ended, UTC).isoformat(timespec="seconds"),
+        "verdict": textwrap.shorten(content.get("verdict", ""), 1000, placeholder=" …"),
+        "finding": content.get("finding"),
+        "loss_before": result.get("eval_loss_before"),
+        "loss_after": result.get("eval_loss_after"),
+        "seconds": result.get("total_seconds") or result.get("seconds"),
+        "metrics": list(content.get("metrics", ())),
     }
+    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # NaN is not JSON
+    while len(text := json.dumps(summary, ensure_ascii=False).encode()) > SUMMARY_BYTES and summary["metrics"]:
+        summary["metrics"].pop()
+    return text

@@ -1,13 +1,13 @@
-"""Runs and studies as records for a list, and the difference of two runs on what both were evaluated on.
+"""Runs and studies as records for a list. Reading them needs no torch.
 
-`tailora runs` reads only summary.json of each folder, which `write_report` writes, and run.json where a run has none.
+run.json, or the settings of a study  -> settings, state
+summary.json of a finished one        -> date, verdict, metrics, time
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,41 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from tailora.errors import ConfigError, FormatError
-from tailora.formats.io import read_json_object, read_own_json
-from tailora.formats.run_folder import RUN, SAMPLES, SUMMARY
+from tailora.formats.io import read_json_object
+from tailora.formats.run_folder import REPORT, RUN, SUMMARY
 from tailora.report.format import setting
-from tailora.train.run_log import EXAMPLES, LOCK, METRICS
-from tailora.train.significance import Change, change_of
+from tailora.study.study_store import STUDIES
+from tailora.train.config import REWARD
+from tailora.train.run_log import HOLDER, LOCK
 
 DEPTH = 3  # of folders that are searched
-NOT_SHOWN = frozenset({"output_dir", "resume_from_checkpoint", "model", "data"})
+OWN = frozenset({"output_dir", "resume_from_checkpoint"})  # settings that differ between any two runs
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json, or what is known without one."""
+
+    kind: str  # of report.json
+    date: str  # in ISO format
+    verdict: str = ""
+    finding: str | None = None  # None for a study
+    loss_before: float | None = None
+    loss_after: float | None = None
+    seconds: float | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # `report.pages.train.Metric`
+
+
+SUMMARIES = TypeAdapter(Summary)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One line of `tailora runs`."""
-
-    name: str  # path below the folder that is listed
-    kind: str  # of report.json; "train" for a run
-    date: str
-    state: str  # finished, running, interrupted, diverged or damaged
+    name: str
+    state: str  # finished, running, diverged, interrupted, or damaged; unfinished for a study
+    summary: Summary
     settings: dict[str, Any] = field(default_factory=dict)
-    verdict: str = ""
-    metrics: dict[str, Any] = field(default_factory=dict)  # `MetricChange.to_dict` by name
-    eval_loss_before: float | None = None
-    eval_loss_after: float | None = None
-    seconds: float | None = None
+    loss_unit: str = ""
 
     @property
     def model(self) -> str:
@@ -46,157 +57,101 @@ class RunRecord:
 
     @property
     def data(self) -> str:
-        names = self.settings.get("data", [])
-        return ", ".join(str(name).rpartition("/")[2] for name in ([names] if isinstance(names, str) else names))
+        sources = self.settings.get("data") or []
+        names = [sources] if isinstance(sources, str) else sources
+        return ", ".join(str(name).rstrip("/").rpartition("/")[2] for name in names)
 
     @property
     def result(self) -> str:
-        """The first metric or the loss, before and after."""
-        for name, metric in self.metrics.items():
-            return f"{name} {metric['before']:.3g} → {metric['after']:.3g}"
-        if self.eval_loss_before is None or self.eval_loss_after is None:
-            return ""
-        return f"loss {self.eval_loss_before:.3f} → {self.eval_loss_after:.3f}"
+        """The first metric or the loss, before and after training."""
+        first = next(iter(self.summary.metrics), {"name": "loss"})
+        before, after = (first.get(when, getattr(self.summary, f"loss_{when}")) for when in ("before", "after"))
+        return "" if before is None or after is None else f"{first['name']} {before:.3g} → {after:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "state": self.state, "model": self.model, "data": self.data, **vars(self.summary)}
 
 
 def records_in(folder: Path) -> list[RunRecord]:
     """Returns the runs and studies in a folder and its subfolders, the newest first. Raises ConfigError."""
     if not folder.is_dir():
-        raise ConfigError(f"no such folder: {folder}; pass the folder that contains your runs, such as outputs")
-    records = [record_of(path, str(path.relative_to(folder))) for path in _run_folders(folder)]
-    return sorted(records, key=lambda record: record.date, reverse=True)
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise ConfigError(f"{folder} {problem}; expected the folder that contains your runs, such as outputs")
+    return sorted(_records_below(folder), key=lambda record: record.summary.date, reverse=True)
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    """Yields the folders of runs and studies; a study's own runs are left out."""
+def _records_below(folder: Path) -> Iterator[RunRecord]:
+    """Yields the records of runs and studies, but not of the runs inside a study."""
     for path, folders, files in os.walk(folder):
-        if {RUN, SUMMARY} & {*files}:
-            yield Path(path)
-            folders.clear()
-        elif len(Path(path).relative_to(folder).parts) >= DEPTH:
-            folders.clear()
+        depth = Path(path).relative_to(folder)
+        record = record_of(Path(path), str(depth) if depth.parts else folder.name) if _file_of(files) else None
+        if record is not None:
+            yield record
+        hidden = [name for name in folders if name.startswith(".")]
+        for name in folders[:] if record is not None or len(depth.parts) >= DEPTH else hidden:
+            folders.remove(name)
 
 
-def record_of(path: Path, name: str) -> RunRecord:
-    """Returns the record of a run or a study; of a damaged file, only its state."""
+def _file_of(names: Sequence[str]) -> str | None:
+    """Returns the file with the settings of a run or a study; None if there is none."""
+    return next((name for name in (RUN, *STUDIES) if name in names), None)
+
+
+def record_of(path: Path, name: str) -> RunRecord | None:
+    """Returns the record of a run or a study; None if the folder has neither. Damaged files are a state."""
+    file = _file_of(os.listdir(path)) if path.is_dir() else None
+    if file is None:
+        return None
+    date = datetime.fromtimestamp((path / file).lstat().st_mtime, UTC).isoformat(timespec="seconds")
+    known: dict[str, Any] = {"kind": "train" if file == RUN else file.removesuffix(".json"), "date": date}
     try:
-        if (path / SUMMARY).exists():
-            content = read_json_object(path / SUMMARY)
-            return TypeAdapter(RunRecord).validate_python({**content, "name": name})
-        run = read_json_object(path / RUN)
-    except (FormatError, ValidationError):
-        return RunRecord(name, "", "", "damaged")
-    date = datetime.fromtimestamp((path / RUN).stat().st_mtime).isoformat(" ", "minutes")
-    result, settings = run.get("result") or {}, run.get("settings") or {}
-    state = "diverged" if run.get("diverged") else "finished" if result else "interrupted"
-    return RunRecord(
-        name,
-        "train",
-        date,
-        "running" if _is_locked(path) else state,
-        settings,
-        eval_loss_before=result.get("eval_loss_before"),
-        eval_loss_after=result.get("eval_loss_after"),
-        seconds=result.get("total_seconds"),
-    )
+        content = read_json_object(path / file)
+        settings = content.get("settings" if file == RUN else "train")
+        if not isinstance(settings, dict):  # a file of another program
+            return None
+        is_finished = bool(content.get("finished")) if file == RUN else (path / REPORT).exists()
+        state = "finished" if is_finished else _state_of_unfinished(path, content, is_study=file != RUN)
+        result, facts = content.get("result") or {}, dict(known)
+        facts["seconds"] = result.get("total_seconds") or result.get("seconds")
+        if content.get("loss_unit") != REWARD:  # whose loss is minus the reward
+            facts |= {f"loss_{when}": result.get(f"eval_loss_{when}") for when in ("before", "after")}
+        if is_finished and (path / SUMMARY).exists():
+            facts = read_json_object(path / SUMMARY)
+        summary = SUMMARIES.validate_python(facts)
+    except (FormatError, ValidationError, AttributeError) as error:
+        text = str(error) if isinstance(error, FormatError) else f"{path} has unexpected content"
+        return RunRecord(name, "damaged", Summary(**known, verdict=text))
+    return RunRecord(name, state, summary, settings, str(content.get("loss_unit", "")))
 
 
-def _is_locked(path: Path) -> bool:
-    if not os.access(path / LOCK, os.W_OK):
+def _state_of_unfinished(path: Path, content: dict[str, Any], *, is_study: bool) -> str:
+    locks = [holder.with_name(LOCK) for holder in path.rglob(HOLDER)] + [path / LOCK] * is_study
+    if any(map(_is_held, locks)):
+        return "running"
+    return "unfinished" if is_study else "diverged" if content.get("diverged") else "interrupted"
+
+
+def _is_held(lock: Path) -> bool:
+    if not os.access(lock, os.W_OK):  # FileLock would create it, or fail
         return False
     try:
-        with FileLock(path / LOCK, timeout=0):
+        with FileLock(lock, timeout=0):
             return False
     except Timeout:
         return True
 
 
-def different_settings(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """Returns of each run the settings that are not the same in all, as text."""
-    names = {name for record in records for name in record.settings} - NOT_SHOWN
-    different = [n for n in sorted(names) if len({json.dumps(r.settings.get(n)) for r in records if r.settings}) > 1]
-    return [{n: setting(record.settings.get(n)) for n in different if n in record.settings} for record in records]
+def different_settings(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Returns of each run the settings that are not the same in all runs that have them."""
+    values = dict[str, set[str]]()
+    for record in records:
+        for name, value in record.settings.items():
+            values.setdefault(name, set()).add(repr(value))
+    different = {name for name, texts in values.items() if len(texts) > 1} - OWN
+    return [{name: value for name, value in r.settings.items() if name in different} for r in records]
 
 
-# ---- Two runs
-
-
-@dataclass(frozen=True)
-class FlippedAnswer:
-    """A prompt whose answers got different scores by the first metric."""
-
-    prompt: str
-    first: str
-    second: str
-    first_score: float
-    second_score: float
-
-
-@dataclass(frozen=True)
-class RunDifference:
-    """The second run compared with the first, on the held-out examples and prompts that both were evaluated on."""
-
-    loss: Change | None  # None if they share no examples
-    metrics: dict[str, Change]
-    flipped: list[FlippedAnswer]
-    curves: list[dict[int, float]]  # of each run: step -> held-out loss
-
-
-def compare_runs(first: Path, second: Path) -> RunDifference:
-    """Raises FormatError for files that cannot be read."""
-    folders = (first, second)
-    return RunDifference(
-        _loss_difference([{row["text"]: row for row in read_lines(folder / EXAMPLES)} for folder in folders]),
-        *_metric_differences([_scored_answers(folder) for folder in folders]),
-        [{r["step"]: r["eval_loss"] for r in read_lines(folder / METRICS) if "eval_loss" in r} for folder in folders],
-    )
-
-
-def _loss_difference(examples: Sequence[Mapping[str, Mapping[str, Any]]]) -> Change | None:
-    """examples: of each run, the lines of examples.jsonl by their text."""
-    first, second = examples
-    pairs = [(row, second[text]) for text, row in first.items() if text in second]
-    pairs = [(a, b) for a, b in pairs if a["tokens"] == b["tokens"] and isinstance(a["after"], float)]
-    if not pairs:
-        return None
-    before, after = ([row["after"] for row in side] for side in zip(*pairs, strict=True))
-    return change_of(before, after, [row["tokens"] for row, _ in pairs], higher_is_better=False)
-
-
-def _metric_differences(
-    answers: Sequence[Mapping[Any, Mapping[str, Any]]],
-) -> tuple[dict[str, Change], list[FlippedAnswer]]:
-    """answers: of each run, those in samples.json that have scores, by their prompt and reference."""
-    first, second = answers
-    pairs = [(answer, second[key]) for key, answer in first.items() if key in second]
-    names = [n for n in (pairs[0][0]["after"]["scores"] if pairs else {}) if n in pairs[0][1]["after"]["scores"]]
-    changes, flipped = dict[str, Change](), list[FlippedAnswer]()
-    for name in names:
-        scores = [tuple(answer["after"]["scores"][name] for answer in pair) for pair in pairs]
-        known = [pair for pair in scores if None not in pair]
-        if known:
-            before, after = zip(*known, strict=True)
-            changes[name] = change_of(before, after, missing=len(scores) - len(known))
-        if name == names[0]:
-            flipped = [
-                FlippedAnswer(a["prompt"], a["tuned"], b["tuned"], *of_pair)
-                for (a, b), of_pair in zip(pairs, scores, strict=True)
-                if None not in of_pair and of_pair[0] != of_pair[1]
-            ]
-    return changes, flipped
-
-
-def _scored_answers(folder: Path) -> dict[Any, dict[str, Any]]:
-    path = folder / SAMPLES
-    content = read_own_json(path, list[dict[str, Any]], "train again") if path.exists() else []
-    return {(a["prompt"], a["reference"]): a for a in content if (a.get("after") or {}).get("scores")}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a log; [] without it. Raises FormatError."""
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except ValueError as error:
-        raise FormatError(f"a line of {path} is not JSON: {error}; delete the file, or train again") from None
+def settings_text(settings: dict[str, Any]) -> str:
+    """Returns the settings in a line, without model and data, and without those that are not set."""
+    shown = {name: setting(value) for name, value in settings.items() if value not in (None, [], {})}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if name not in ("model", "data"))

@@ -59,8 +59,8 @@ FILES = (
     REFERENCE,
     SAMPLES,
     REPORT,
-    PAGE,
     SUMMARY,
+    PAGE,
 )
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first

@@ -146,14 +146,14 @@ def write_train_report(folder: Path) -> dict[str, Any]:
 
 def train_report(folder: Path) -> dict[str, Any]:
     """Returns the content of report.json. Raises FormatError if a file of the run cannot be read."""
-    header = _read(folder / RUN)
+    header = read_run_file(folder / RUN)
     try:
         result, settings = header.pop("result"), header.pop("settings")
     except KeyError as missing:
         raise FormatError(f"{folder / RUN} has no {missing}; use the output folder of tailora train") from None
-    lines = _read(folder / METRICS)
+    lines = read_run_file(folder / METRICS)
     examples, completions, samples = (
-        _read(folder / name) if (folder / name).exists() else [] for name in (EXAMPLES, COMPLETIONS, SAMPLES)
+        read_run_file(folder / name) if (folder / name).exists() else [] for name in (EXAMPLES, COMPLETIONS, SAMPLES)
     )
     steps = [line for line in lines if "loss" in line]
     answers = TypeAdapter(list[ComparedAnswer]).validate_python(samples)
@@ -225,7 +225,7 @@ def _ends(estimate: Interval) -> tuple[float, float] | None:
     return None if math.isnan(estimate.low) else (estimate.low, estimate.high)
 
 
-def _read(path: Path) -> Any:
+def read_run_file(path: Path) -> Any:
     """Returns the content of a .json file, or of the lines of a .jsonl file, without an unfinished last line."""
     text, of_lines = path.read_text(encoding="utf-8"), path.suffix == ".jsonl"
     try:
