@@ -28,12 +28,10 @@ def test_the_default_device_changes_nothing(name: str, tmp_path: Path) -> None:
 
 
 def test_random_states_are_on_the_cpu_and_of_every_generator() -> None:
-    """Also of the second of two normal numbers, which Python and numpy keep for the next call."""
-
     def draws() -> list[float]:
         return [random.gauss(), np.random.standard_normal(), random.random(), float(torch.rand((), device=CPU))]
 
-    draws()
+    draws()  # Python and numpy keep the second of two normal numbers for the next call
     states, expected = random_state(), draws()
     set_random_state(states)
     with torch.device("meta"), seeded(3):
