@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailora.data.images import Image
-from tailora.errors import DataError
+from tailora.errors import ConfigError, DataError
 
 FOLDERS = re.compile(r".*/(?=[^/]*(:|, item )\d+( \(|$))")  # before FILE:ROW or FILE:ROW (label)
 ENOUGH, USUAL_SHARE, LARGEST_SHARE = 20, 0.05, 0.2  # of the examples, to hold out
+# Two halves of the held-out examples: one selects settings or the best step, the other evaluates what was selected
+FEWEST_HALVED = 4  # examples
+ENOUGH_TO_HALVE = 40  # with fewer, all examples of a run select its best step
 IGNORED = -100  # the label of a token that is read but not trained
 
 Int32 = NDArray[np.int32]
@@ -294,6 +297,28 @@ def _in_turns(order: list[int], classes: Sequence[int]) -> list[int]:
         positions[index] = (seen[classes[index]] + 0.5) / sizes[classes[index]]
         seen[classes[index]] += 1
     return sorted(order, key=lambda index: positions[index])
+
+
+def selection_half(count: int) -> Int64:
+    """Returns the indices of the selection half. Raises ConfigError for fewer than 4 held-out examples."""
+    return np.sort(_shuffled(count)[: count // 2])
+
+
+def evaluation_half(count: int) -> Int64:
+    """Returns the indices of the evaluation half, all others. Raises ConfigError for fewer than 4."""
+    return np.sort(_shuffled(count)[count // 2 :])
+
+
+def _shuffled(count: int) -> Int64:
+    """Returns a permutation that depends only on `count`."""
+    if count < FEWEST_HALVED:
+        examples = "1 distinct held-out example is" if count == 1 else f"{count} distinct held-out examples are"
+        raise ConfigError(
+            f"{examples} too few: one half selects settings, and the other half evaluates them. Hold out at least "
+            f"{FEWEST_HALVED}, preferably 100, with --eval-data FILE or a larger --validation-split. Duplicates do not "
+            "count, nor do rows that have no trained tokens left after truncation to --max-length"
+        )
+    return np.random.default_rng(0).permutation(count)
 
 
 def group_equal(hashes: Sequence[bytes]) -> list[list[int]]:

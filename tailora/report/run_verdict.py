@@ -38,6 +38,7 @@ from tailora.train.significance import Change, Finding, Interval, change_of
 
 MOST_CUT = 0.9  # share of truncated completions above which the verdict names their limit
 WHEN = ("before", "after")
+OTHERS = " that did not choose the step"
 UNKNOWN = "Whether training worked is unknown without held-out data: use --eval-data FILE."
 
 
@@ -46,6 +47,7 @@ class Effect:
     """What training changed on the held-out examples; empty without any."""
 
     examples: int = 0
+    is_halved: bool = False  # other held-out examples chose the best step
     losses: dict[str, Interval] = field(default_factory=dict)  # "before" and "after"
     change: Change | None = None  # of the loss or the reward
     metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)  # of the task, the same parts -> by name
@@ -78,6 +80,7 @@ def effect_of(
     losses = {"before": mean_interval(before, tokens), "after": mean_interval(after, tokens)}
     effect = Effect(
         len(examples),
+        "chose" in examples[0],
         losses,
         change_of(before, after, tokens, higher_is_better=False),
         answers=metric_changes(samples, higher_is_better),
@@ -94,7 +97,7 @@ def effect_of(
         changes = reward_changes(*(scores_of(examples, when) for when in WHEN))
         metrics = {part: {name: getattr(change, part) for name, change in changes.items()} for part in WHEN}
         metrics["change"] = {name: change.change.interval for name, change in changes.items()}
-        prompts = plural(len(examples), "held-out prompt")
+        prompts = plural(len(examples), "held-out prompt") + OTHERS * effect.is_halved
         text = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
         text += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
         return replace(effect, change=changes["reward"].change, metrics=metrics, text=text)
@@ -115,13 +118,14 @@ def run_verdict(
     if result is None:
         return RunVerdict("The run has not finished: it was interrupted, failed, or is still running.")
     if header.get("rewards"):
-        return _reward_verdict(settings, steps, effect)
+        return _reward_verdict(settings, result, steps, effect)
     if not losses and result["eval_loss_after"] is None:
         return RunVerdict(UNKNOWN)
     if not losses or effect.change is None:
         change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
         return RunVerdict(f"Held-out loss went from {change} {unit}; its interval was not recorded.")
-    of_loss = describe_change(effect.change, plural(effect.examples, "held-out example"), unit)
+    where = plural(effect.examples, "held-out example") + OTHERS * effect.is_halved
+    of_loss = describe_change(effect.change, where, unit) + _on_choice(settings, result, effect)
     of_loss += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
     is_unknown = bool(settings.get("metric")) and effect.first_metric not in effect.answers
     asked = max((metric.answers for metric in effect.answers.values()), default=0)
@@ -140,12 +144,22 @@ def run_verdict(
     return RunVerdict(f"{'' if of_answers else 'Worse than before training. '}{text} {cause}", finding, remedy)
 
 
-def _reward_verdict(settings: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], effect: Effect) -> RunVerdict:
+def _on_choice(settings: Mapping[str, Any], result: Mapping[str, Any], effect: Effect) -> str:
+    """Returns a sentence if the examples that judge the run also chose its step among several."""
+    is_chosen = 0 < settings.get("eval_steps", 0) < result.get("steps", 0)
+    return " The same examples chose the step, so this looks too good." * (is_chosen and not effect.is_halved)
+
+
+def _reward_verdict(
+    settings: Mapping[str, Any], result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], effect: Effect
+) -> RunVerdict:
     after, all_equal = effect.metrics.get("after", {}), not settings.get("beta")
     all_equal = all_equal and all(step["equal_groups"] == 1 for step in steps)
     cut = after["truncated"].value if after else 0.0
     too_long = f" {share(cut, 1)} of the completions reached --max-completion-length; raise it."
-    text = NOTHING_TRAINED if all_equal else effect.text or UNKNOWN
+    text = (
+        NOTHING_TRAINED if all_equal else effect.text + _on_choice(settings, result, effect) if effect.text else UNKNOWN
+    )
     finding: Finding = "cannot tell" if effect.change is None else effect.change.finding
     return RunVerdict(text + too_long * (cut > MOST_CUT), finding)
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from tailora.data.dataset import evaluation_half
 from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, difference_over_seeds, interval_over_seeds, seeds_needed
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.learning_rate_search import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult, measure_of
-from tailora.study.trial import DONE, Trial, evaluation_half
+from tailora.study.trial import DONE, Trial
 from tailora.train.significance import Interval
 
 REACH = 2.0  # margins; cheaper trials this close to the best are repeated: one seed on half of the examples is inexact

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tailora.data.dataset import evaluation_half
 from tailora.data.readers import parse_sources
 from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, difference_over_seeds
@@ -215,7 +216,7 @@ def evaluate_curve(
     fields: the other fields of LearningCurve.
     """
     (rank, _), sizes, first = plan.points[0], plan.sizes, runs[plan.points[0]][0]
-    indices = trial.evaluation_half(len(first.counts))
+    indices = evaluation_half(len(first.counts))
     counts = np.array(first.counts)[indices]
     sums: dict[Point, Floats] = {  # each (seeds, examples)
         point: np.array([run.sums for run in of_point])[:, indices] for point, of_point in runs.items()

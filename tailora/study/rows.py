@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tailora.data.chat_template import ChatTokenizer
-from tailora.data.dataset import Example, group_equal
+from tailora.data.dataset import Example, evaluation_half, group_equal, selection_half
 from tailora.data.duplicates import contradictions, duplicates, near_duplicates
 from tailora.data.labels import Labels
 from tailora.data.tokenize import preview
@@ -42,9 +42,7 @@ from tailora.study.trial import (
     RunTrial,
     Trial,
     TrialSpec,
-    evaluation_half,
     run_in_subprocess,
-    selection_half,
 )
 from tailora.train.config import TrainConfig
 from tailora.train.memory import return_cached_memory

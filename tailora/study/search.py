@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.pruners import SuccessiveHalvingPruner
 
+from tailora.data.dataset import selection_half
 from tailora.errors import ConfigError
 from tailora.evaluation.statistics import FEW_EXAMPLES
 from tailora.formats.io import read_own_json, write_file
@@ -59,7 +60,6 @@ from tailora.study.trial import (
     Worker,
     on_selection_half,
     run_in_subprocess,
-    selection_half,
 )
 from tailora.train.config import GRPO, NATS_PER_TOKEN, REWARD, TrainConfig
 from tailora.train.config_file import config_text

@@ -29,6 +29,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from tailora.data.dataset import evaluation_half, selection_half
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, ProcessFailedError, TailoraError
 from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
@@ -47,34 +48,9 @@ SPEC, RESULT, RUN = "spec.json", "trial.json", "run"  # in the folder of a trial
 RANKS_FOLDER = "ranks"  # also there: temporary files of the launcher of several ranks
 IGNORED_FIELDS = ("before", "texts", "processes")  # fields of a TrialSpec that do not change the result
 
-FEWEST_HALVED = 4  # held-out examples: two for each half
 
 Indices = NDArray[np.int64]
 BaseLosses = tuple[list[float], list[int]]  # per held-out example: sum of the base's losses, number of losses
-
-# ---- Two halves of the held-out examples: one selects settings, the other evaluates the selected ones
-
-
-def selection_half(count: int) -> Indices:
-    """Returns the indices of the selection half. Raises ConfigError for fewer than 4 held-out examples."""
-    return np.sort(_shuffled(count)[: count // 2])
-
-
-def evaluation_half(count: int) -> Indices:
-    """Returns the indices of the evaluation half, all others. Raises ConfigError for fewer than 4."""
-    return np.sort(_shuffled(count)[count // 2 :])
-
-
-def _shuffled(count: int) -> Indices:
-    """Returns a permutation that depends only on `count`."""
-    if count < FEWEST_HALVED:
-        examples = "1 distinct held-out example is" if count == 1 else f"{count} distinct held-out examples are"
-        raise ConfigError(
-            f"{examples} too few: one half selects settings, and the other half evaluates them. Hold out at least "
-            f"{FEWEST_HALVED}, preferably 100, with --eval-data FILE or a larger --validation-split. Duplicates do not "
-            "count, nor do rows that have no trained tokens left after truncation to --max-length"
-        )
-    return np.random.default_rng(0).permutation(count)
 
 
 def on_selection_half(base: BaseLosses | None) -> BaseLosses | None:

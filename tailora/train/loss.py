@@ -291,7 +291,12 @@ class Evaluation:
     @property
     def loss(self) -> float:
         """The mean of all losses."""
-        return float(self.sums.sum() / self.counts.sum())
+        return self.loss_of(None)
+
+    def loss_of(self, examples: npt.NDArray[np.int64] | None) -> float:
+        """Returns the mean loss of the examples with these indices, or of all."""
+        chosen = slice(None) if examples is None else examples
+        return float(self.sums[chosen].sum() / self.counts[chosen].sum())
 
 
 def evaluate(

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 import tailora
 from tailora.data.readers import RowProblem
+from tailora.data.schemas import TEXT
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
 from tailora.formats.run_folder import (
@@ -40,6 +41,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 
 if TYPE_CHECKING:
+    from tailora.data.prepare import PreparedData
     from tailora.train.loss import Evaluation
 
 CONFIG, METRICS, EXAMPLES, SKIPPED = "config.yaml", "metrics.jsonl", "examples.jsonl", "skipped-rows.jsonl"
@@ -177,6 +179,15 @@ def write_settings(output_dir: Path, config: TrainConfig) -> None:
     write_file(output_dir / CONFIG, text.encode())
 
 
+def write_rows(output_dir: Path, config: TrainConfig, data: "PreparedData") -> None:
+    """Writes which rows are trained, held out of the data and skipped."""
+    write_trained_rows(output_dir, config, data.trained_rows)
+    if config.eval_data is None and data.report.shape != TEXT:  # whole texts, also trained
+        write_held_out(output_dir, data.eval_rows)
+    if data.skipped:
+        write_skipped_rows(output_dir, data.skipped)
+
+
 def write_trained_rows(output_dir: Path, config: TrainConfig, hashes: Iterable[bytes]) -> None:
     """Writes the hashes of the rows to train on, and of those that an adapter to train further has seen before."""
     earlier = trained_rows(adapter_folder(Path(config.adapter))) if config.adapter else None
@@ -216,12 +227,14 @@ def write_examples(
     score_names: Sequence[str],
     targets: Sequence[Any] | None,
     texts: Iterable[str],
+    selection: "np.ndarray[Any, Any] | None" = None,
 ) -> None:
     """Writes examples.jsonl: each held-out example's number of losses (tokens), and their sums (nats); none, no file.
 
     score_names: of what else is known of each example; with several losses of an example, a list of lists.
     targets: what is right for each example, if it is more than its tokens.
     texts: what the model reads.
+    selection: indices of the examples that chose the best step, marked by `chose`; None if no others judge it.
     """
     if before is None or after is None:
         return
@@ -241,6 +254,9 @@ def write_examples(
             row[f"scores_{when}"] = (
                 values.tolist() if has_several else dict(zip(score_names, values[0].tolist(), strict=True))
             )
+    if selection is not None:
+        for index, row in enumerate(rows):
+            row["chose"] = bool(np.isin(index, selection))
     for row, target in zip(rows, targets or (), strict=bool(targets)):
         row["target"] = target
     write_file(output_dir / EXAMPLES, "".join(f"{json.dumps(row)}\n" for row in rows).encode())

@@ -35,9 +35,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import AsyncCopy, copies_by_itself
-from tailora.data.dataset import Examples
+from tailora.data.dataset import ENOUGH_TO_HALVE, Examples, selection_half
 from tailora.data.prepare import PreparedData
-from tailora.data.schemas import TEXT
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
 from tailora.formats.run_folder import checkpoints_in, write_system_message
 from tailora.kernels.loss import Batch
@@ -106,6 +105,10 @@ class Trainer:
         if before is not None and (counts is None or not np.array_equal(before.counts, counts)):
             raise ConfigError("held-out examples changed since the base was evaluated; use a different --output-dir")
         self.state.before = self.state.before or before
+        can_choose = examples is not None and held_out is None and config.eval_steps > 0
+        is_halved = can_choose and len(examples or ()) >= ENOUGH_TO_HALVE
+        # the examples that choose the best step; None: all
+        self.selection = selection_half(len(examples or ())) if is_halved else None
 
     def train(self, on_ready: OnReady | None = None) -> events.TrainResult:
         """Runs until the last step or until evaluations stop improving.
@@ -118,11 +121,7 @@ class Trainer:
             run_log.write_settings(run.output_dir, config)
             run_log.write_run(run.output_dir, header)
             if run.data.prepared is not None and not config.streaming:
-                run_log.write_trained_rows(run.output_dir, config, run.data.prepared.trained_rows)
-                if config.eval_data is None and run.data.prepared.report.shape != TEXT:  # whole texts, also trained
-                    run_log.write_held_out(run.output_dir, run.data.prepared.eval_rows)
-                if run.data.prepared.skipped:
-                    run_log.write_skipped_rows(run.output_dir, run.data.prepared.skipped)
+                run_log.write_rows(run.output_dir, config, run.data.prepared)
         run.report(events.Prepared(header))
         if on_ready is not None:
             on_ready(run.model, run.tokenizer, run.data.prepared)
@@ -377,7 +376,8 @@ class Trainer:
         return task.evaluation(examples, sums, scores if scores.size else None)
 
     def is_best(self, evaluation: Evaluation) -> bool:
-        return self.state.best is None or evaluation.loss < self.state.best.evaluation.loss
+        best = self.state.best
+        return best is None or evaluation.loss_of(self.selection) < best.evaluation.loss_of(self.selection)
 
     def is_out_of_patience(self) -> bool:
         return 0 < self.config.early_stopping_patience <= self.state.since_best
@@ -507,7 +507,9 @@ class Trainer:
                 run_log.write_run(run.output_dir, {**run.header, "diverged": False}, result.to_dict())
                 targets, names = None if held_out is None else run.task.targets(held_out), run.task.score_names
                 texts = (run.tokenizer.decode(example.sequences[0].input_ids) for example in held_out or ())
-                run_log.write_examples(run.output_dir, result.before, result.after, names, targets, texts)
+                run_log.write_examples(
+                    run.output_dir, result.before, result.after, names, targets, texts, self.selection
+                )
             except WriteError as error:  # what was trained is complete, so the run has not failed
                 run.note(str(error))
         for text in stream_notes(run.data, self.config.max_length):

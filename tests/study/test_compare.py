@@ -10,13 +10,14 @@ import pytest
 from command_line import check_refused
 from runs import not_run
 
+from tailora.data.dataset import evaluation_half
 from tailora.errors import ConfigError, TargetError
 from tailora.report.files import write_page
 from tailora.report.pages.train import write_train_report
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.study.study_store import StudySession
-from tailora.study.trial import Listen, Trial, TrialSpec, Worker, evaluation_half, run_here
+from tailora.study.trial import Listen, Trial, TrialSpec, Worker, run_here
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tailora.data.dataset import evaluation_half, selection_half
 from tailora.evaluation.statistics import Difference, difference_over_seeds
 from tailora.report.files import page_of
 from tailora.report.html import html
@@ -21,7 +22,7 @@ from tailora.study.comparison_verdict import (
 from tailora.study.config import CompareConfig
 from tailora.study.learning_rate_search import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Finalist
-from tailora.study.trial import Trial, evaluation_half, selection_half
+from tailora.study.trial import Trial
 
 # ---- compare
 

@@ -18,6 +18,7 @@ from runs import not_run
 from transformers import AutoModelForCausalLM
 
 from tailora.core.config import LoRAConfig
+from tailora.data.dataset import evaluation_half, selection_half
 from tailora.errors import ConfigError, TailoraWarning, TargetError
 from tailora.model import LoRAModel
 from tailora.report.pages.train import write_train_report
@@ -27,12 +28,10 @@ from tailora.study.trial import (
     Trial,
     TrialEvent,
     TrialSpec,
-    evaluation_half,
     get_trial,
     main,
     on_selection_half,
     run_here,
-    selection_half,
 )
 from tailora.train.child_process import ChildProcess, command_of
 from tailora.train.config import TrainConfig

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from runs import adapter, changed, run_and_collect
@@ -14,14 +15,17 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tailora.core.layer_calls import LayerCalls
+from tailora.data.dataset import selection_half
 from tailora.errors import ConfigError, DataError, TailoraWarning, TargetError
 from tailora.formats.run_folder import read_system_message
 from tailora.model import LoRAModel
+from tailora.report.pages.train import train_report
 from tailora.train import events
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
+from tailora.train.loss import Evaluation
 from tailora.train.run_log import git_state
-from tailora.train.trainer import run
+from tailora.train.trainer import Trainer, run
 
 
 def test_a_run_lowers_the_held_out_loss_and_leaves_an_adapter_that_gives_it_again(settings: Any) -> None:
@@ -55,6 +59,33 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(settings: Any) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3]
+
+
+@pytest.mark.parametrize(("rows", "halved"), [(80, True), (78, False)])
+def test_the_examples_that_choose_the_step_do_not_judge_it(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, halved: bool
+) -> None:
+    """Half of the held-out examples are best after step 1, the others and all together after step 2."""
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i} {i * 7919 % 9973}", "completion": f"{i}"}) + "\n" for i in range(rows))
+    )
+    count = rows // 2
+    chosen = np.isin(np.arange(count), selection_half(count))
+
+    def evaluate(trainer: Trainer, *_: Any) -> Evaluation:
+        of_selection, of_others = [(3.0, 3.0), (1.0, 2.0), (2.0, 0.0)][trainer.state.step]
+        return Evaluation(np.where(chosen, of_selection, of_others), np.ones(count, np.int64))
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    config = settings(data=str(tmp_path / "rows.jsonl"), validation_split=0.5, eval_steps=1, max_steps=2)
+    assert run(config).best_step == (1 if halved else 2)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "examples.jsonl").read_text().splitlines()]
+    assert [line.get("chose") for line in lines] == (chosen.tolist() if halved else [None] * count)
+    report = train_report(tmp_path / "out")
+    assert report["result"]["eval_loss_after"] == (2.0 if halved else 38 / 39)
+    assert len(report["held_out"]["after"]) == (20 if halved else 39)
+    assert ("over 20 held-out examples that did not choose the step" in report["verdict"]) == halved
+    assert ("The same examples chose the step" in report["verdict"]) != halved
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
