@@ -3,8 +3,10 @@
 The default device here is "meta": a tensor that lands there has no contents, so its use shows.
 """
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from adapter_actions import ACTIONS
@@ -25,8 +27,14 @@ def test_the_default_device_changes_nothing(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[key]) for key, value in actual.items())
 
 
-def test_random_states_are_on_the_cpu() -> None:
+def test_random_states_are_on_the_cpu_and_of_every_generator() -> None:
+    def draws() -> list[float]:
+        return [random.gauss(), np.random.standard_normal(), random.random(), float(torch.rand((), device=CPU))]
+
+    draws()  # Python and numpy keep the second of two normal numbers for the next call
+    states, expected = random_state(), draws()
+    set_random_state(states)
     with torch.device("meta"), seeded(3):
-        states = random_state()
-        set_random_state(states)
+        set_random_state(random_state())
+    assert draws() == expected
     assert {state.device for state in states.values()} == {CPU}

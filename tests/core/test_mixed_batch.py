@@ -11,7 +11,7 @@ import torch
 from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, pairs_of
 from tiny import stir, stirred_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import mixed_batch
@@ -183,11 +183,15 @@ def test_a_language_model_with_padded_rows_of_adapters_with_other_targets(archit
         assert generated[i, 9:].tolist() == alone[0, length:].tolist()
 
 
+@pytest.mark.parametrize("place", ["call", "config", "model"])
 @pytest.mark.parametrize("asked", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
-def test_beams_have_their_prompt_s_adapter(asked: dict[str, int]) -> None:
+def test_beams_have_their_prompt_s_adapter(asked: dict[str, int], place: str) -> None:
     model, names = causal_lm(), ["q", None, "all"]
     ids = torch.randint(1, 50, (3, 4), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
-    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **asked}
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **asked}
+    if place == "model":
+        model.base_model.generation_config.update(**settings)
+    settings = {"config": {"generation_config": GenerationConfig(**settings)}, "model": {}}.get(place, settings)
     with model.adapter_rows(names):
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         with pytest.raises(
@@ -491,6 +495,10 @@ def test_within_and_around_the_block() -> None:
     with pytest.raises(ZeroDivisionError), model.adapter_rows(["a"]):
         raise ZeroDivisionError
     assert model.active_adapters == ("b",)
+    model.add_adapter("late", LoRAConfig(r=2, target_modules=["0"], init_lora_weights="eva"))
+    with model.train().adapter_rows(["late"]), pytest.raises(AdapterError, match="call start_from_data"):
+        model(torch.zeros(1, 8))
+    assert model(torch.zeros(1, 8)).requires_grad  # b can be trained
     model.unload()
     with pytest.raises(AdapterError, match="existing adapters: none"), model.adapter_rows(["a"]):
         pass

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.duplicates import SHINGLE, SIMILAR, contradictions, duplicates, near_duplicates
@@ -104,3 +105,11 @@ def test_chains_of_similar_texts_are_one_group() -> None:
     others = [text(*(np.arange(40) * 7 + 300 * number)) for number in range(1, 8)]
     assert near_duplicates([*others, *chain, chain[0]]) == [[7, 8, 9, 10]]  # the last is a duplicate
     assert near_duplicates([]) == []
+
+
+@pytest.mark.parametrize(("similar", "different"), [(2, 0), (2, 1), (2, 2), (3, 3), (4, 3), (4, 4), (5, 4)])
+def test_what_more_than_half_of_the_texts_and_more_than_two_have_is_a_template(similar: int, different: int) -> None:
+    texts = [text(*range(100, 140), 600 + number) for number in range(similar)]
+    texts += [text(*(np.arange(40) * 7 + 300 * number)) for number in range(1, different + 1)]
+    is_template = similar > 2 and similar > different
+    assert near_duplicates(texts) == ([] if is_template else [[*range(similar)]])

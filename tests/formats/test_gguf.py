@@ -1,5 +1,6 @@
 """GGUF adapters are written and read as llama.cpp does."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,12 @@ def test_a_gguf_file_read_by_llama_cpp_s_rules_gives_the_update(tmp_path: Path) 
             ]
             delta = delta[order]
         np.testing.assert_allclose(fields["adapter.lora.alpha"] / B.shape[1] * B @ A, delta, rtol=1e-4, atol=1e-6)
+    key, alpha = b"adapter.lora.alpha" + struct.pack("<I", 6), fields["adapter.lora.alpha"]  # 6: float32
+    path = tmp_path / "out" / "adapter.gguf"
+    path.write_bytes(path.read_bytes().replace(key + struct.pack("<f", alpha), key + struct.pack("<f", 0)))
+    unscaled = LoRAModel.from_pretrained(chat_model(), tmp_path / "out").lora_layers  # by llama.cpp, alpha is ignored
+    for name, layer in model.lora_layers.items():
+        torch.testing.assert_close(unscaled[name].delta_weight(), layer.delta_weight() * layer.r / alpha)
 
 
 LLAMA_CPP_PAIRS = {"llama", "mistral", "granite", "smollm3", "olmo"}  # of which its converter permutes q and k

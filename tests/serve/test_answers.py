@@ -124,6 +124,7 @@ def test_text_around_a_tool_call_is_kept() -> None:
 def test_an_adapter_is_kept_until_the_last_of_its_answers_has_ended() -> None:
     handles: list[Any] = []
     events: list[str] = []
+    cancelled: list[str] = []
 
     class Engine:
         def submit(self, request: Request, handle: Any) -> None:
@@ -131,7 +132,7 @@ def test_an_adapter_is_kept_until_the_last_of_its_answers_has_ended() -> None:
             handles.append(handle)
 
         def cancel(self, request_id: str) -> None:
-            pass
+            cancelled.append(request_id)
 
     async def run() -> None:
         requests = [Request(str(number), (0,), None, SamplingParams(2)) for number in range(2)]
@@ -145,7 +146,8 @@ def test_an_adapter_is_kept_until_the_last_of_its_answers_has_ended() -> None:
             handles[number](Finish("length"))
             await asyncio.sleep(0.01)
             events.append("next")
-        assert [piece.finish_reason async for piece in generation.pieces()] == [None, "length"] * 2
+        pieces = [(piece.finish_reason, [*cancelled]) async for piece in generation.pieces()]
+        assert pieces == [(None, []), ("length", ["1"]), (None, ["1"]), ("length", ["1", "0"])]  # not only at the end
 
     asyncio.run(run())
     assert events == ["end", "next", "end", "close", "next"]

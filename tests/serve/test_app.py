@@ -66,15 +66,21 @@ def test_an_adapter_answers_under_its_name_and_the_base_under_its_own(server: Ru
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_a_stream_has_what_the_whole_answer_has(server: Running, kind: str) -> None:
+    def entries(choice: Any) -> list[Any]:
+        return getattr(choice.logprobs, "content" if kind == "chat" else "top_logprobs", None) or []
+
     options = {"max_tokens": 20, "temperature": 1.0, "seed": 3, "n": 2, "extra_body": {"ignore_eos": True}}
     usage = {"stream": True, "stream_options": {"include_usage": True}}
+    options |= {"logprobs": True, "top_logprobs": 2} if kind == "chat" else {"logprobs": 2}
     ask = partial(chat, server) if kind == "chat" else partial(server.client.completions.create, prompt="the cat")
     whole, chunks = ask(model="legal", **options), list(ask(model="legal", **options, **usage))
     expected = [choice.message.content if kind == "chat" else choice.text for choice in whole.choices]
-    texts = ["", ""]
+    texts, logprobs = ["", ""], [list[Any](), list[Any]()]
     for choice in (choice for chunk in chunks for choice in chunk.choices):
         texts[choice.index] += (choice.delta.content or "") if kind == "chat" else choice.text
+        logprobs[choice.index] += entries(choice)
     assert texts == expected
+    assert logprobs == [entries(choice) for choice in whole.choices]
     assert texts[0] != texts[1]
     assert chunks[-1].usage == whole.usage
     assert whole.usage.completion_tokens == 40
@@ -298,6 +304,9 @@ def test_a_full_queue_refuses(root: Path) -> None:
                 chat(server, "legal", n=2)
         assert raised.value.response.headers["Retry-After"] == "1"
         list(long)
+        with pytest.raises(openai.NotFoundError):
+            server.client.completions.create(model="unknown", prompt="a", n=2)
+        assert server.app.state.server.answers == 0
         assert len(chat(server, "legal", n=2).choices) == 2
         assert server.app.state.server.answers == 0
 

@@ -116,13 +116,15 @@ def test_each_subset_has_its_best_number_of_steps(train: TrainConfig) -> None:
     assert all("eval_steps" not in spec.settings for spec in finals)
     assert {spec.subset for spec in finals} == {25, 50, 100, None}
     assert "more steps may help" not in found.verdict
-    assert [change.value for change in found.doublings] == pytest.approx([-0.166, -0.117, -0.083], abs=0.03)
+    losses = [point.eval_loss for point in found.points[:4]]
+    assert losses == pytest.approx([1 + 0.2 * (EXAMPLES / size) ** 0.5 for size in (25, 50, 100, 200)], abs=0.02)
+    assert [change.value for change in found.doublings] == pytest.approx(np.diff(losses))
     assert found.doublings[-1].high < 0
-    assert found.trend.value == pytest.approx(0.3 * -0.366 + 0.1 * -0.117, abs=0.03)  # least squares
+    assert found.trend.value == pytest.approx(np.polyfit(range(4), losses, 1)[0])
     assert found.trend.high < 0
     assert "The data is the bottleneck, not the rank" in found.verdict
     assert "Over all sizes, the loss falls with more data: -0." in found.verdict
-    assert found.quarter.value == pytest.approx(0.2, abs=0.03)
+    assert found.quarter.value == pytest.approx(losses[1] - losses[3])
 
 
 def test_more_data_can_make_it_worse(train: TrainConfig) -> None:
@@ -261,46 +263,20 @@ def changed(value: float, low: float, high: float) -> Difference:
     return Difference(value, low, high, p_value=0.05, examples=50, seeds=3, from_examples=0.4)
 
 
+WORSE, FLAT, BETTER, UNCLEAR = (0.2, 0.1, 0.3), (0.0, -0.01, 0.01), (-0.1, -0.2, -0.05), (0.1, -0.1, 0.3)
+
+
 @pytest.mark.parametrize(
     ("doubling", "quarter", "rank", "sentences"),
     [
-        (
-            (-0.1, -0.15, -0.05),
-            (0.2, 0.1, 0.3),
-            (0.0, -0.01, 0.01),
-            ["More data helped: ", "is worse", "data is the bottle"],
-        ),
-        (
-            (0.0, -0.01, 0.0),
-            (-0.005, -0.015, 0.005),
-            (-0.1, -0.2, -0.05),
-            ["More data hardly helped", "as well", "rank is the bottle"],
-        ),
-        (
-            (-0.03, -0.2, 0.0),
-            (0.1, -0.1, 0.3),
-            (0.0, -0.5, 0.5),
-            ["Cannot tell whether more data helped", "comes from the seeds", "may be worse", "whether the data"],
-        ),
-        (
-            (0.0, -0.01, 0.0),
-            (0.0, -0.01, 0.01),
-            (0.0, -0.01, 0.01),
-            ["hardly helped", "as well", "Neither the data nor"],
-        ),
-        (
-            (-0.015, -0.03, -0.005),
-            (0.2, 0.1, 0.3),
-            (0.0, -0.01, 0.01),
-            ["helped, perhaps by less than the margin", "whether the data"],
-        ),
-        ((0.05, 0.03, 0.07), (0.2, 0.1, 0.3), (-0.1, -0.2, -0.05), ["More data made it worse", "rank is the bottle"]),
-        (
-            (0.05, 0.03, 0.07),
-            (-0.1, -0.2, -0.05),
-            (0.0, -0.01, 0.01),
-            ["More data made it worse", "A quarter of the data does better", "Neither the data nor"],
-        ),
+        (BETTER, WORSE, FLAT, ["More data helped: ", "is worse", "data is the bottle"]),
+        (FLAT, (-0.005, -0.015, 0.005), BETTER, ["More data hardly helped", "as well", "rank is the bottle"]),
+        (UNCLEAR, UNCLEAR, UNCLEAR, ["Cannot tell whether more", "from the seeds", "may be worse", "whether the data"]),
+        (FLAT, FLAT, FLAT, ["hardly helped", "as well", "Neither the data nor"]),
+        ((-0.015, -0.03, -0.005), WORSE, FLAT, ["helped, perhaps by less than the margin", "whether the data"]),
+        ((-0.02, -0.03, -0.01), WORSE, (-0.02, -0.03, -0.01), ["More data helped: ", "Both the data and the rank"]),
+        (WORSE, WORSE, BETTER, ["More data made it worse", "rank is the bottle"]),
+        (WORSE, BETTER, FLAT, ["More data made it worse", "A quarter of the data does better", "Neither the data nor"]),
     ],
 )
 def test_the_verdict(
@@ -315,6 +291,10 @@ def test_the_verdict(
     for low, high, sign in ((-0.02, -0.01, "falls"), (0.01, 0.02, "rises"), (-0.01, 0.01, "may fall or rise")):
         text = curve_verdict(replace(result, trend=changed(0.0, low, high)), 0.02, "--max-steps", 200)
         assert f"Over all sizes, the loss {sign} with more data" in text
+    for steps, examples, has_limits in ((80, 200, (True, False)), (81, 200, (False, False)), (81, 201, (False, True))):
+        best_after_70 = replace(result, steps=steps, points=[replace(point, steps=70) for point in result.points])
+        text = curve_verdict(best_after_70, 0.02, "--max-steps", examples)  # evaluated EVALUATIONS = 8 times
+        assert has_limits == ("more steps may help" in text, "examples were used" in text)
 
 
 def test_the_command(small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

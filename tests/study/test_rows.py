@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import check_refused, found, output
 from runs import not_run
 from tiny import chat_tokenizer
 from tiny_run import WORDS, save_model, write_rows
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
 
 import tailora.study.rows
+from tailora.data.dataset import Example, Examples
 from tailora.errors import ConfigError, FormatError
 from tailora.evaluation.statistics import Difference
 from tailora.formats.io import read_json_object
@@ -27,7 +31,7 @@ from tailora.report.blocks import Table
 from tailora.report.files import write_page
 from tailora.report.pages.rows import rows_page
 from tailora.study.config import RowsConfig
-from tailora.study.influence import FinishedRun
+from tailora.study.influence import FinishedRun, row_scores
 from tailora.study.results import ArmResult, RowsResult
 from tailora.study.rows import ALL, LOSS, RANDOM, WORST, _texts, rows_verdict, score_rows
 from tailora.study.trial import DIVERGED, DONE, Listen, Trial, TrialSpec, run_here
@@ -105,6 +109,29 @@ def test_planted_rows_are_found_better_than_by_loss_length_and_chance(finished: 
     assert by_score > max(by_loss, by_length, len(planted) / len(scored.rows)) + 0.15
 
 
+def test_scores_are_products_of_gradients_that_plain_autograd_computes(finished: Finished) -> None:
+    """The gradient of a row has its weight, unlike its loss; that of a held-out example has length 1."""
+    with ExitStack() as stack:
+        run = FinishedRun.read(Path(finished[0].output_dir)).load(stack)
+        known, held_out = (Examples.of([*examples][:4]) for examples in (run.data.known, run.data.held_out or ()))
+        known = replace(known, weights=np.array([1, 0, 0.5, 2]))
+        found = row_scores(replace(run, data=replace(run.data, known=known)), [[0], [1], [2, 3]], held_out)
+        parameters = [parameter for parameter in run.model.eval().parameters() if parameter.requires_grad]
+
+        def computed(example: Example) -> tuple[Tensor, float]:
+            ids, labels = (torch.from_numpy(values).long() for values in (example.input_ids, example.labels))
+            loss = cross_entropy(run.model(input_ids=ids[None]).logits[0, :-1], labels[1:], reduction="sum")
+            return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]), loss.item()
+
+        direction = sum(normalize(computed(example)[0], dim=0) for example in held_out) / len(held_out)
+        gradients, losses = zip(*map(computed, known), strict=True)
+    products = [-weight * float(own @ direction) for weight, own in zip(known.weights, gradients, strict=True)]
+    products, losses, counts = (
+        np.add.reduceat(values, [0, 1, 2]) for values in (products, losses, [example.supervised for example in known])
+    )
+    np.testing.assert_allclose(found, [products, losses / counts], 1e-3, 1e-7)
+
+
 def made_up_trial(spec: TrialSpec, _folder: Path, _listen: Listen, *, helpful: Collection[int]) -> Trial:
     """A trial that trains nothing. Its losses are lower for each of the `helpful` examples that it left out."""
     seed, examples = spec.settings["seed"], 30
@@ -136,6 +163,8 @@ def test_only_a_proof_calls_rows_harmful(finished: Finished, scored: RowsResult,
     assert {spec["data_sha256"] for spec in specs.values()} == {FinishedRun.read(Path(train.output_dir)).data_sha256}
     left_out = {name: spec["left_out"] for name, spec in specs.items()}
     assert left_out["all"] == []
+    drawn = [read_json_object(path)["left_out"] for path in (tmp_path / "runs" / "random-10").glob("*/spec.json")]
+    assert len({*map(tuple, drawn)}) == len(drawn) == 3  # drawn for each seed
     assert left_out["score-10"] == sorted(worst)
     assert {len(examples) for name, examples in left_out.items() if name != "all"} == {10}
     losses = {row.examples[0]: row.loss for row in scored.rows}

@@ -18,7 +18,7 @@ from quantized_files import Dense, awq, compressed, fp8, gptq, linear_layers, mx
 from runs import run_and_collect
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
@@ -271,17 +271,15 @@ def test_an_unknown_layout_cannot_be_estimated(of_format: Callable[..., str]) ->
         fake_trainable(TrainConfig(model=name, r=2), read_config(name), CPU)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao", "fp4"])
 def test_models_that_were_saved_quantized_are_counted(kind: str, tmp_path: Path) -> None:
     fp8(tmp_path / "model")
     plain, tokenizer = load_base(str(tmp_path / "model"))
     plain.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
-    if kind == "torchao":
-        settings = TorchAoConfig(Int8WeightOnlyConfig(version=2))
-        base = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "plain", dtype=torch.bfloat16, quantization_config=settings
-        )
+    if kind in ("torchao", "fp4"):  # the scales of fp4 are not quantized
+        own = BitsAndBytesConfig(load_in_4bit=True) if kind == "fp4" else TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16, quantization_config=own)
     else:
         base, _ = load_base(str(tmp_path / "plain"), "bfloat16", "cpu", kind)
     base.save_pretrained(tmp_path / "quantized")

@@ -100,8 +100,10 @@ def test_probes_leave_the_model_and_random_numbers_as_they_are() -> None:
     ids, before = torch.arange(12)[None], torch.get_rng_state()
     expected = model(input_ids=ids).logits
     shown: list[tuple[int, int]] = []
-    make_passport(model, TOKENIZER, progress=lambda done, total: shown.append((done, total)))
+    passport = make_passport(model, TOKENIZER, progress=lambda done, total: shown.append((done, total)))
     assert [done for done, _ in shown] == list(range(shown[0][1]))
     assert torch.equal(model(input_ids=ids).logits, expected)
     assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert make_passport(model, TOKENIZER) == passport != make_passport(model, TOKENIZER, seed=1)
     assert not any(module._forward_hooks for module in model.modules())

@@ -1,6 +1,7 @@
 """The client of `tailora verify`: what it asks a server, and what it makes of the answers."""
 
 import gzip
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -34,14 +35,17 @@ FORMS = {  # of log-probabilities in completions
 }
 
 
+@pytest.mark.parametrize("last", [-3, -1.8])
 @pytest.mark.parametrize("form", FORMS)
-def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
+def test_log_probabilities_are_read_in_both_forms(form: str, last: float) -> None:
+    """A token that is not listed is less likely than all that are, and than all others together."""
     probe = Probe(3, ["b", "x", "a"], {}, {}, text="hello")
-    choice = {"text": "a", "logprobs": FORMS[form]}
+    choice = {"text": "a", "logprobs": json.loads(json.dumps(FORMS[form]).replace("-3", str(last)))}
     body = {"choices": [choice], "usage": {"prompt_tokens": 4}}
     with stand_in({**MODELS, "/v1/completions": (200, body)}) as url, ServerClient(url.upper()) as server:
         (answer,) = server.ask([probe], "legal")
-    assert answer == Observation(2, {2: -0.5, 0: -1.5}, -3.0, 4, pytest.approx(math.exp(-3)))
+    bound = min(last, math.log(1 - sum(map(math.exp, (-0.5, -1.5, last)))))
+    assert answer == Observation(2, {2: -0.5, 0: -1.5}, pytest.approx(bound), 4, pytest.approx(math.exp(last)))
 
 
 @pytest.mark.parametrize(("most", "asked"), [(20, [20, 20, 20]), (5, [20, 5, 5, 5]), (0, [20, 5, None, None, None])])
