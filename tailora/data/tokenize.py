@@ -119,14 +119,8 @@ def result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> Any
 
 def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> list[EncodedSample]:
     """Encodes a sample of a task that tokenizes one sample at a time."""
-    if isinstance(sample, Tagged):
-        return [_encode_tagged(sample, tokenizer)]
-    if isinstance(sample, Labelled):
-        return [_encode_labelled(sample, tokenizer)]
-    if isinstance(sample, Prompt):
-        return [_encode_prompt(sample, tokenizer)]
-    assert isinstance(sample, Pair)
-    return [_encode_pair(sample, tokenizer)]
+    encoders: Any = {Tagged: _encode_tagged, Labelled: _encode_labelled, Prompt: _encode_prompt, Pair: _encode_pair}
+    return [encoders[type(sample)](sample, tokenizer)]
 
 
 # ---- Language models
