@@ -165,6 +165,10 @@ class ChatTokenizer:
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # a server sees many
         return ids if self.processor is None or ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
 
+    def prompt_ids(self, messages: Messages, tools: Tools | None = None) -> list[int]:
+        """Returns the ids of a chat up to its next reply."""
+        return self.chat_ids(self.render(messages, tools=tools, add_generation_prompt=True))
+
     def render(
         self,
         messages: Messages,

@@ -301,8 +301,7 @@ def prompt_ids(sample: Conversation | Pair, tokenizer: Any) -> list[int]:
     if chat_tokenizer.template is None and isinstance(sample, Pair):
         return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(sample.prompt)
     chat = fit_to_template(to_conversation(sample), chat_tokenizer)
-    before_reply = chat.messages[: last_reply(chat)]
-    return chat_tokenizer.chat_ids(chat_tokenizer.render(before_reply, tools=chat.tools, add_generation_prompt=True))
+    return chat_tokenizer.prompt_ids(chat.messages[: last_reply(chat)], chat.tools)
 
 
 def last_reply(chat: Conversation) -> int | None:

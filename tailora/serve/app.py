@@ -35,7 +35,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer, fit_to_template
 from tailora.data.image_processor import media_ids, text_tokenizer
-from tailora.data.images import images_of
+from tailora.data.images import Image, images_of
 from tailora.data.messages import Messages, marked_messages, text_value
 from tailora.data.samples import Conversation
 from tailora.engine.interface import Engine, SamplingParams
@@ -49,7 +49,7 @@ from tailora.serve.metrics import Metrics
 from tailora.serve.playground import add_page
 from tailora.serve.registry import RESERVED, AdapterRegistry
 from tailora.serve.schemas import ERRORS, ERRORS_OF_TEXT, GenerationRequest, RequestError, new_id
-from tailora.train.generate import EncodedPrompt, image_obstacle
+from tailora.train.generate import image_obstacle
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
 LARGEST_BODY = 4 * 2**20  # bytes; parsing 16 MiB of JSON would block all other requests for seconds
@@ -115,8 +115,8 @@ class Server:
                 param,
             )
 
-    def chat_prompt(self, body: schemas.ChatRequest) -> EncodedPrompt:
-        """Returns the prompt of a chat, whose ids include the tokens of its images. Raises RequestError."""
+    def chat_prompt(self, body: schemas.ChatRequest) -> tuple[str, list[int], tuple[Image, ...]]:
+        """Returns the text of a chat, its ids with the tokens of its images, and these. Raises RequestError."""
         if self.chat_tokenizer.template is None:
             raise RequestError(400, "this model has no chat template; use /v1/completions", "messages")
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
@@ -133,10 +133,10 @@ class Server:
         except DataError as error:
             raise RequestError(400, str(error), param) from error
         self.check_length(prompt, param)
-        return EncodedPrompt(prompt, self.chat_tokenizer.chat_ids(prompt), images=images_of(chat.messages))
+        return prompt, self.chat_tokenizer.chat_ids(prompt), images_of(chat.messages)
 
-    def prompts(self, prompt: Any) -> list[EncodedPrompt]:
-        """Returns each prompt with its token ids. prompt: one or several, as text or token ids."""
+    def prompts(self, prompt: Any) -> list[list[int]]:
+        """Returns the token ids of each prompt. prompt: one or several, as text or token ids."""
         prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         size = len(self.tokenizer)
         result = []
@@ -154,13 +154,18 @@ class Server:
                 raise RequestError(400, message, "prompt")
             if max(ids) >= size:
                 raise RequestError(400, f"expected token ids below {size}, got {max(ids)}", "prompt")
-            result.append(EncodedPrompt("", ids))
+            result.append(ids)
         return result
 
     def params(
-        self, body: GenerationRequest, max_tokens: int | None, longest: int, logprobs: int | None
+        self,
+        body: GenerationRequest,
+        max_tokens: int | None,
+        longest: int,
+        logprobs: int | None,
+        default: int | None = None,
     ) -> SamplingParams:
-        """Raises RequestError for more tokens than the model or the settings allow."""
+        """default: of max_tokens, if it fits. Raises RequestError for more than the model or the settings allow."""
         room = self.engine.max_positions - longest
         if room < 1:
             raise RequestError(
@@ -177,7 +182,7 @@ class Server:
                 "max_tokens",
             )
         return SamplingParams(
-            max_tokens=max_tokens or limit,
+            max_tokens=max_tokens or min(default or limit, limit),
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=max(body.top_k or 0, 0),
@@ -207,9 +212,10 @@ class Server:
     async def start(
         self,
         body: GenerationRequest,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[list[int]],
         params: SamplingParams,
         grammar: LLMatcher | None = None,
+        images: tuple[Image, ...] = (),
     ) -> Generation:
         """Submits a request to the engine. Raises RequestError if it is invalid, or if there are too many."""
         if body.stream_options is not None and not body.stream:
@@ -231,13 +237,12 @@ class Server:
         for index, (prompt, sample) in enumerate(itertools.product(prompts, range(n))):
             of_sample = replace(params, seed=(params.seed + sample) % 2**63)
             own = None if grammar is None else grammar.deep_copy()
-            ids = tuple(prompt.ids)
-            request = EngineRequest(f"{name}-{index}", ids, handle.key, of_sample, own, prompt.images)
+            request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample, own, images)
             answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
         # All mixtures share one name in the metrics, since clients can invent new ones
         is_named = body.model == self.registry.base_name or not any(mark in body.model for mark in RESERVED)
         model = body.model if is_named else "mixture"
-        tokens = sum(len(prompt.ids) for prompt in prompts)
+        tokens = sum(map(len, prompts))
         generation = Generation(self.engine, answers, model, tokens, self.metrics, handle, self._end_answer)
         generation.start()
         self.metrics.prompt_tokens.labels(model).inc(tokens)
@@ -254,20 +259,17 @@ class Server:
             raise RequestError(400, "top_logprobs requires logprobs = true", "top_logprobs")
         has_images = any(part.image_url for message in body.messages for part in message.content or ())
         threads = self.image_threads if has_images else None
-        prompt = await to_thread.run_sync(self.chat_prompt, body, limiter=threads)
+        text, ids, images = await to_thread.run_sync(self.chat_prompt, body, limiter=threads)
         count = (body.top_logprobs or 0) if body.logprobs else None
-        params = self.params(body, body.max_completion_tokens or body.max_tokens, len(prompt.ids), count)
+        params = self.params(body, body.max_completion_tokens or body.max_tokens, len(ids), count)
         grammar = await run_in_threadpool(self.grammar, body)
-        generation = await self.start(body, [prompt], params, grammar)
-        return await self.respond(request, body, ChatResponse(self.tokenizer, body, prompt.text, generation))
+        generation = await self.start(body, [ids], params, grammar, images)
+        return await self.respond(request, body, ChatResponse(self.tokenizer, body, text, generation))
 
     async def completions(self, body: schemas.CompletionRequest, request: Request) -> Any:
         self.check_ready()
         prompts = await run_in_threadpool(self.prompts, body.prompt)
-        longest = max(len(prompt.ids) for prompt in prompts)
-        room = max(self.engine.max_positions - longest, 1)
-        default = min(COMPLETION_TOKENS, room, self.settings.max_tokens or COMPLETION_TOKENS)
-        params = self.params(body, body.max_tokens or default, longest, body.logprobs)
+        params = self.params(body, body.max_tokens, max(map(len, prompts)), body.logprobs, COMPLETION_TOKENS)
         generation = await self.start(body, prompts, params)
         return await self.respond(request, body, CompletionResponse(self.tokenizer, body, generation))
 

@@ -88,7 +88,7 @@ def chat_ids(messages: Messages, tokenizer: Any, tools: Tools | None = None) -> 
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None:
         return plain_ids(plain_text(messages), tokenizer)
-    return chat_tokenizer.chat_ids(chat_tokenizer.render(messages, tools=tools, add_generation_prompt=True))
+    return chat_tokenizer.prompt_ids(messages, tools)
 
 
 def plain_text(messages: Messages) -> str:

@@ -151,7 +151,7 @@ def _inputs_in_two_ways(
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "right"},
         )
-        ids = [tokenizer.chat_ids(tokenizer.render(chat, add_generation_prompt=True)) for chat in chats]
+        ids = [tokenizer.prompt_ids(chat) for chat in chats]
     batch = collate_padded([Example.of_text(np.array(row)) for row in ids], tokenizer.tokenizer.pad_token_id)
     del batch["labels"]
     pixels = pixel_inputs(processor, [images, images[1:], []][: len(ids)])

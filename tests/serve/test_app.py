@@ -156,7 +156,7 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
 
             def rendered(model: str, *messages: dict[str, str]) -> str:
                 body = ChatRequest.model_validate({"model": model, "messages": [*messages, *CHAT]})
-                return str(prompt(body).text)
+                return str(prompt(body)[0])
 
             without = rendered("legal", {"role": "system", "content": ""})
             with_system = {model: rendered(model) for model in ("tiny", "legal", "legal@0.5", "legal@0", "legal+poet")}
@@ -166,7 +166,7 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
             )
             late = [*CHAT, {"role": "system", "content": "away"}]
             body = ChatRequest.model_validate({"model": "legal", "messages": late})
-            assert prompt(body).text == TOKENIZER.apply_chat_template(late, tokenize=False, add_generation_prompt=True)
+            assert prompt(body)[0] == TOKENIZER.apply_chat_template(late, tokenize=False, add_generation_prompt=True)
             with pytest.raises(AdapterNotFoundError):
                 rendered("nobody")
             shutil.copytree(root / "legal", root / "twin")
@@ -372,7 +372,7 @@ def called(arguments: str) -> list[dict[str, Any]]:
 def test_a_template_without_tools_gets_them_as_text_as_in_training(server: Running) -> None:
     def prompt(**body: Any) -> str:
         request = ChatRequest.model_validate({"model": "legal", "messages": called("{}"), **body})
-        return server.app.state.server.chat_prompt(request).text
+        return server.app.state.server.chat_prompt(request)[0]
 
     assert '"name": "weather"' in prompt(tools=[TOOL]).partition("<|im_end|>")[0]
     assert '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>' in prompt()
@@ -399,7 +399,7 @@ def test_a_template_gets_the_arguments_of_calls_as_an_object(server: Running, mo
     tokenizer.chat_template = WITH_TOOLS
     monkeypatch.setattr(server.app.state.server, "chat_tokenizer", ChatTokenizer.of(tokenizer))
     body = {"model": "legal", "messages": called('{"city": "Rome"}'), "tools": [TOOL]}
-    prompt = server.app.state.server.chat_prompt(ChatRequest.model_validate(body)).text
+    prompt, *_ = server.app.state.server.chat_prompt(ChatRequest.model_validate(body))
     assert "weather city=Rome<|im_end|>" in prompt
     assert prompt.startswith('{"type": "function", "function": {"name": "weather"')
     assert chat(server, "legal", messages=called('{"city": "Rome"}'), tools=[TOOL]).choices

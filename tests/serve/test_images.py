@@ -187,7 +187,7 @@ def test_a_chat_with_tools_can_have_images(server: Running, root: Path) -> None:
 
     def length(messages: list[dict[str, Any]]) -> int:
         body = ChatRequest.model_validate({"model": "tiny", "messages": messages, "tools": [tool]})
-        return len(server.app.state.server.chat_prompt(body).ids)
+        return len(server.app.state.server.chat_prompt(body)[1])
 
     assert length(of_question(QUESTIONS[0], root)) == length(user("which")) + IMAGE_TOKENS
 
@@ -235,7 +235,7 @@ def test_rows_of_a_batch_are_those_of_transformers_in_every_family(family: str, 
                 asked = with_paths(question, root)
                 inputs = plain_inputs(processor, asked)
                 read = read_images([message for message, _ in marked_messages(asked, "messages")], root)
-                ids = tokenizer.chat_ids(tokenizer.render(read, add_generation_prompt=True))
+                ids = tokenizer.prompt_ids(read)
                 assert inputs["input_ids"][0].tolist() == ids
                 output = model.generate(**accepted_inputs(model, inputs), **GREEDY)
                 expected[str(number)], tokens[str(number)] = output[0, len(ids) :].tolist(), []
