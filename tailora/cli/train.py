@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tailora.train.answers import ComparedAnswer
     from tailora.train.events import TrainResult
 
-Flags: Any = train_flags()
+Flags: Any = train_flags()  # the settings of train/config.py
 
 
 @Parameter(name="*")

@@ -20,7 +20,8 @@ from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tailora.data.dataset import Int32, Int64
-from tailora.data.image_processor import added_start, image_placeholders, media_ids, text_tokenizer
+from tailora.data.image_processor import added_start, text_tokenizer
+from tailora.data.image_tokens import image_placeholders, media_ids
 from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools

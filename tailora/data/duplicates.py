@@ -1,6 +1,7 @@
 """Rows that repeat or contradict each other: duplicates, also across the split, near duplicates, and contradictions.
 
-Texts are compared as token ids. MinHash finds near duplicates without comparing all pairs:
+Texts are compared as token ids. In a stream, `row_checks.RowCounts` finds the copies. MinHash finds near duplicates
+without comparing all pairs:
 
     text -> set of shingles (3 tokens in a row) -> signature: the shingles' lowest value of each of 64 hash functions
     texts with 4 equal values in one of 16 bands are candidates, whose sets are then compared

@@ -23,7 +23,8 @@ from tailora.data.chat_template import (
     with_system,
 )
 from tailora.data.dataset import IGNORED, Example, Int32
-from tailora.data.image_processor import image_owners, text_tokenizer
+from tailora.data.image_processor import text_tokenizer
+from tailora.data.image_tokens import image_owners
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
 from tailora.data.samples import (

@@ -34,7 +34,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer, fit_to_template
-from tailora.data.image_processor import media_ids, text_tokenizer
+from tailora.data.image_processor import text_tokenizer
+from tailora.data.image_tokens import media_ids
 from tailora.data.images import Image, images_of
 from tailora.data.messages import Messages, marked_messages, text_value
 from tailora.data.samples import Conversation
