@@ -23,7 +23,7 @@ from tailora.data.messages import IMAGE_TEXT
 from tailora.data.schemas import PREFERENCE
 from tailora.errors import INTERRUPTED, WORSE, WriteError
 from tailora.formats.io import wrap_os_error, write_file
-from tailora.formats.run_folder import ADAPTER, HELD_OUT, PAGE, REPORT, RUN, SAMPLES, write_report
+from tailora.formats.run_folder import ADAPTER, HELD_OUT, PAGE, REPORT, RUN, SAMPLES, VERDICTS, write_report
 from tailora.report.blocks import Code, Column, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
@@ -137,7 +137,7 @@ FILES = {
     ADAPTER: "the adapter, in PEFT format",
     "model": "the fine-tuned model, in Hugging Face format",
     SAMPLES: "answers to held-out prompts, before and after training",
-    "verdicts.jsonl": "verdicts of the judge, which it is not asked for again",
+    VERDICTS: "verdicts of the judge, which it is not asked for again",
     HELD_OUT: "the rows that were held out",
     "metrics.jsonl": "{loss}, learning rate and speed of every step",
     "examples.jsonl": "{loss} of each held-out example, before and after training",

@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike
 from tailora.data.messages import text_of
 from tailora.errors import ConfigError, ServerError
 from tailora.formats.io import wrap_os_error
+from tailora.formats.run_folder import VERDICTS
 from tailora.train.answers import ComparedAnswer, Question
 from tailora.train.config import JUDGE, TrainConfig
 from tailora.train.significance import MOST_MISSING
@@ -34,7 +35,6 @@ from tailora.train.significance import MOST_MISSING
 if TYPE_CHECKING:
     from httpx import Client
 
-VERDICTS = "verdicts.jsonl"  # in the folder of the run: hashes of requests, and their verdicts
 KEYS = ("TAILORA_JUDGE_KEY", "OPENAI_API_KEY")  # environment variables
 AT_ONCE, TRIES, SECONDS, FIRST_WAIT = 4, 3, 120.0, 1.0  # requests; of each: tries, time limit, seconds to the next try
 LEAST_FAILED = 8  # requests without a verdict, before the judge is given up

@@ -205,6 +205,8 @@ def score(
     if not options.judges:
         return scores
     questions = _questions(model, tokenizer, rows, facts)
+    if not questions:
+        raise DataError(f"data {facts.source}: all rows are too long for an answer; use shorter prompts")
     own = questions[rank::world]
     answers = compare_answers(
         model, tokenizer, own, max_new_tokens=options.max_new_tokens, base=both, progress=progress
@@ -314,10 +316,10 @@ def _questions(
     model: LoRAModel, tokenizer: Any, rows: Sequence[EncodedSample], facts: EvalDataReport
 ) -> list[Question]:
     """Raises DataError if the rows have no prompts."""
-    if facts.shape == TEXT:
+    if facts.shape in (TEXT, "choices", "preference"):
         raise DataError(
             f"data {facts.source}: metrics judge answers, but its rows were read as {facts.shape} "
-            f"({', '.join(facts.mapping.values())}), which has no prompts; use --metric loss"
+            f"({', '.join(facts.mapping.values())}), which has no prompt with one reply; use --metric loss or choice"
         )
     read = {*facts.mapping.values()}
     columns = [{name: value for name, value in row.row.items() if name not in read} for row in rows]

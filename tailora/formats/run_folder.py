@@ -24,6 +24,7 @@ REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that sh
 SUMMARY = "summary.json"  # what `tailora runs` lists of a report, in at most SUMMARY_BYTES
 SUMMARIZED, SUMMARY_BYTES = ("train", "compare", "search", "rows", "curve"), 4096
 SAMPLES = "samples.json"
+VERDICTS = "verdicts.jsonl"  # of a judge: hashes of requests, and their verdicts
 HELD_OUT = "held_out.jsonl"  # rows of the data that the run was evaluated on
 TRAINED_ROWS = "trained-rows.bin"  # 8 bytes for each row that the run trains on
 REFERENCE = "reference.npz"  # the model's values for the examples before training, for losses that need them

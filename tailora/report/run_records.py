@@ -84,7 +84,9 @@ def _records_below(folder: Path) -> Iterator[RunRecord]:
     """Yields the records of runs and studies, but not of the runs inside a study."""
     for path, folders, files in os.walk(folder):
         depth = Path(path).relative_to(folder)
-        record = record_of(Path(path), str(depth) if depth.parts else folder.name) if _file_of(files) else None
+        record = (
+            record_of(Path(path), str(depth) if depth.parts else folder.resolve().name) if _file_of(files) else None
+        )
         if record is not None:
             yield record
         hidden = [name for name in folders if name.startswith(".")]

@@ -100,7 +100,9 @@ def effect_of(
         prompts = plural(len(examples), "held-out prompt") + OTHERS * effect.is_halved
         text = describe_rewards(changes, rewards["trained"], rewards["judges"], prompts)
         text += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
-        return replace(effect, change=changes["reward"].change, metrics=metrics, text=text)
+        return replace(
+            effect, change=changes["reward"].change if "reward" in changes else None, metrics=metrics, text=text
+        )
     if all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
         metrics = {when: preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN}
         return replace(effect, metrics=metrics, text=describe_preferences(**metrics))

@@ -128,7 +128,7 @@ def answer_held_out(
     answers = compare_answers(model, tokenizer, questions, max_new_tokens=limit, progress=progress)
     try:
         answers, directions = score_answers(answers, questions, metrics, config.reward_seconds)
-    except RewardError as error:  # the run is complete, so it has not failed
+    except (RewardError, ConfigError) as error:  # the run is complete, so it has not failed
         note(f"the answers could not be judged: {error}")
         return answers, {}
     if judge is None or not has_metric:
@@ -254,7 +254,10 @@ def compare_answers(
 
 def clusters_of(questions: Sequence[Question]) -> list[int]:
     """Returns a number for each question, the same for prompts that are alike or have the same `group`."""
-    prompts = [Example.of_text(np.array(question.prompt.ids, dtype=np.int32)) for question in questions]
+    prompts = [
+        replace(Example.of_text(np.array(question.prompt.ids, dtype=np.int32)), images=question.prompt.images)
+        for question in questions
+    ]
     groups = defaultdict[str, list[int]](list)
     for number, question in enumerate(questions):
         group = question.columns.get("group")
@@ -262,6 +265,8 @@ def clusters_of(questions: Sequence[Question]) -> list[int]:
     clusters = list(range(len(questions)))
     for alike in [*groups.values(), *duplicates(prompts), *near_duplicates(prompts)]:
         joined = {clusters[number] for number in alike}
+        if len(joined) == 1:
+            continue
         clusters = [min(joined) if cluster in joined else cluster for cluster in clusters]
     return clusters
 

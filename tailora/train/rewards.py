@@ -58,7 +58,19 @@ if sys.platform != "win32":
 RewardFunction = Callable[..., Sequence[float | None]]
 ARGUMENTS = ("prompts", "completions", "completion_ids")  # of functions, besides the columns
 # names that functions cannot have
-OTHER_SCORES = ("reward", "best", "completion_tokens", "truncated", "over_limit", "kl", "judge")
+OTHER_SCORES = (
+    "loss",
+    "perplexity",
+    "accuracy",
+    "accuracy_norm",
+    "reward",
+    "best",
+    "completion_tokens",
+    "truncated",
+    "over_limit",
+    "kl",
+    "judge",
+)
 
 LARGEST = 1e9  # reward, and weight: the square of their product fits into float32
 BUILT_IN_SECONDS = 2.0  # of the processor that a built-in reward gets for a completion, and memory
@@ -180,7 +192,9 @@ def _compare_answers(compare: Callable[[str, str], float]) -> RewardFunction:
     def function(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
         pairs = zip(completions, answer, strict=True)
         return [
-            None if right is None else float(compare(text_of_completion(completion), str(right)))
+            None
+            if right is None or not str(right).strip()
+            else float(compare(text_of_completion(completion), str(right)))
             for completion, right in pairs
         ]
 
@@ -378,7 +392,7 @@ class RewardProcess:
             if not isinstance(reply, Problem):
                 values[row] = reply[0]
             elif is_built_in(reward) and reply.row is None:
-                values[row], self.over_limit[row] = 0.0, True
+                values[row], self.over_limit[row] = (0.0 if reward.flag == "--reward" else np.nan), True
             else:
                 lost.append(row)
                 if not reply.is_lost or 2 * len(lost) > max(called, min(len(completions), MOST_TRIED)):

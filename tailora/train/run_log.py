@@ -33,6 +33,7 @@ from tailora.formats.run_folder import (
     SAMPLES,
     SUMMARY,
     TRAINED_ROWS,
+    VERDICTS,
     adapter_folder,
     checkpoints_in,
     trained_rows,
@@ -63,6 +64,7 @@ FILES = (
     REPORT,
     SUMMARY,
     PAGE,
+    VERDICTS,
 )
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
@@ -182,7 +184,8 @@ def write_settings(output_dir: Path, config: TrainConfig) -> None:
 def write_rows(output_dir: Path, config: TrainConfig, data: "PreparedData") -> None:
     """Writes which rows are trained, held out of the data and skipped."""
     write_trained_rows(output_dir, config, data.trained_rows)
-    if config.eval_data is None and data.report.shape != TEXT:  # whole texts, also trained
+    if config.eval_data is None and data.report.shape != TEXT and not data.eval.images:
+        # whole texts are also trained, and images are found from the folder of their file
         write_held_out(output_dir, data.eval_rows)
     if data.skipped:
         write_skipped_rows(output_dir, data.skipped)

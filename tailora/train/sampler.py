@@ -184,8 +184,13 @@ class Sampler:
         return results
 
     def _read(self, events: Sequence[Token | Finish]) -> tuple[list[Token], str, bool]:
-        """Returns the tokens, the text without the end token, and whether the limit ended it. Raises RuntimeError."""
+        """Returns the tokens, the text without the end token, and whether the limit ended it.
+
+        Raises DivergedError for logits that are not finite, RuntimeError for other failures.
+        """
         tokens, finish = [event for event in events if isinstance(event, Token)], cast(Finish, events[-1])
+        if finish.message == OVERFLOW:
+            raise DivergedError("the logits of an answer are not finite")
         if finish.reason in ("error", "cancelled"):
             raise RuntimeError(f"sampling failed: {finish.message or finish.reason}")
         is_cut = finish.reason == "length"

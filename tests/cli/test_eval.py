@@ -197,7 +197,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "metric": (["ONE", "--data", "CHATS", "--metric", "exact_mach"], "did you mean exact_match"),
     "old spelling": (["ONE", "--data", "CHATS", "--metrics", "loss"], "Use --metric"),
     "no function": (["ONE", "--data", "CHATS", "--metric", "absent.py:f"], "no such file: absent.py"),
-    "no prompts": (["ONE", "--data", "TEXTS", "--metric", "exact_match"], "which has no prompts; use --metric loss"),
+    "no prompts": (["ONE", "--data", "TEXTS", "--metric", "exact_match"], "no prompt with one reply; use --metric"),
     "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "remove --no-base"),
     "no choices": (
         ["ONE", "--data", "CHATS", "--gate", "acc>.5"],
