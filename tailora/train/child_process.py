@@ -35,6 +35,7 @@ KILLED = -9  # exit code of a process that the system ended, usually because mem
 SECONDS_TO_END = 10.0  # for processes that are killed
 MOST_BYTES = 2**27  # of a message of the child; text that it writes to the pipe would announce more
 MOST_LOGGED = 2000  # characters of the log in an error message
+STARTED_BY = "TAILORA_STARTED_BY"  # in the environment of what a child starts: its number, and the time
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
@@ -116,29 +117,19 @@ class ChildProcess:
     def end(self) -> None:
         """Kills the child and all that it started, also in other sessions, and waits until these have ended."""
         started: list[psutil.Process] = []
-        if self.process.returncode is None:  # otherwise another process may have its number by now
-            started = _started_by(self.process.pid)
+        if self.process.poll() is None:  # otherwise its guard ends what it has started
+            with suppress(psutil.NoSuchProcess):  # another thread has killed it meanwhile
+                started = psutil.Process(self.process.pid).children(recursive=True)
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-        _kill(started)
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._output.close()  # for the guard of a child that has ended by itself
         self.process.wait()
         end = time.monotonic() + SECONDS_TO_END
         while not all(map(_has_ended, started)) and time.monotonic() < end:
             time.sleep(0.01)
-
-
-def _started_by(number: int) -> list[psutil.Process]:
-    """Returns the processes that a process has started, and those that they have."""
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(number).children(recursive=True)
-    return []
-
-
-def _kill(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def _has_ended(process: psutil.Process) -> bool:
@@ -159,6 +150,7 @@ def messages_of_parent() -> "Connection[Any, Any]":
     """
     if sys.platform == "linux":
         OOM_SCORE.write_text("1000")
+    os.environ[STARTED_BY] = f"{os.getpid()} {time.time()}"
     silent = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)  # or the parent would wait for the end of its output
     os.posix_spawn(sys.executable, [*command_of(guard), str(os.getpid())], os.environ, file_actions=[silent])
     return Connection(os.dup(0), writable=False)
@@ -170,8 +162,10 @@ def guard(child: str) -> None:
     parent.register(0, 0)  # reads nothing; reports only that no process can write any more
     while os.getppid() == int(child) and not parent.poll(1000):
         pass
-    if os.getppid() == int(child):
-        _kill([process for process in _started_by(int(child)) if process.pid != os.getpid()])
+    for process in psutil.process_iter():  # the child may have ended before what it started in other sessions
+        with suppress(psutil.Error):
+            if process.environ().get(STARTED_BY) == os.environ[STARTED_BY] and process.pid != os.getpid():
+                process.kill()
     os.killpg(0, signal.SIGKILL)
 
 

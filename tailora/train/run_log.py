@@ -328,6 +328,7 @@ def _kept_lines(path: Path, resumed_at: int, evaluated: Collection[int]) -> list
 
 
 def add_metrics(output_dir: Path, name: str, /, **values: Any) -> None:
-    """Adds a line. name: one of LOGS."""
-    with (output_dir / name).open("a", encoding="utf-8") as file:
+    """Adds a line. name: one of LOGS. Raises WriteError."""
+    path = output_dir / name
+    with wrap_os_error(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")

@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,18 +17,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from runs import run_and_collect
 from tiny_run import write_rows
 
 from tailora.data.dataset import Example, Examples, Mixture
-from tailora.errors import DataError, DivergedError, MemoryLimitError
+from tailora.errors import DataError, DivergedError, MemoryLimitError, WriteError
 from tailora.report.pages.train import write_train_report
+from tailora.train.config_file import config_text
 from tailora.train.events import Evaluated, Note
 from tailora.train.grpo import DRIFT_LIMITS, advantages_of
 from tailora.train.rewards import RewardError
 from tailora.train.rollouts import SHOWN_PROMPTS, Prompts, Rollouts
+from tailora.train.run_log import METRICS, add_metrics
 from tailora.train.sampler import Sampler
 from tailora.train.step import Step, StepShape
 from tailora.train.trainer import Trainer, run
@@ -483,3 +491,84 @@ def test_two_thousand_steps_with_hostile_completions_end_as_usual(
     metrics = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     assert sum(step.get("over_limit", 0) for step in metrics) > 100
     assert all(math.isfinite(step["loss"]) for step in metrics if "loss" in step)
+
+
+STOPPED = """
+import os, signal, subprocess, sys, time
+
+way, ready = os.environ["WAY"], os.environ["READY"]
+for own_session in (False, True):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=own_session)
+
+def wait():
+    open(ready, "w").close()
+    if "compute" in way:
+        9**9**9**9
+    time.sleep(600)
+
+if "import" in way:
+    wait()
+
+def score(completions, **_):
+    if way == "raise":
+        raise ValueError
+    if way == "exit":
+        os._exit(3)
+    if way != "end":
+        wait()
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("end", "raise", "exit", "SIGINT import", "SIGINT sleep", "SIGTERM compute", "SIGHUP compute"),
+        *("SIGKILL sleep", "SIGKILL compute", "SIGKILL import"),
+    ],
+)
+def test_no_process_is_left_however_a_run_stops(grpo: Any, way: str, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(STOPPED)
+    ready, environment = tmp_path / "ready", {"WAY": way, "READY": str(tmp_path / "ready")}
+    seconds = 5 if "SIGHUP" in way else 600  # a second SIGHUP changes nothing, so the function must end
+    config = grpo(reward=[f"{tmp_path}/rewards.py:score"], max_steps=1, reward_seconds=seconds)
+    (tmp_path / "run.yaml").write_text(config_text(config.model_dump(exclude_unset=True)))
+    command = [sys.executable, "-P", "-m", "tailora", "train", "--config", str(tmp_path / "run.yaml")]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
+        )
+    signals = [getattr(signal, way.split()[0])] * 2 if way.startswith("SIG") else []  # the first one waits for the step
+    end = time.monotonic() + 120
+    while signals and not ready.exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    started = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.5)
+    try:
+        code = process.wait(120)
+    finally:
+        process.kill()
+    assert (code == 0) == (way == "end"), (tmp_path / "log").read_text()
+    assert len(started) >= 4 * bool(signals)  # the function's process, its guard, and two that it started
+    while left := [child for child in psutil.process_iter() if environment["READY"] == ready_of(child)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
+def ready_of(process: psutil.Process) -> str | None:
+    """Returns the file that a process of a test inherited the name of, unless it has ended."""
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.environ().get("READY")
+    except psutil.Error:
+        return None
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / METRICS).symlink_to("/dev/full")
+    with pytest.raises(WriteError, match=rf"cannot write {tmp_path}/metrics.jsonl: No space left on device; free some"):
+        add_metrics(tmp_path, METRICS, step=1)
