@@ -206,7 +206,7 @@ def patch(case):
         "step": (trainer, "clip_gradients", 3),
         "save": (trainer.checkpoint, "damage" if os.environ["RANK"] == "0" else "not_finite", 3),
         "evaluation": (trainer, "evaluate", 3),
-        "answer": (sys.modules["tailora.cli.train"], "answer_samples", 1),
+        "answer": (sys.modules["tailora.cli.train"], "answer_prompts", 1),
     }[case]
     before, calls = getattr(owner, name), []
 
