@@ -17,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -77,6 +78,7 @@ class ChildProcess:
         self._input = Connection(os.dup(self.process.stdout.fileno()), writable=False)
         self.process.stdin.close()
         self.process.stdout.close()
+        self._ending = threading.RLock()
 
     def __enter__(self) -> "ChildProcess":
         return self
@@ -115,10 +117,17 @@ class ChildProcess:
         return RuntimeError(f"{task} exited with code {code}: {logged}")
 
     def end(self) -> None:
-        """Kills the child and all that it started, also in other sessions, and waits until these have ended."""
+        """Kills the child and all that it started, also in other sessions, and waits until these have ended.
+
+        Several threads may call it, as a trial's own and the main one after Ctrl-C.
+        """
+        with self._ending:
+            self._end()
+
+    def _end(self) -> None:
         started: list[psutil.Process] = []
         if self.process.poll() is None:  # otherwise its guard ends what it has started
-            with suppress(psutil.NoSuchProcess):  # another thread has killed it meanwhile
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
                 started = psutil.Process(self.process.pid).children(recursive=True)
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -90,6 +91,15 @@ def test_what_a_crashed_child_started_ends_too(wait: bool, tmp_path: Path) -> No
             assert have_ended(pids)
             assert f"the work exited with code {-signal.SIGSEGV}" in str(child.error("the work"))
     assert have_ended(pids)
+
+
+def test_several_threads_end_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = ChildProcess(["sleep", "600"])
+    monkeypatch.setattr(type(child._output), "_close", lambda self: (time.sleep(0.2), os.close(self._handle)))
+    with ThreadPoolExecutor(3) as pool:
+        for ended in [pool.submit(child.end) for _ in range(3)]:
+            ended.result()
+    assert child.process.poll() == -signal.SIGKILL
 
 
 def test_an_error_of_tailora_is_raised_in_the_parent(tmp_path: Path) -> None:
