@@ -2,8 +2,8 @@
 
 Losses are given as sums (nats of each example) and counts (tokens of it that are learned): a loss is sum / count.
 
-    one run, a loss              mean_interval                               bootstrap over examples
-    several seeds, a loss        interval_over_seeds, difference_over_seeds  bootstrap; crossed random effects
+    one run, a loss              mean_interval                               t interval over examples
+    several seeds, a loss        interval_over_seeds, difference_over_seeds  crossed random effects
     a share of right answers     wilson_interval                             Wilson
     the change of either         train/significance.py; in words: describe_change
     a run on preferences         preference_metrics, describe_preferences
@@ -17,47 +17,35 @@ from math import sqrt
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tailora.train.significance import LEVEL, Change, Floats, Interval, Z, checked_hits, error_over_clusters
+from tailora.train.significance import (
+    LEVEL,
+    Change,
+    Floats,
+    Interval,
+    Z,
+    checked_hits,
+    error_over_clusters,
+    ratio_interval,
+)
 
 FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval is unreliable
 TOO_FEW = f"These are too few for a reliable result: hold out at least {FEW_EXAMPLES} examples."
 
-# ---- Bootstrap over examples, and over seeds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sec. 13.3)
+# ---- One run
 #
-# Tokens of one conversation are alike, so conversations are resampled, not tokens, each with its nats and its tokens.
-# Intervals are percentiles: on 50 simulated conversations of very unequal length, a nominal 95% interval contained the
-# true loss 92% of the time, and BCa intervals (sec. 14.3) 90%.
+# Tokens of one conversation are alike, so conversations count, not tokens. For 10 to 200 simulated conversations of
+# very unequal length, the t interval of the ratio contained the true loss in 88% to 92% of cases, a bootstrap over
+# conversations in 80% to 91%.
 
 
-def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> Interval:
+def mean_interval(sums: ArrayLike, counts: ArrayLike) -> Interval:
     """Returns the loss per token with its 95% interval. sums: nats, counts: trained tokens; both (examples,)."""
     nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if nats.ndim != 1 or nats.shape != tokens.shape:
         raise ValueError(f"expected one number per example, got sums {nats.shape} and counts {tokens.shape}")
     if not tokens.any():
         raise ValueError("expected at least one example with tokens, got counts of 0")
-    return _bootstrap(nats[None, tokens > 0], tokens[tokens > 0], draws)
-
-
-def interval_over_seeds(sums: ArrayLike, counts: ArrayLike) -> Interval:
-    """Returns the loss per token; seeds and examples are both resampled. sums: nats (seeds, examples)."""
-    return _bootstrap(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), 2000)
-
-
-def _bootstrap(nats: Floats, tokens: Floats, draws: int) -> Interval:
-    """nats: (seeds, examples), tokens: (examples,)."""
-    seeds, examples = nats.shape
-    value = float(nats.sum() / (seeds * tokens.sum()))
-    if examples < 2:
-        return Interval(value, np.nan, np.nan)
-    generator = np.random.default_rng(0)
-    losses = np.empty(draws)
-    for draw in range(draws):
-        times = np.bincount(generator.integers(examples, size=examples), minlength=examples)  # (examples,)
-        chosen = nats[generator.integers(seeds, size=seeds)]
-        losses[draw] = (chosen @ times).sum() / (seeds * (tokens @ times))
-    low, high = np.quantile(losses, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
+    return ratio_interval(nats[tokens > 0], tokens[tokens > 0])
 
 
 # ---- Several seeds: crossed random effects
@@ -69,6 +57,15 @@ def _bootstrap(nats: Floats, tokens: Floats, draws: int) -> Interval:
 # (simulated).
 
 SMALLEST_LOG_P = -600.0
+
+
+def interval_over_seeds(sums: ArrayLike, counts: ArrayLike) -> Interval:
+    """Returns the loss per token, over examples and seeds. sums: nats (seeds, examples); counts: tokens (examples,)."""
+    nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    nats, tokens = nats[:, tokens > 0], tokens[tokens > 0]
+    value = float(nats.sum() / (len(nats) * tokens.sum()))
+    half = math.hypot(*(t_quantile(LEVEL, degrees) * error for error, degrees in _standard_errors(nats, tokens, value)))
+    return Interval(value, value - half, value + half)
 
 
 @dataclass(frozen=True)
@@ -218,7 +215,7 @@ def preference_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Inter
 
     scores: of each example, by `score_names` of its task.
 
-    Intervals of shares are Wilson's, the others bootstrapped.
+    Intervals of shares are Wilson's, the others t intervals.
     """
     columns = {name: np.array([row[name] for row in scores]) for name in scores[0]}
     if "desirable" not in columns:

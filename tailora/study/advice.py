@@ -158,7 +158,7 @@ def dead(inspection: Inspection) -> Iterator[Advice]:
 
 
 def no_gain(inspection: Inspection) -> Iterator[Advice]:
-    """Applies if the interval of the improvement on held-out data (95%, bootstrap over examples) includes 0."""
+    """Applies if the interval of the improvement on held-out data (95%, over examples) includes 0."""
     losses = inspection.held_out
     if losses is None or losses.has_gain:
         return

@@ -98,7 +98,7 @@ def change_of(
     if (answers == answers[0]).all() and np.isin([first / answers, second / answers], (0, 1)).all():
         interval = share_difference(first / answers, second / answers)
     else:
-        interval = _t_interval(second - first, answers)
+        interval = ratio_interval(second - first, answers)
     share = missing / (missing + float(answers.sum()))
     return Change(interval, second - first, share, higher_is_better)
 
@@ -140,7 +140,8 @@ def _binomial_test(n: int, fewer: int) -> float:
 # ---- Intervals
 
 
-def _t_interval(sums: Floats, counts: Floats) -> Interval:
+def ratio_interval(sums: Floats, counts: Floats) -> Interval:
+    """Returns a sum over clusters, divided by the sum of their counts, with its t interval."""
     value = float(sums.sum() / counts.sum())
     if len(counts) < 2:
         return Interval(value, math.nan, math.nan)
