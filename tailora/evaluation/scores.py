@@ -209,7 +209,7 @@ def score(
         raise DataError(f"data {facts.source}: all rows are too long for an answer; use shorter prompts")
     own = questions[rank::world]
     answers = compare_answers(
-        model, tokenizer, own, max_new_tokens=options.max_new_tokens, base=both, progress=progress
+        model, tokenizer, own, max_new_tokens=options.max_new_tokens, base=both, note=log, progress=progress
     )
     answers, directions = score_answers(answers, own, options.judges, options.judge_seconds)
     if world > 1:

@@ -6,19 +6,25 @@ The engine of `tailora serve` answers, as it samples completions for reinforceme
 sharded models, which it cannot run, answer one by one.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from time import perf_counter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from transformers import ProcessorMixin
 
 from tailora.core.attach import evaluating
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.duplicates import duplicates, near_duplicates
 from tailora.data.image_processor import text_tokenizer
+from tailora.data.image_tokens import media_ids
 from tailora.data.images import Image
 from tailora.data.messages import Messages
 from tailora.data.prepare import PreparedData
@@ -46,6 +52,7 @@ NEW_TOKENS = 64  # of an answer that no metric judges
 MOST_JUDGED, MOST_READ = 200, 24  # held-out prompts to answer, with and without a metric
 FEW_HELD_OUT, TRAINING_PROMPTS = 20, 30  # with fewer held-out prompts, some training prompts are answered too
 MOST_AT_ONCE = 64  # answers in a batch
+PROBE_TOKENS = 4  # of the prompts and the answers that show how long a token takes
 Note = Callable[[str], None]
 Progress = Callable[[int, int], None]  # number done, total
 
@@ -123,9 +130,7 @@ def answer_held_out(
         some = np.random.default_rng(0).permutation(len(data.train))[:TRAINING_PROMPTS]
         questions += [training_question(data.train[int(i)], tokenizer) for i in some if not data.train[int(i)].images]
     limit = config.max_completion_length if has_metric or data.report.task == GRPO else NEW_TOKENS
-    if questions:
-        note(f"answering {len(questions):,} prompts before and after training, with at most {limit:,} new tokens each")
-    answers = compare_answers(model, tokenizer, questions, max_new_tokens=limit, progress=progress)
+    answers = compare_answers(model, tokenizer, questions, max_new_tokens=limit, note=note, progress=progress)
     try:
         answers, directions = score_answers(answers, questions, metrics, config.reward_seconds)
     except (RewardError, ConfigError) as error:  # the run is complete, so it has not failed
@@ -205,34 +210,29 @@ def compare_answers(
     *,
     max_new_tokens: int = NEW_TOKENS,
     base: bool = True,
+    note: Note = lambda _: None,
     progress: Progress = lambda _done, _total: None,
 ) -> list[ComparedAnswer]:
     """Returns greedy answers of the tuned model, and for `base` of the base. With a sharded model, all ranks call it.
 
+    note: called with the estimated time, before it begins.
     progress: called with the number of finished answers and their total.
     """
     prompts, total = [question.prompt for question in questions], (1 + base) * len(questions)
     if not prompts:
         return []
     of_base: Sequence[Answer | None] = [None] * len(prompts)
-    if is_sharded(model) or is_seq2seq(model):
-        tuned = _answer_one_by_one(model, tokenizer, prompts, max_new_tokens, lambda done: progress(done, total))
+    with seeded(0), ExitStack() as stack:
+        answer, at_once = _start_answering(model, tokenizer, prompts, max_new_tokens, stack)
+        models = "the base and the tuned model" if base else "one model"
+        seconds = (1 + base) * _estimate_seconds(answer, prompts, tokenizer, max_new_tokens, at_once)
+        limits = f"at most {max_new_tokens:,} new tokens each and {timedelta(seconds=math.ceil(seconds))} in total"
+        note(f"answering {len(prompts):,} prompts with {models}: {limits}")
+        tuned = answer(prompts, max_new_tokens, progress=lambda done: progress(done, total))
         if base:
-            with model.disable_adapter():
-                of_base = _answer_one_by_one(
-                    model, tokenizer, prompts, max_new_tokens, lambda done: progress(len(prompts) + done, total)
-                )
-    else:
-        longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
-        with seeded(0), ExitStack() as stack:
-            sampler = Sampler(model, tokenizer, longest, min(MOST_AT_ONCE, len(prompts)), lambda _note: None)
-            stack.callback(sampler.stop)
-            tuned = sampler.answer(prompts, max_new_tokens, progress=lambda done: progress(done, total))
-            if base:
-                stack.enter_context(nullcontext() if isinstance(model, LoRAModel) else model.disable_adapter())
-                of_base = sampler.answer(
-                    prompts, max_new_tokens, base=True, progress=lambda done: progress(len(prompts) + done, total)
-                )
+            of_base = answer(
+                prompts, max_new_tokens, base=True, progress=lambda done: progress(len(prompts) + done, total)
+            )
     count_tokens = text_tokenizer(tokenizer)
     return [
         ComparedAnswer(
@@ -302,15 +302,70 @@ def _completion(question: Question, text: str) -> Completion:
     return Completion(question.value, reply, [], question.columns)
 
 
+class AnswerPrompts(Protocol):
+    def __call__(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        max_new_tokens: int,
+        *,
+        base: bool = False,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> list[Answer]: ...
+
+
+def _start_answering(
+    model: Trainable, tokenizer: Any, prompts: Sequence[EncodedPrompt], max_new_tokens: int, stack: ExitStack
+) -> tuple[AnswerPrompts, int]:
+    """Returns the function that answers, and how many prompts it answers at once. stack: stops the engine."""
+    if is_sharded(model) or is_seq2seq(model):
+        return partial(_answer_one_by_one, model, tokenizer), 1
+    longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+    at_once = min(MOST_AT_ONCE, len(prompts))
+    sampler = Sampler(model, tokenizer, longest, at_once, lambda _note: None)
+    stack.callback(sampler.stop)
+
+    def answer(*arguments: Any, base: bool = False, **options: Any) -> list[Answer]:
+        with model.disable_adapter() if base and not isinstance(model, LoRAModel) else nullcontext():
+            return sampler.answer(*arguments, base=base, **options)
+
+    return answer, at_once
+
+
+def _estimate_seconds(
+    answer: AnswerPrompts, prompts: Sequence[EncodedPrompt], tokenizer: Any, max_new_tokens: int, at_once: int
+) -> float:
+    """Measures how long one model takes to read a prompt of median length, and to add a token to as many answers as
+    fit. Returns the time of all prompts, if every answer reaches the limit.
+    """
+
+    def seconds(some: Sequence[EncodedPrompt], tokens: int) -> tuple[float, int]:
+        started = perf_counter()
+        longest = max(given.tokens for given in answer(some, tokens))
+        return perf_counter() - started, longest
+
+    median = sorted(prompts, key=lambda prompt: len(prompt.ids))[len(prompts) // 2]
+    images = media_ids(tokenizer if isinstance(tokenizer, ProcessorMixin) else None)
+    short = [
+        EncodedPrompt("", [token for token in prompt.ids if token not in images][-PROBE_TOKENS:])
+        for prompt in prompts[:at_once]
+    ]
+    seconds(short[:1], 1)  # whatever only the first one does
+    (reading, _), (first, _), (more, longest) = seconds([median], 1), seconds(short, 1), seconds(short, PROBE_TOKENS)
+    step = max(more - first, 0.0) / (longest - 1) if longest > 1 else first
+    return len(prompts) * reading + math.ceil(len(prompts) / at_once) * max_new_tokens * step
+
+
 def _answer_one_by_one(
     model: Trainable,
     tokenizer: Any,
     prompts: Sequence[EncodedPrompt],
     max_new_tokens: int,
-    progress: Callable[[int], None],
+    *,
+    base: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
     answers = list[Answer]()
-    with evaluating(model):
+    with model.disable_adapter() if base else nullcontext(), evaluating(model):
         for prompt in prompts:
             arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
             output = model.generate(**arguments, synced_gpus=is_sharded(model))  # no rank stops before others

@@ -1,6 +1,7 @@
 """Answers of the base and the tuned model to the same prompts, their clusters and scores."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tailora.train.answers import (
 )
 from tailora.train.generate import EncodedPrompt, generation_arguments, stream_reply
 from tailora.train.rewards import RewardError, parse_rewards
+from tailora.train.sampler import Sampler
 
 Make = Callable[..., LlamaForCausalLM]
 REPLY = {"role": "assistant", "content": "how"}
@@ -87,6 +89,26 @@ def test_answers_are_those_of_generate(config: Any, tokenizer: PreTrainedTokeniz
             ids = model.generate(**arguments)[0, len(question.prompt.ids) :]
             assert text == tokenizer.decode(ids, skip_special_tokens=True).strip()
         model.set_adapter(["default"])
+
+
+def test_the_time_is_estimated_before_the_first_answer(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70 prompts are two batches; with a second for each token read and ten for each token added."""
+    clock, said, questions = [0.0], list[str](), questions_of(tuned, tokenizer, ["hello"] * 70)
+    answer = Sampler.answer
+
+    def timed(self: Sampler, prompts: Any, tokens: int, **options: Any) -> Any:
+        clock[0] += sum(len(prompt.ids) for prompt in prompts) + 10 * (tokens - 1)
+        return answer(self, prompts, tokens, **options)
+
+    monkeypatch.setattr(Sampler, "answer", timed)
+    monkeypatch.setattr("tailora.train.answers.perf_counter", lambda: clock[0])
+    done = lambda number, total: said.append(f"{number} of {total}")  # noqa: E731
+    compare_answers(tuned, tokenizer, questions, max_new_tokens=8, note=said.append, progress=done)
+    seconds = 2 * (70 * len(questions[0].prompt.ids) + 2 * 8 * 10)
+    assert said[0].endswith(f"at most 8 new tokens each and {timedelta(seconds=seconds)} in total")
+    assert said[1:] == [f"{number} of 140" for number in range(1, 141)]
 
 
 def test_an_encoder_decoder_answers(tokenizer: PreTrainedTokenizerFast) -> None:
