@@ -29,13 +29,13 @@ MOST_LINES = {
     "data": 4600,
     "kernels": 1520,
     "engine": 940,
-    "train": 10420,
-    "evaluation": 2700,
+    "train": 10440,
+    "evaluation": 2770,
     "study": 4920,
     "verify": 1000,
     "report": 2900,
     "serve": 2060,
-    "cli": 4400,
+    "cli": 4440,
 }
 MOST_LINES_OF_A_FILE = 600
 REASON = "This file is long because"  # in the docstring of a file with more lines

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from pydantic import TypeAdapter
 
 from tailora.cli.__main__ import run as run_program
 from tailora.cli.flags import SWITCH, Json, NprocPerNode, flags_of, log_columns, merge_with_run
-from tailora.cli.main import ARGUMENTS, log, note, print_json, print_text, stderr, stdout
+from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import (
     BaseModel,
     Device,
@@ -39,10 +40,10 @@ from tailora.evaluation.metrics import (
     parse_gates,
     parse_metrics,
 )
-from tailora.formats.run_folder import check_report_kind, trained_rows, write_report
+from tailora.formats.run_folder import RUN, check_report_kind, trained_rows, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
-from tailora.train.config import TrainConfig
+from tailora.train.config import JUDGE, TrainConfig
 from tailora.train.launch import count_processes, is_launched_by_tailora, launch, world_size
 from tailora.train.rewards import BUILT_IN, Reward, RewardProcess, parse_rewards
 
@@ -50,18 +51,20 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from tailora.data.labels import Labels
+    from tailora.evaluation.judge import Judge
     from tailora.evaluation.scores import EvalOptions, Scores
     from tailora.model import LoRAModel
 
 
-FLAGS = ["field", "system", "max_length", "dtype", "image_folder"]
+FLAGS = ["field", "system", "max_length", "dtype", "image_folder", "judge_model", "judge_prompt"]
 Flags: Any = flags_of(TrainConfig, FLAGS)
 KIND = "eval"  # of report.json
 MEMORY_ADVICE = "try a smaller --max-length, --quantize nf4 or --dtype bfloat16, or close other programs"
 GATE_HELP = f"exit with code 4 if this condition is not met; repeatable; {QUOTES_HINT}"
 METRIC_HELP = (
-    f"a metric that judges answers, as in train, or {', '.join(METRICS)}; repeatable; default: accuracy for data with "
-    "choices, all scores for labels, loss for other data"
+    f"judges greedy answers, as in train: a built-in metric, FILE.py:FUNCTION or judge:URL; or one of "
+    f"{', '.join(METRICS)}; repeatable; default: accuracy for data with choices, all scores for labels, loss for other "
+    "data"
 )
 
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter or of its training run")]
@@ -120,6 +123,12 @@ class EvalTarget:
         return {} if self.folder is None else {"default": self.folder}
 
     @property
+    def run(self) -> Path | None:
+        """The folder of the run that wrote the adapter."""
+        folder = None if self.folder is None else self.folder.resolve().parent
+        return folder if folder is not None and (folder / RUN).exists() else None
+
+    @property
     def trained_rows(self) -> set[bytes] | None:
         return trained_rows(self.folder or Path(self.model))
 
@@ -134,8 +143,9 @@ class Evaluation:
     config: TrainConfig  # for reading the data, as in the adapter's run
     gates: Sequence[Gate]
     metrics: Sequence[str]  # scores of the model
-    judges: Sequence[Reward]  # metrics of its answers
+    answer_metrics: Sequence[Reward]
     base: bool  # also evaluate the base model
+    judge: "Judge | None"  # the language model among the metrics of answers
 
     @property
     def gates_on_data(self) -> list[Gate]:
@@ -185,8 +195,9 @@ def checked(
     adapter: str | None, given: EvalFlags, harness: HarnessFlags, flags: Mapping[str, Any] | None
 ) -> Evaluation:
     """Raises ConfigError, DataError or FormatError for what can be checked before loading torch."""
-    gates, (metrics, sources) = parse_gates(given.gate or []), parse_metrics(given.metric or [], BUILT_IN)
-    judges = parse_rewards([], sources)[1]
+    metrics, sources = parse_metrics(given.metric or [], [*BUILT_IN, JUDGE])
+    answer_metrics = parse_rewards([], sources)[1]
+    gates = parse_gates(given.gate or [], [metric.name for metric in answer_metrics])
     on_data = [gate for gate in gates if not (harness.names and gate.is_on_task)]
     if given.data is None and on_data:
         raise ConfigError(f"--gate {on_data[0]} needs held-out data; add --data FILE, or set a gate on TASK/METRIC")
@@ -196,14 +207,32 @@ def checked(
     target = find_target(adapter, given.model)
     base = given.base and target.folder is not None
     named = [gate.metric.removesuffix(CHANGE) for gate in on_data]
-    names = [*METRICS, *LABEL_METRICS, *filter(OF_CLASS.fullmatch, named), *(judge.name for judge in judges)]
+    names = [*METRICS, *LABEL_METRICS, *filter(OF_CLASS.fullmatch, named), *(metric.name for metric in answer_metrics)]
     check_gates(on_data, names, base=base)
     check_report_kind(given.output_dir, KIND)
-    config = merge_with_run(flags, target.folder, arguments={"model": target.model})
-    if judges:
-        with RewardProcess(judges, config.reward_seconds):  # raises if one cannot be loaded
+    config = merge_with_run(flags, target.folder, arguments={"model": target.model, "metric": sources})
+    functions = [metric for metric in answer_metrics if not metric.is_judge]
+    if functions:
+        with RewardProcess(functions, config.reward_seconds):  # raises if one cannot be loaded
             pass
-    return Evaluation(target, given, harness, config, gates, metrics, judges, base)
+    judge = None if not config.judges else judge_of(config, given.output_dir or target.run, base=base)
+    return Evaluation(target, given, harness, config, gates, metrics, answer_metrics, base, judge)
+
+
+def judge_of(config: TrainConfig, folder: Path | None, *, base: bool) -> "Judge | None":
+    """Returns the judge for the main process, after one request. folder: for its verdicts."""
+    if not base:
+        raise ConfigError("--metric judge:URL compares an adapter with its base model; use an ADAPTER, no --no-base")
+    if folder is None:
+        raise ConfigError("--metric judge:URL keeps verdicts in a file, and this adapter has no run; add --output-dir")
+    if not is_rank_0():
+        return None
+    from tailora.evaluation.judge import Judge
+
+    judge = Judge(config.replaced(output_dir=str(folder)), log)
+    if not is_launched_by_tailora():
+        judge.check()
+    return judge
 
 
 def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
@@ -216,14 +245,14 @@ def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
     from tailora.train.setup import launched_ranks
 
     given, harness, base = evaluation.given, evaluation.harness, evaluation.base
-    names = [*METRICS, *(judge.name for judge in evaluation.judges)]
+    names = [*METRICS, *(metric.name for metric in evaluation.answer_metrics)]
     check_gates(evaluation.gates_on_data, names, base=base)
     if wrong := [name for name in evaluation.metrics if name not in METRICS]:
         raise ConfigError(f"--metric {', '.join(wrong)} is for models that predict labels; use {', '.join(METRICS)}")
     options = EvalOptions(
-        metrics=tuple(evaluation.metrics) if evaluation.metrics or evaluation.judges else None,
-        judges=tuple(evaluation.judges),
-        judge_seconds=evaluation.config.reward_seconds,
+        metrics=tuple(evaluation.metrics) if evaluation.metrics or evaluation.answer_metrics else None,
+        answer_metrics=tuple(evaluation.answer_metrics),
+        metric_seconds=evaluation.config.reward_seconds,
         extra_metrics=tuple(gate.metric for gate in evaluation.gates if not gate.is_on_task),
         max_length=evaluation.config.max_length,
         max_new_tokens=given.max_new_tokens,
@@ -262,6 +291,8 @@ def data_scores(
     reading["trained_rows"] = evaluation.target.trained_rows
     is_shown = ranks is None or ranks.is_main_process
     with counter(stderr(), "rows") if is_shown else nullcontext(lambda *_: None) as progress:
+        if evaluation.judge is not None:
+            reading["judge"] = partial(evaluation.judge.compare, progress=progress)
         return score(model, tokenizer, str(evaluation.given.data), options, log=note, progress=progress, **reading)
 
 
@@ -285,8 +316,8 @@ def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
                 "there is nothing to compare; use a gate without _change"
             )
         note(f"the base model {target.model} has no head for these labels, so only the adapter is evaluated")
-    if evaluation.judges:
-        names = ", ".join(judge.name for judge in evaluation.judges)
+    if evaluation.answer_metrics:
+        names = ", ".join(metric.name for metric in evaluation.answer_metrics)
         raise ConfigError(f"--metric {names}: this model predicts labels, and has no answers to judge; use its scores")
     needed = [*evaluation.metrics, *(gate.metric.removesuffix(CHANGE) for gate in gates)]
     check_packages()
@@ -324,6 +355,8 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
 
 def finish(evaluation: Evaluation, scores: "Scores", started: float) -> int:
     """Writes the report, prints the scores, and returns the exit code."""
+    from tailora.evaluation.answers import describe_metric
+    from tailora.report.format import plural
     from tailora.report.pages.eval import EvalReport, eval_page
 
     folder, as_json = evaluation.given.output_dir, evaluation.given.json
@@ -335,6 +368,10 @@ def finish(evaluation: Evaluation, scores: "Scores", started: float) -> int:
     names = {"model": evaluation.target.model, "adapter": evaluation.target.adapter}
     payload = {**names, **scores.to_dict(), "gates": outcomes, "seconds": time.monotonic() - started}
     payload["shown_answers"] = evaluation.given.samples
+    payload |= {} if evaluation.judge is None else {"judge": dict(evaluation.judge.counts)}
+    payload["findings"] = [
+        describe_metric(name, change, plural(change.answers, "prompt")) for name, change in scores.changes.items()
+    ]
     if folder is not None:
         write_report(folder, KIND, payload, allow_nan=False)
         log(write_page_if_possible(folder))

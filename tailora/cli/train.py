@@ -21,7 +21,7 @@ from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
 from tailora.data.messages import IMAGE_TEXT
 from tailora.data.schemas import PREFERENCE
-from tailora.errors import INTERRUPTED, WORSE, WriteError
+from tailora.errors import INTERRUPTED, WORSE, ConfigError, WriteError
 from tailora.formats.io import wrap_os_error, write_file
 from tailora.formats.run_folder import ADAPTER, HELD_OUT, PAGE, REPORT, RUN, SAMPLES, VERDICTS, write_report
 from tailora.report.blocks import Code, Column, Section, Table
@@ -33,7 +33,7 @@ from tailora.train.launch import count_processes, how_to_resume, is_launched_by_
 
 if TYPE_CHECKING:
     from tailora.evaluation.judge import Judge
-    from tailora.train.answers import ComparedAnswer
+    from tailora.train.answers import ComparedAnswer, Question
     from tailora.train.events import TrainResult
 
 Flags: Any = train_flags()  # the settings of train/config.py
@@ -75,10 +75,13 @@ def train(
         run_log.check_run_folder(config, overwrite=given.overwrite)
     check_sources_of_run(config)
     fetch_sources(config.model)
-    if config.judges and is_rank_0() and not is_launched_by_tailora():
+    judge = None
+    if config.judges and is_rank_0():
         from tailora.evaluation.judge import Judge
 
-        Judge(config, log).check()
+        judge = Judge(config, log)
+        if not is_launched_by_tailora():
+            judge.check()
     if given.nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(given.nproc_per_node, config.device)
         if processes > 1:
@@ -90,7 +93,6 @@ def train(
             from accelerate import PartialState
 
             from tailora.evaluation.classification import check_packages
-            from tailora.evaluation.judge import Judge
             from tailora.train.failures import Interrupted, fail_together
             from tailora.train.memory import peak_bytes
             from tailora.train.parallel import own_process_group
@@ -106,16 +108,16 @@ def train(
                     return INTERRUPTED
                 message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
                 raise KeyboardInterrupt(message) from interrupted
-        is_main, answers, measured = PartialState().is_main_process, list["ComparedAnswer"](), dict[str, Any]()
+        is_main = PartialState().is_main_process
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState()))
         if config.fsdp or is_main:
-            judge = Judge(config, log) if config.judges and is_main else None
-            answers, directions = answer_prompts(result, config, judge)
-            measured = measure_forgetting(result, config) | {"higher_is_better": directions}
-            measured |= {} if judge is None else {"judge": dict(judge.counts)}
+            answers, questions = answer_prompts(result, config)
+            measured = measure_forgetting(result, config)
     if not is_main:
         return 0
+    answers, measured["higher_is_better"] = score_run(answers, questions, config, judge)
+    measured |= {} if judge is None else {"judge": dict(judge.counts)}
     folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
     report, page = write_results(folder, answers, measured, started, peak)
     if given.json:
@@ -228,20 +230,37 @@ def write_results(
     return report, page
 
 
-def answer_prompts(
-    result: "TrainResult", config: TrainConfig, judge: "Judge | None"
-) -> tuple[list["ComparedAnswer"], dict[str, bool]]:
-    """Returns answers of the base and the fine-tuned model, and of each metric whether higher is better."""
+def answer_prompts(result: "TrainResult", config: TrainConfig) -> tuple[list["ComparedAnswer"], list["Question"]]:
+    """Returns answers of the base and the fine-tuned model."""
     from tailora.train.answers import answer_held_out
     from tailora.train.memory import explain_out_of_memory
 
     if result.data is None or result.data.report.task in TASK_TYPES:  # the model predicts labels
-        return [], {}
+        return [], []
     advice = f"the adapter in {result.output_dir} is complete; use --metric-examples 0 to skip the answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", advice), counter(console, "answers") as progress:
-        compare = None if judge is None else partial(judge.compare, progress=progress)
-        return answer_held_out(result.model, result.tokenizer, result.data, config, log, progress, compare)
+        return answer_held_out(result.model, result.tokenizer, result.data, config, log, progress)
+
+
+def score_run(
+    answers: Sequence["ComparedAnswer"], questions: Sequence["Question"], config: TrainConfig, judge: "Judge | None"
+) -> tuple[list["ComparedAnswer"], dict[str, bool]]:
+    """Returns the answers with their scores, and of each metric whether higher is better.
+
+    If a metric fails, the answers have no scores: the run is complete, so it has not failed.
+    """
+    from tailora.train.answers import score_answers
+    from tailora.train.rewards import RewardError, parse_rewards
+
+    metrics = [] if config.task == GRPO else parse_rewards([], config.metric)[1]  # GRPO has scored completions
+    try:
+        with counter(stderr(), "verdicts") as progress:
+            compare = None if judge is None else partial(judge.compare, progress=progress)
+            return score_answers(answers, questions, metrics, config.reward_seconds, compare)
+    except (RewardError, ConfigError, WriteError) as error:
+        log(f"the answers could not be judged: {error}")
+        return list(answers), {}
 
 
 def measure_forgetting(result: "TrainResult", config: TrainConfig) -> dict[str, Any]:

@@ -9,13 +9,13 @@ adjusted for their number (Holm, Scand. J. Stat. 6, 1979).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tailora.evaluation.answer_faults import FAULTS, Fault, faults_of
-from tailora.evaluation.judge import judge_facts
+from tailora.evaluation.judge import JudgeFacts, judge_facts
 from tailora.evaluation.statistics import mean_interval, wilson_interval
 from tailora.train.answers import AnswerFacts, ComparedAnswer
 from tailora.train.config import JUDGE
@@ -51,7 +51,7 @@ class MetricChange:
     lost: int | None
     is_constant: bool  # all answers have the same score
     p_value: float
-    judge: dict[str, float | None] = field(default_factory=dict)
+    judge: JudgeFacts | None = None
 
     @property
     def finding(self) -> Finding:
@@ -67,7 +67,7 @@ class MetricChange:
             "p": self.p_value,
             "examples": self.answers,
             "finding": self.finding,
-            **self.judge,
+            **(self.judge.to_dict() if self.judge else {}),
         }
 
 
@@ -100,7 +100,7 @@ def metric_changes(answers: Sequence[ComparedAnswer], higher_is_better: Mapping[
             lost=int((moved < 0).sum()) if is_share else None,
             is_constant=bool(np.ptp(scores[known]) == 0),
             p_value=change.p_value,
-            judge=judge_facts(answers) if name == JUDGE else {},
+            judge=judge_facts(answers) if name == JUDGE else None,
         )
     return _adjusted(changes)
 
@@ -124,8 +124,8 @@ def _adjusted(changes: Mapping[str, MetricChange]) -> dict[str, MetricChange]:
 
 def describe_metric(name: str, metric: MetricChange, prompts: str) -> str:
     """Returns a sentence. prompts: number and name, such as "200 held-out prompts"."""
-    if metric.judge:
-        return _describe_judge(metric, prompts)
+    if metric.judge is not None:
+        return _describe_judge(metric, metric.judge, prompts)
     is_share, (value, low, high) = metric.gained is not None, metric.change.interval
     before, after = (f"{part.value:.0%}" if is_share else f"{part.value:.3f}" for part in (metric.before, metric.after))
     if metric.is_constant:
@@ -142,13 +142,14 @@ def describe_metric(name: str, metric: MetricChange, prompts: str) -> str:
     return f"{name} {'rose' if value > 0 else 'fell'} {moved}{flips}."
 
 
-def _describe_judge(metric: MetricChange, prompts: str) -> str:
+def _describe_judge(metric: MetricChange, judge: JudgeFacts, prompts: str) -> str:
     rate, low, high = metric.after
     ends = "" if math.isnan(low) else f"{max(low, 0):.0%} to {min(high, 1):.0%}"
-    order, equal = metric.judge["order_changed"], metric.judge["win_rate_at_equal_length"]
+    order, equal = judge.order_changed, judge.at_equal_length
     facts = [ends] if ends else []
     facts += [] if order is None else [f"{order:.0%} of its verdicts changed with the order"]
-    facts += ["unknown at equal length" if equal is None else f"{equal:.0%} at equal length"]
+    at_equal = "unknown" if equal is None else f"{equal.value:.0%} ({equal.low:.0%} to {equal.high:.0%})"
+    facts += [f"{at_equal} at equal length"]
     preferred = f"the judge preferred the tuned answers to {rate:.0%} of {prompts} ({'; '.join(facts)})"
     if metric.finding != "cannot tell":
         return f"{preferred}."

@@ -13,24 +13,24 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from tailora.data.messages import text_of
-from tailora.errors import ConfigError, ServerError
+from tailora.errors import ConfigError, ServerError, WriteError
 from tailora.formats.io import wrap_os_error
 from tailora.formats.run_folder import VERDICTS
 from tailora.train.answers import ComparedAnswer, Question
 from tailora.train.config import JUDGE, TrainConfig
-from tailora.train.significance import MOST_MISSING
+from tailora.train.significance import MOST_MISSING, Interval, t_975
 
 if TYPE_CHECKING:
     from httpx import Client
@@ -41,6 +41,8 @@ LEAST_FAILED = 8  # requests without a verdict, before the judge is given up
 MOST_BYTES = 2**22  # of a reply
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 VERDICT = re.compile(r"\[\[(A|B|tie)\]\]", re.IGNORECASE)
+COMPLETE = "complete"
+TRIAL = "What is two plus two?", "Five.", "Four.", "Four."
 WORD = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)  # a reply without anything else
 PLACEHOLDER = re.compile(r"\{(prompt|answer_a|answer_b|reference)\}")
 PROMPT = """Which of two answers to a prompt is better? Judge whether they are right and helpful, not how long they are.
@@ -66,18 +68,18 @@ class Judge:
         self.template = PROMPT if config.judge_prompt is None else _template(Path(config.judge_prompt))
         self.cache = Path(config.output_dir) / VERDICTS
         self.counts = Counter[str]()  # of requests, tries without a verdict by their problem, and cached verdicts
-        self._problem, self._stopped = "", Event()
+        self._problem = ""
         self._key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"{' or '.join(KEYS)} contains a line break or an invalid character; set it again")
 
     def check(self) -> None:
         """Asks the judge about one pair of answers. Raises ServerError if it has no verdict."""
-        if self._read():  # it has answered before
+        if self._read().get(self._state) == COMPLETE:
             return
         self.note(f"{self._name}: one request now, to see that it answers, and two for each held-out prompt at the end")
         with self._client() as client:
-            verdict, _ = self._ask(client, self._request("What is two plus two?", "Five.", "Four.", "Four."))
+            verdict, _ = self._ask(client, self._request(*TRIAL), Event())
         if verdict is None:
             raise ServerError(f"{self._name} has no verdict: {self._problem}; check the address, the model and the key")
 
@@ -99,7 +101,10 @@ class Judge:
         self.counts["cached"] = len(keys) - len(missing)
         cached = f"; {len(keys) - len(missing):,} verdicts are in {self.cache}" if len(missing) < len(keys) else ""
         self.note(f"{self._name}: sending {len(missing):,} requests with prompts and answers{cached}")
-        self._send(missing, verdicts, max(LEAST_FAILED, MOST_MISSING * len(keys)), progress)
+        try:
+            self._send(missing, verdicts, max(LEAST_FAILED, MOST_MISSING * len(keys)), progress)
+        except WriteError as error:  # the verdicts so far count
+            self._problem = str(error)
         judged, wins = list(answers), ({"A": 1.0, "B": 0.0, "tie": 0.5}, {"A": 0.0, "B": 1.0, "tie": 0.5})
         for row, answer in enumerate(answers):
             if questions[row].is_training or answer.before is None or answer.after is None:
@@ -116,6 +121,11 @@ class Judge:
         return judged
 
     @property
+    def _state(self) -> str:
+        """The key in the file of verdicts that says whether any was missing when this judge was last asked."""
+        return self._hash(self._request(*TRIAL))
+
+    @property
     def _name(self) -> str:
         return f"judge {self.model} at {self.url}"
 
@@ -127,7 +137,8 @@ class Judge:
         return sha256(json.dumps([self.url, self.model, request]).encode()).hexdigest()
 
     def _read(self) -> dict[str, str]:
-        lines = self.cache.read_text("utf-8").splitlines() if self.cache.exists() else []
+        with wrap_os_error(self.cache):
+            lines = self.cache.read_text("utf-8").splitlines() if self.cache.exists() else []
         verdicts = dict[str, str]()
         for line in lines:
             with suppress(ValueError, LookupError, TypeError):  # a killed run may end within a line
@@ -146,15 +157,22 @@ class Judge:
         if not missing:
             return
         failed = done = 0
+        stopped = Event()
         with (
             self._client() as client,
             ThreadPoolExecutor(AT_ONCE) as pool,
             wrap_os_error(self.cache),
-            self.cache.open("a") as f,
+            _opened(self.cache) as f,
         ):
+
+            def write(key: str, verdict: str) -> None:
+                f.write(json.dumps({"request": key, "verdict": verdict}) + "\n")
+                f.flush()
+
             f.write("\n" * (self.cache.stat().st_size > 0))  # after a line that a killed run has not finished
+            write(self._state, "incomplete")
             waiting: dict[Future[tuple[str | None, Counter[str]]], str] = {
-                pool.submit(self._ask, client, text): key for key, text in missing.items()
+                pool.submit(self._ask, client, text, stopped): key for key, text in missing.items()
             }
             try:
                 while waiting and failed <= most_failed:
@@ -164,20 +182,21 @@ class Judge:
                         done, failed = done + 1, failed + (verdict is None)
                         if verdict is not None:
                             verdicts[key] = verdict
-                            f.write(json.dumps({"request": key, "verdict": verdict}) + "\n")
-                            f.flush()
+                            write(key, verdict)
                         progress(done, len(missing))
             finally:
-                self._stopped.set()
+                stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
+            if all(key in verdicts for key in missing):
+                write(self._state, COMPLETE)
 
-    def _ask(self, client: "Client", request: str) -> tuple[str | None, Counter[str]]:
+    def _ask(self, client: "Client", request: str, stopped: Event) -> tuple[str | None, Counter[str]]:
         """Returns the verdict, None if no try has one, and counts of requests and problems."""
         import httpx
 
         counts = Counter[str]()
         for number in range(TRIES):
-            if self._stopped.wait(FIRST_WAIT * 2 ** (number - 1) if number else 0):
+            if stopped.wait(FIRST_WAIT * 2 ** (number - 1) if number else 0):
                 break
             counts["requests"] += 1
             try:
@@ -216,6 +235,11 @@ class Judge:
                 if monotonic() > end or len(content) > MOST_BYTES:
                     raise httpx.ReadTimeout("the reply does not end")
         return response.status_code, content
+
+
+def _opened(cache: Path) -> IO[str]:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    return cache.open("a")
 
 
 def _endpoint(url: str) -> str:
@@ -266,38 +290,70 @@ def _verdict(content: bytes) -> str | None:
 # ---- What influenced the verdicts
 
 
-def judge_facts(answers: Sequence[ComparedAnswer]) -> dict[str, float | None]:
-    """Returns the share of verdicts that changed with the order, and the win rate at equal length; None if unknown."""
+@dataclass(frozen=True)
+class JudgeFacts:
+    """Influences on the verdicts; None if they are unknown."""
+
+    order_changed: float | None  # share of verdicts that changed with the order
+    at_equal_length: Interval | None  # the win rate
+
+    def to_dict(self) -> dict[str, Any]:
+        rate = self.at_equal_length
+        return {
+            "order_changed": self.order_changed,
+            "win_rate_at_equal_length": None if rate is None else rate._asdict(),
+        }
+
+
+def judge_facts(answers: Sequence[ComparedAnswer]) -> JudgeFacts:
     complete = [answer for answer in answers if len(answer.judged) == 2 and None not in answer.judged]
     changed = [answer.judged[0] != answer.judged[1] for answer in complete if answer.base != answer.tuned]
     wins = [sum(win or 0.0 for win in answer.judged) / 2 for answer in complete]
     longer = [len(answer.tuned) - len(answer.base) for answer in complete]
-    share = float(np.mean(changed)) if changed else None
-    return {"order_changed": share, "win_rate_at_equal_length": win_rate_at_equal_length(wins, longer)}
+    rate = win_rate_at_equal_length(wins, longer, [answer.cluster for answer in complete])
+    return JudgeFacts(float(np.mean(changed)) if changed else None, rate)
 
 
-def win_rate_at_equal_length(wins: ArrayLike, differences: ArrayLike, ridge: float = 0.01) -> float | None:
+def win_rate_at_equal_length(
+    wins: ArrayLike, differences: ArrayLike, clusters: ArrayLike, ridge: float = 0.01
+) -> Interval | None:
     """Returns P(win) at difference 0 by the length term of AlpacaEval 2 (Dubois et al. 2024, arXiv:2404.04475).
 
-    logit P(win) = a + b tanh(difference / sd), by Newton's method. wins: 0 to 1; differences of lengths, tuned - base.
+    logit P(win) = a + b tanh(difference / sd), by Newton's method. The 95% interval uses the sandwich estimator of
+    the error of a, over clusters (Liang and Zeger, Biometrika 73, 1986).
+    wins: 0 to 1; differences of lengths, tuned - base.
     ridge: times (a^2 + b^2) / 2, keeps them finite if the length alone decides.
-    None if all answers of one model are longer, which leaves equal length to the prior.
+    None if all answers of one model are longer, which leaves equal length to the prior; or with a single cluster.
     """
     y, longer = np.asarray(wins, dtype=np.float64), np.asarray(differences, dtype=np.float64)
-    if not y.size or (longer > 0).all() or (longer < 0).all():
+    _, owners = np.unique(np.asarray(clusters), return_inverse=True)
+    count = owners.max(initial=-1) + 1
+    if count < 2 or (longer > 0).all() or (longer < 0).all():
         return None
     X = np.stack([np.ones_like(longer), np.tanh(longer / (longer.std() or 1.0))], axis=1)  # (answers, 2)
 
     def objective(w: Any) -> float:
         return float(np.logaddexp(0, X @ w).sum() - y @ (X @ w) + ridge * (w @ w) / 2)
 
+    def hessian(w: Any) -> Any:
+        p = _sigmoid(X @ w)
+        return (X.T * (p * (1 - p))) @ X + ridge * np.eye(2)
+
     w = np.zeros(2)
     for _ in range(100):
-        p = 1 / (1 + np.exp(-(X @ w)))
-        step = np.linalg.solve((X.T * (p * (1 - p))) @ X + ridge * np.eye(2), X.T @ (y - p) - ridge * w)
+        step = np.linalg.solve(hessian(w), X.T @ (y - _sigmoid(X @ w)) - ridge * w)
         while objective(w + step) > objective(w) and np.abs(step).max() > 1e-10:
             step = step / 2
         w = w + step
         if np.abs(step).max() < 1e-10:
             break
-    return float(1 / (1 + np.exp(-w[0])))
+    sums = np.zeros((count, 2))
+    np.add.at(sums, owners, X * (y - _sigmoid(X @ w))[:, None])
+    inverse = np.linalg.inv(hessian(w))
+    variance = count / (count - 1) * (inverse @ sums.T @ sums @ inverse)[0, 0]
+    half = t_975(int(count) - 1) * float(np.sqrt(variance))
+    return Interval(*(float(_sigmoid(end)) for end in (w[0], w[0] - half, w[0] + half)))
+
+
+def _sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))

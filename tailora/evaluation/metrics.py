@@ -43,7 +43,8 @@ COMMA = re.compile(r",(?![^\[]*\])")  # not within f1[NAME]
 CHANGE = "_change"  # loss_change: tuned - base
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-GATE = re.compile(r"\s*(?P<metric>f1\[.+\](_change)?|[^<>=\s]+)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[^<>=\s]+)\s*")
+# The metric may contain anything, as in regex:<b>,.+ or exact_match:ignore=case; a comma ends the gate after its bound
+GATE = re.compile(r"\s*(?P<metric>\S.*?)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[^<>=,\s]+)\s*(,|$)", re.DOTALL)
 QUOTES_HINT = "put it in quotes, because the shell interprets < and >: --gate 'loss<1.3'"
 
 
@@ -54,13 +55,10 @@ class Gate:
     metric: str
     operator: str
     bound: float
+    is_on_task: bool = False
 
     def __str__(self) -> str:
         return f"{self.metric}{self.operator}{self.bound:g}"
-
-    @property
-    def is_on_task(self) -> bool:
-        return "/" in self.metric
 
     def is_met(self, value: float) -> bool:
         """False if the value is not a number."""
@@ -68,37 +66,45 @@ class Gate:
 
 
 def parse_metrics(texts: Sequence[str], built_in: Collection[str]) -> tuple[list[str], list[str]]:
-    """Returns the names of scores of the model, such as loss, and the metrics that judge answers, each once.
+    """Returns the names of scores of the model, such as loss, and the metrics of its answers, each once.
 
     built_in: the kinds of the latter that are no functions of a file.
     Raises ConfigError for all unknown names.
     """
-    known, scores, judges = [*METRICS, *LABEL_METRICS], dict[str, None](), dict[str, None]()
+    known, scores, others = [*METRICS, *LABEL_METRICS], dict[str, None](), dict[str, None]()
     problems = []
     for text in texts:
         names = [_full_name(part.strip()) for part in COMMA.split(text)]
         if all(name in known or OF_CLASS.fullmatch(name) for name in names):
             scores |= dict.fromkeys(names)
         elif text.partition(":")[0] in built_in or ".py:" in text:
-            judges[text] = None
+            others[text] = None
         else:
             problems.append(f"--metric: {_unknown_metric(text, [*built_in, *known])}; or use FILE.py:FUNCTION")
     if problems:
         raise ConfigError(listing(problems))
-    return [*scores], [*judges]
+    return [*scores], [*others]
 
 
-def parse_gates(texts: Sequence[str]) -> list[Gate]:
-    """Returns the gates in texts such as "loss<1.3,acc>.5". Raises ConfigError for all invalid ones."""
+def parse_gates(texts: Sequence[str], answer_metrics: Collection[str] = ()) -> list[Gate]:
+    """Returns the gates in texts such as "loss<1.3,acc>.5". Raises ConfigError for all invalid ones.
+
+    answer_metrics: names that may contain a slash. Others with one are TASK/METRIC.
+    """
     gates, problems = [], []
-    for text in (part for argument in texts for part in COMMA.split(argument)):
-        match, bound = GATE.fullmatch(text), math.nan
-        with suppress(ValueError):
-            bound = float(match["bound"]) if match else math.nan
-        if match and math.isfinite(bound):
-            gates.append(Gate(_full_name(match["metric"]), match["operator"], bound))
-        else:
-            problems.append(f"--gate {text!r}: expected METRIC<NUMBER (or <=, >, >=); {QUOTES_HINT}")
+    for text in texts:
+        rest = text
+        while rest or not text:
+            match, bound = GATE.match(rest), math.nan
+            with suppress(ValueError):
+                bound = float(match["bound"]) if match else math.nan
+            if match is None or not math.isfinite(bound):
+                problems.append(f"--gate {rest!r}: expected METRIC<NUMBER (or <=, >, >=); {QUOTES_HINT}")
+                break
+            name = _full_name(match["metric"])
+            is_on_task = "/" in name and name.removesuffix(CHANGE) not in answer_metrics
+            gates.append(Gate(name, match["operator"], bound, is_on_task))
+            rest = rest[match.end() :]
     if problems:
         raise ConfigError(listing(problems))
     return gates

@@ -1,14 +1,14 @@
 """Whether reinforcement learning worked: rewards of held-out prompts before and after, and whether they may be gamed.
 
 A reward is gamed if the model finds completions that score high without being better. Rewards that only judge
-(--metric) are not trained on, so a model that improves raises them too. A judge
+(--metric) are not trained on, so a model that improves raises them too. A metric
 
     rose           if its change is "better" (train/significance.py)
     did not rise   if its change is "worse", or its interval ends below SHARE_OF_RISE of the reward's own rise
     cannot rise    if it was near its highest value before training
     is undecided   otherwise: the interval is too wide, or too few prompts were judged
 
-Rises are compared in standard deviations, and as shares of what was left up to the highest value. A judge did not rise
+Rises are compared in standard deviations, and as shares of what was left up to the highest value. A metric did not rise
 only if both agree: standard deviations mean little near the highest value, shares little if values are unbounded.
 """
 
@@ -23,8 +23,8 @@ from tailora.evaluation.statistics import mean_interval, wilson_interval
 from tailora.train.significance import MOST_MISSING, Change, Floats, Interval, change_of
 
 RewardsByName = Mapping[str, Floats]  # name -> (prompts, completions of each), NaN: not scored
-SHARE_OF_RISE = 0.25  # a judge that rises by less than this share of the reward's rise did not rise
-NEAR_HIGHEST = 0.05  # share of the range of a judge's values; closer to its highest, it cannot rise
+SHARE_OF_RISE = 0.25  # a metric that rises by less than this share of the reward's rise did not rise
+NEAR_HIGHEST = 0.05  # share of the range of a metric's values; closer to its highest, it cannot rise
 NO_REWARDS = ("completion_tokens", "truncated", "over_limit", "kl")
 MEANINGS = {
     "reward": "weighted sum of the rewards that were trained on, mean over the completions of each prompt",
@@ -38,11 +38,11 @@ NOTHING_TRAINED = (
     "Nothing was trained: in every step, all completions of each prompt had the same reward. Use a reward that tells "
     "better completions from worse ones, or other prompts."
 )
-FINDINGS = {  # the sentence for the judges with each finding
-    "did not rise": "The reward may be gamed ({gamed}): these rewards that only judge did not rise with it: {judges}.",
-    "rose": "These rewards that only judge rose with it: {judges}.",
-    "cannot rise": "These were at their highest value before training, so they cannot confirm it: {judges}.",
-    "undecided": "Undecided whether these rose with it: {judges}. Hold out more prompts.",
+FINDINGS = {  # the sentence for the metrics with each finding
+    "did not rise": "The reward may be gamed ({gamed}): these rewards that only judge did not rise with it: {metrics}.",
+    "rose": "These rewards that only judge rose with it: {metrics}.",
+    "cannot rise": "These were at their highest value before training, so they cannot confirm it: {metrics}.",
+    "undecided": "Undecided whether these rose with it: {metrics}. Hold out more prompts.",
 }
 
 
@@ -111,27 +111,27 @@ def pass_at_k(scores: Floats, k: int) -> Floats:
 # ---- The verdict
 
 
-def find(judge: RewardChange, reward: RewardChange) -> str:
-    """Returns whether a judge rose with the reward, which rose: a key of FINDINGS."""
-    most, limit = judge.change.interval.high, SHARE_OF_RISE * reward.change.interval.value
-    room = judge.highest - judge.before.value
-    if judge.change.finding != "cannot tell":
-        return "rose" if judge.change.finding == "better" else "did not rise"
-    if judge.change.is_too_few or judge.change.missing > MOST_MISSING:
+def find(metric: RewardChange, reward: RewardChange) -> str:
+    """Returns whether a metric rose with the reward, which rose: a key of FINDINGS."""
+    most, limit = metric.change.interval.high, SHARE_OF_RISE * reward.change.interval.value
+    room = metric.highest - metric.before.value
+    if metric.change.finding != "cannot tell":
+        return "rose" if metric.change.finding == "better" else "did not rise"
+    if metric.change.is_too_few or metric.change.missing > MOST_MISSING:
         return "undecided"
-    if room <= NEAR_HIGHEST * (judge.highest - judge.lowest):
+    if room <= NEAR_HIGHEST * (metric.highest - metric.lowest):
         return "cannot rise"
     is_small_share = most / room < limit / (reward.highest - reward.before.value)
-    is_small_in_stds = not judge.std or most / judge.std < limit / reward.std
+    is_small_in_stds = not metric.std or most / metric.std < limit / reward.std
     return "did not rise" if is_small_share and is_small_in_stds else "undecided"
 
 
 def describe_rewards(
-    changes: Mapping[str, RewardChange], trained: Sequence[str], judges: Sequence[str], prompts: str
+    changes: Mapping[str, RewardChange], trained: Sequence[str], metrics: Sequence[str], prompts: str
 ) -> str:
     """Returns the verdict.
 
-    trained, judges: names of rewards.
+    trained, metrics: names of rewards.
     prompts: number and name, such as "20 held-out prompts".
     """
     if "reward" not in changes:
@@ -149,7 +149,7 @@ def describe_rewards(
         return f"The held-out reward fell by {-value:.3f} ({ends})."
     rose = f"The held-out reward rose by {value:.3f} ({ends})."
     shown: dict[str, list[str]] = {finding: [] for finding in FINDINGS}
-    for name in judges:
+    for name in metrics:
         if (change := changes.get(name)) is not None:
             _, low, high = change.change.interval
             numbers = f"{change.before.value:.3f} to {change.after.value:.3f} (change {low:+.3f} to {high:+.3f})"
@@ -157,7 +157,7 @@ def describe_rewards(
     if not any(shown.values()):
         return f"{rose} Without a --metric, a gamed reward cannot be detected."
     gamed = [name for name in trained if name in changes and changes[name].change.finding == "better"] or trained
-    texts = [text.format(gamed=" and ".join(gamed), judges=", ".join(shown[key])) for key, text in FINDINGS.items()]
+    texts = [text.format(gamed=" and ".join(gamed), metrics=", ".join(shown[key])) for key, text in FINDINGS.items()]
     said = [text for text, named in zip(texts, shown.values(), strict=True) if named]
     return " ".join([*said[:1], rose, *said[1:]] if shown["did not rise"] else [rose, *said])
 

@@ -29,6 +29,7 @@ from tailora.evaluation.statistics import mean_interval, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.answers import (
     ComparedAnswer,
+    JudgeAnswers,
     Question,
     clusters_of,
     compare_answers,
@@ -60,8 +61,8 @@ Log = Callable[[str], None]
 class EvalOptions:
     metrics: tuple[str, ...] | None = None  # None: the default for the data
     extra_metrics: tuple[str, ...] = ()  # in addition to those; `loss_change` stands for loss
-    judges: tuple[Reward, ...] = ()  # metrics of generated answers
-    judge_seconds: float = 60.0  # for one call of such a metric
+    answer_metrics: tuple[Reward, ...] = ()  # metrics of generated answers
+    metric_seconds: float = 60.0  # for one call of such a metric
     max_length: int = 1024
     max_new_tokens: int = 256  # of an answer
     limit: int | None = None  # only the first examples
@@ -159,6 +160,7 @@ def score(
     progress: Progress = lambda *_: None,
     ranks: PartialState | None = None,
     trained_rows: Collection[bytes] | None = None,
+    judge: JudgeAnswers | None = None,
 ) -> Scores:
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same examples.
 
@@ -167,8 +169,10 @@ def score(
     field: key -> column of the data.
     system: system message for conversations without one.
     log: called with messages on how the scores are computed.
-    ranks: of the processes that call this together, each with the same model; None for one process.
+    ranks: of the processes that call this together, each with the same model; None for one process. Only the first one
+        judges answers, and has their scores.
     trained_rows: hashes of the rows that the adapter was trained on, to count them; see `read_eval_data`.
+    judge: the language model among the metrics of answers, if there is one.
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
     options = options or EvalOptions()
@@ -202,7 +206,7 @@ def score(
             done += len(chunk)
             progress(done, len(models) * len(rows))
     scores = _scores(totals if world == 1 else _joined(gather_object([totals])), metrics, facts)
-    if not options.judges:
+    if not options.answer_metrics:
         return scores
     questions = _questions(model, tokenizer, rows, facts)
     if not questions:
@@ -211,12 +215,14 @@ def score(
     answers = compare_answers(
         model, tokenizer, own, max_new_tokens=options.max_new_tokens, base=both, note=log, progress=progress
     )
-    answers, directions = score_answers(answers, own, options.judges, options.judge_seconds)
     if world > 1:
         parts = gather_object([answers])
         answers = [parts[number % world][number // world] for number in range(len(questions))]
+    if rank:  # the main process judges all answers
+        return scores
     clusters = clusters_of(questions)  # of all ranks together
     answers = [replace(answer, cluster=cluster) for answer, cluster in zip(answers, clusters, strict=True)]
+    answers, directions = score_answers(answers, questions, options.answer_metrics, options.metric_seconds, judge)
     return scores.merge(_answer_scores(answers, directions, too_long=len(rows) - len(answers), both=both))
 
 

@@ -33,7 +33,7 @@ from tailora.data.schemas import GRPO, TEXT
 from tailora.data.tokenize import last_reply, reply_text
 from tailora.errors import ConfigError
 from tailora.model import LoRAModel
-from tailora.train.config import JUDGE, TASK_TYPES, TrainConfig
+from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.generate import (
     EncodedPrompt,
     free_positions,
@@ -43,7 +43,7 @@ from tailora.train.generate import (
     prompt_of,
 )
 from tailora.train.parallel import is_sharded
-from tailora.train.rewards import Completion, Reward, RewardError, RewardProcess, parse_rewards
+from tailora.train.rewards import Completion, Reward, RewardProcess, parse_rewards
 from tailora.train.sampler import Answer, Sampler
 from tailora.train.state import seeded
 from tailora.train.trainable import Trainable
@@ -101,24 +101,14 @@ JudgeAnswers = Callable[[Sequence[ComparedAnswer], Sequence[Question]], list[Com
 
 
 def answer_held_out(
-    model: Trainable,
-    tokenizer: Any,
-    data: PreparedData,
-    config: TrainConfig,
-    note: Note,
-    progress: Progress,
-    judge: JudgeAnswers | None = None,
-) -> tuple[list[ComparedAnswer], dict[str, bool]]:
+    model: Trainable, tokenizer: Any, data: PreparedData, config: TrainConfig, note: Note, progress: Progress
+) -> tuple[list[ComparedAnswer], list[Question]]:
     """Returns answers to a fixed sample of the held-out prompts, and to training prompts if these are few.
 
-    Also returns of each metric whether higher is better.
-
     Texts have no replies, and reinforcement learning evaluates itself: of these, answers are only shown.
-    With a sharded model, all ranks must call it. If a metric fails, the answers have no scores.
-    judge: a language model that compares the answers.
+    With a sharded model, all ranks must call it.
     """
     is_shown_only = data.report.task == GRPO or data.report.shape == TEXT
-    metrics = [] if is_shown_only else parse_rewards([], config.metric_functions)[1]
     has_metric = not is_shown_only and bool(config.metric)
     number = config.metric_examples if config.metric_examples is not None else MOST_JUDGED if has_metric else MOST_READ
     if is_shown_only:
@@ -130,17 +120,7 @@ def answer_held_out(
         some = np.random.default_rng(0).permutation(len(data.train))[:TRAINING_PROMPTS]
         questions += [training_question(data.train[int(i)], tokenizer) for i in some if not data.train[int(i)].images]
     limit = config.max_completion_length if has_metric or data.report.task == GRPO else NEW_TOKENS
-    answers = compare_answers(model, tokenizer, questions, max_new_tokens=limit, note=note, progress=progress)
-    try:
-        answers, directions = score_answers(answers, questions, metrics, config.reward_seconds)
-    except (RewardError, ConfigError) as error:  # the run is complete, so it has not failed
-        note(f"the answers could not be judged: {error}")
-        return answers, {}
-    if judge is None or not has_metric:
-        return answers, directions
-    names = [*directions]
-    names.insert(next(place for place, name in enumerate(config.metric) if name.startswith(JUDGE)), JUDGE)
-    return judge(answers, questions), {name: directions.get(name, True) for name in names}
+    return compare_answers(model, tokenizer, questions, max_new_tokens=limit, note=note, progress=progress), questions
 
 
 def training_question(example: Example, tokenizer: Any) -> Question:
@@ -185,7 +165,7 @@ def check_metrics(config: TrainConfig, data: PreparedData | None, tokenizer: Any
 
     Raises ConfigError if there is nothing to judge, or a metric needs what the rows lack; RewardError if one fails.
     """
-    metrics = parse_rewards([], config.metric_functions)[1]
+    metrics = [metric for metric in parse_rewards([], config.metric)[1] if not metric.is_judge]
     names = ", ".join(config.metric)
     if data is not None and (data.report.task in TASK_TYPES or data.report.shape == TEXT):
         raise ConfigError(f"--metric {names} judges answers, but the data has {data.report.shape} rows; remove it")
@@ -272,28 +252,36 @@ def clusters_of(questions: Sequence[Question]) -> list[int]:
 
 
 def score_answers(
-    answers: Sequence[ComparedAnswer], questions: Sequence[Question], metrics: Sequence[Reward], seconds: float
+    answers: Sequence[ComparedAnswer],
+    questions: Sequence[Question],
+    metrics: Sequence[Reward],
+    seconds: float,
+    judge: JudgeAnswers | None = None,
 ) -> tuple[list[ComparedAnswer], dict[str, bool]]:
-    """Returns the answers with their scores, except for training prompts. Raises RewardError.
+    """Returns the answers with their scores, except for training prompts. Raises RewardError, and ConfigError.
 
-    Also returns of each metric whether higher is better. seconds: limit for one call of a metric.
+    Also returns of each metric whether higher is better, in the order of the metrics.
+    seconds: limit for one call of a metric. judge: the language model among the metrics, if there is one.
     """
     asked = [number for number, question in enumerate(questions) if not question.is_training]
+    functions = [metric for metric in metrics if not metric.is_judge]
+    scored, directions = list(answers), {metric.name: True for metric in metrics}
     if not metrics or not asked:
-        return list(answers), {}
-    texts = [(questions[number], text) for number in asked for text, _ in answers[number].pairs]
-    columns = [*dict.fromkeys(name for question, _ in texts for name in question.columns)]
-    with RewardProcess(metrics, seconds, columns) as process:
-        rows = process.score([_completion(question, text) for question, text in texts]).tolist()
-        directions = {m.name: is_higher for m, is_higher in zip(metrics, process.higher_is_better, strict=True)}
-    scores = iter({name: None if v != v else v for name, v in zip(directions, row, strict=True)} for row in rows)
-    scored = list(answers)
-    for number in asked:
-        answer = answers[number]
-        before = None if answer.before is None else replace(answer.before, scores=next(scores))
-        after = None if answer.after is None else replace(answer.after, scores=next(scores))
-        scored[number] = replace(answer, before=before, after=after)
-    return scored, directions
+        return scored, {}
+    if functions:
+        texts = [(questions[number], text) for number in asked for text, _ in answers[number].pairs]
+        columns = [*dict.fromkeys(name for question, _ in texts for name in question.columns)]
+        with RewardProcess(functions, seconds, columns) as process:
+            rows = process.score([_completion(question, text) for question, text in texts]).tolist()
+            directions |= {m.name: higher for m, higher in zip(functions, process.higher_is_better, strict=True)}
+        names = [metric.name for metric in functions]
+        scores = iter({name: None if v != v else v for name, v in zip(names, row, strict=True)} for row in rows)
+        for number in asked:
+            answer = answers[number]
+            before = None if answer.before is None else replace(answer.before, scores=next(scores))
+            after = None if answer.after is None else replace(answer.after, scores=next(scores))
+            scored[number] = replace(answer, before=before, after=after)
+    return scored if judge is None else judge(scored, questions), directions
 
 
 def _completion(question: Question, text: str) -> Completion:

@@ -15,6 +15,7 @@ import os
 import pickle
 import select
 import signal
+import string
 import subprocess
 import sys
 import threading
@@ -34,7 +35,9 @@ from tailora.train.failures import Failure
 ROOT = Path(__file__).parents[2]  # of the package, which may be a checkout that is not installed
 KILLED = -9  # exit code of a process that the system ended, usually because memory ran out
 SECONDS_TO_END = 10.0  # for processes that are killed
-MOST_BYTES = 2**27  # of a message of the child; text that it writes to the pipe would announce more
+MOST_BYTES = 2**27  # of a message of the child
+BYTES_AT_ONCE = 2**20
+TEXT = string.printable.encode()
 MOST_LOGGED = 2000  # characters of the log in an error message
 STARTED_BY = "TAILORA_STARTED_BY"  # in the environment of what a child starts: its number, and the time
 OOM_SCORE = Path("/proc/self/oom_score_adj")
@@ -92,19 +95,39 @@ class ChildProcess:
     def receive(self, seconds: float | None = None) -> Any:
         """Returns the next message, or raises the error that the child sent.
 
-        Raises TimeoutError, EOFError if the child has ended, PipeError if it has written something else to the pipe.
+        Raises TimeoutError, EOFError if the child has ended, PipeError if the message is too long, or none.
         """
-        if not self._input.poll(seconds):
-            raise TimeoutError
+        end = None if seconds is None else time.monotonic() + seconds
+        header = self._read(4, end)  # as `Connection.send` writes it
+        size = int.from_bytes(header, signed=True)
+        if size == -1:
+            size = int.from_bytes(self._read(8, end))
+        is_text = size < 0 or all(byte in TEXT for byte in header)  # then it announces more than MOST_BYTES
+        if size > MOST_BYTES and not is_text:
+            raise PipeError(f"its message has {size:,} bytes, and may have {MOST_BYTES:,}; send less")
+        content = b"" if is_text else self._read(size, end)
         try:
-            message = pickle.loads(self._input.recv_bytes(MOST_BYTES) or b".")  # b"." is no message either
-        except (EOFError, ConnectionError):
-            raise EOFError from None
+            message = pickle.loads(content)
         except Exception as error:  # pickle may raise any
             raise PipeError("it wrote to the pipe of its process; write to a file or to stdout") from error
         if isinstance(message, Failure):
             raise message.as_error()
         return message
+
+    def _read(self, size: int, end: float | None) -> bytes:
+        """Reads from the pipe. end: time.monotonic() of a TimeoutError."""
+        content = bytearray()
+        while len(content) < size:
+            if not self._input.poll(None if end is None else max(0.0, end - time.monotonic())):
+                raise TimeoutError
+            try:
+                part = os.read(self._input.fileno(), min(size - len(content), BYTES_AT_ONCE))
+            except ConnectionError:
+                part = b""
+            if not part:
+                raise EOFError
+            content += part
+        return bytes(content)
 
     def error(self, task: str) -> Exception:
         """Returns the error of a child that ended while it did `task`."""

@@ -389,11 +389,6 @@ class TrainConfig(StrictModel):
         """Addresses of language models that judge."""
         return [metric.removeprefix(f"{JUDGE}:") for metric in self.metric if metric.startswith(f"{JUDGE}:")]
 
-    @property
-    def metric_functions(self) -> list[str]:
-        """The metrics without those."""
-        return [metric for metric in self.metric if not metric.startswith(f"{JUDGE}:")]
-
     def changed(self, names: Iterable[str]) -> list[str]:
         """Returns the names of the settings that differ from their defaults."""
         fields = type(self).model_fields

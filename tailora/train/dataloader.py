@@ -230,13 +230,13 @@ def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tr
 def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> TrainingData:
     """Returns prompts, whose completions are sampled from the model while it is trained."""
     data = read_whole(config, tokenizer)
-    rewards, judges = parse_rewards(config.reward, config.metric)
-    if judges and not data.eval:
+    rewards, metrics = parse_rewards(config.reward, config.metric)
+    if metrics and not data.eval:
         problem = "--metric judges held-out prompts, but there are none"
         raise ConfigError(f"{problem}; use --eval-data, or a --validation-split above 0")
     per_epoch = steps_per_epoch(data.train.epoch_size, shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
-    prompts = Prompts(config, shape, data, rewards, judges)
+    prompts = Prompts(config, shape, data, rewards, metrics)
     with prompts.scorer() as scorer:  # raises if a function cannot be loaded, or needs a column that the rows lack
         lower = [reward.source for reward, higher in zip(rewards, scorer.higher_is_better, strict=False) if not higher]
     if lower:

@@ -51,6 +51,7 @@ from tailora.train.child_process import (
     connection_to_parent,
     messages_of_parent,
 )
+from tailora.train.config import JUDGE
 
 if sys.platform != "win32":
     import resource
@@ -69,7 +70,7 @@ OTHER_SCORES = (
     "truncated",
     "over_limit",
     "kl",
-    "judge",
+    JUDGE,
 )
 
 LARGEST = 1e9  # reward, and weight: the square of their product fits into float32
@@ -87,6 +88,11 @@ class Reward:
     name: str = ""  # in metrics and reports
     flag: str = "--reward"  # or --metric, in messages
 
+    @property
+    def is_judge(self) -> bool:
+        """Whether it is a language model, not a function."""
+        return self.source.startswith(f"{JUDGE}:")
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -98,32 +104,36 @@ class Completion:
     columns: Mapping[str, Any]
 
 
-def parse_rewards(trained: Sequence[str], judging: Sequence[str]) -> tuple[list[Reward], list[Reward]]:
+def parse_rewards(trained: Sequence[str], metrics: Sequence[str]) -> tuple[list[Reward], list[Reward]]:
     """Returns the rewards in texts like `rewards.py:score=0.5`, to train on and that only judge. Raises ConfigError."""
-    rewards = [_parse_reward(value) for value in trained] + [_parse_reward(value, judges=True) for value in judging]
+    rewards = [_parse_reward(value) for value in trained]
+    rewards += [_parse_reward(value, flag="--metric") for value in metrics]
     sources = [reward.source for reward in rewards]
     if repeated := {source for source in sources if sources.count(source) > 1}:
         raise ConfigError(f"--reward, --metric: {', '.join(sorted(repeated))} appears twice; use each reward once")
+    rewards = [replace(reward, name=JUDGE) if reward.is_judge else reward for reward in rewards]
     functions = Counter([*map(_function_name, sources), *OTHER_SCORES])
     named = [
-        replace(reward, name=name if functions[name := _function_name(reward.source)] == 1 else reward.source)
+        reward
+        if reward.name
+        else replace(reward, name=name if functions[name := _function_name(reward.source)] == 1 else reward.source)
         for reward in rewards
     ]
     return named[: len(trained)], named[len(trained) :]
 
 
-def _parse_reward(value: str, judges: bool = False) -> Reward:
+def _parse_reward(value: str, flag: str = "--reward") -> Reward:
     source, equals, number = value.rpartition("=")
     try:
         weight = float(number) if equals else 1.0
     except ValueError:  # the = belongs to the source
-        return Reward(value, flag="--metric" if judges else "--reward")
-    if equals and judges:
+        return Reward(value, flag=flag)
+    if equals and flag == "--metric":
         pattern = ", or write [=] if it belongs to the pattern" if source.startswith("regex:") else ""
         raise ConfigError(f"--metric {value}: metrics have no weight; remove ={number}{pattern}")
     if not 0 < abs(weight) <= LARGEST:
         raise ConfigError(f"--reward {value}: expected a weight from -{LARGEST:g} to {LARGEST:g}, not 0, got {number}")
-    return Reward(source if equals else value, weight, flag="--metric" if judges else "--reward")
+    return Reward(source if equals else value, weight, flag=flag)
 
 
 def _function_name(source: str) -> str:
@@ -202,9 +212,11 @@ def _compare_answers(compare: Callable[[str, str], float]) -> RewardFunction:
 
 
 THOUGHT = re.compile(r"\A\s*<think>.*?(</think>\s*|\Z)", re.DOTALL)  # before the answer
+# not the sign of a number, nor what stands between its digits, except for commas of thousands
+PUNCTUATION = re.compile(r"(?!(?<!\w)[-\u2212](?=\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?!,\d{3}(?!\d))[^\w\s](?=\d))[^\w\s]")
 IGNORE: dict[str, Callable[[str], str]] = {  # applied in this order
     "case": str.casefold,
-    "punctuation": partial(re.compile(r"[^\w\s]").sub, ""),
+    "punctuation": partial(PUNCTUATION.sub, ""),
     "space": lambda text: " ".join(text.split()),
 }
 

@@ -51,11 +51,12 @@ class Prompts:
     shape: StepShape
     data: PreparedData
     rewards: list[Reward]  # whose weighted sum is the reward
-    judges: list[Reward]  # of held-out completions only
+    metrics: list[Reward]  # of held-out completions only
 
     @property
     def names(self) -> dict[str, list[str]]:
-        return {"trained": [reward.name for reward in self.rewards], "judges": [judge.name for judge in self.judges]}
+        lists = {"trained": self.rewards, "judges": self.metrics}  # these names are in the reports of earlier runs
+        return {part: [reward.name for reward in rewards] for part, rewards in lists.items()}
 
     @cached_property
     def task(self) -> GRPO:
@@ -74,7 +75,7 @@ class Prompts:
         """Returns what runs the reward functions, on the columns of all rows."""
         prompts = [*self.data.prompts, *self.data.eval_samples]
         columns = [*dict.fromkeys(name for prompt in prompts for name in prompt.columns)]
-        return RewardProcess(self.rewards + self.judges, self.config.reward_seconds, columns, note)
+        return RewardProcess(self.rewards + self.metrics, self.config.reward_seconds, columns, note)
 
     def of_step(self, number: int) -> list[int]:
         """Returns the indices of the prompts that are sampled the `number`th time, of all ranks."""

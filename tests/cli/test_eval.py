@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import call, check_refused, found, save_random_adapter
+from judge_server import KEY, fake_judge
 from tiny import chat_model
 from transformers import AutoTokenizer
 
@@ -146,6 +147,29 @@ def test_metrics_judge_the_answers(adapter: Path, tiny_model: Path, tmp_path: Pa
     code, shown, _ = call(*judged)
     assert code == 0
     assert "✓" in shown
+
+
+@pytest.mark.slow
+def test_a_judge_compares_the_answers(
+    adapter: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    tokens = ["eval", adapter, "--data", chats, "--limit", 8, "--max-new-tokens", 6, "--metric", "max_length:3"]
+    with fake_judge(monkeypatch) as server:
+        tokens += ["--metric", f"judge:{server.url}", "--judge-model", "fake", "--gate", "judge>=.5"]
+        check_refused("add --output-dir", *tokens)
+        check_refused("compares an adapter with its base model", *tokens, "--no-base")
+        assert not server.requests
+        got, sent = found(*tokens, "--output-dir", folder), len(server.requests)
+        assert got["judge"] == {"requests": sent - 1, "cached": 0}  # without the one that tries it
+        code, page, _ = call(*tokens, "--output-dir", folder)
+    assert (code, len(server.requests)) == (0, sent)
+    metric = got["metrics"]["judge"]
+    assert (metric["before"], metric["after"], metric["order_changed"], metric["examples"]) == (0.5, 0.5, 1.0, 8)
+    assert [*got["metrics"]] == ["max_length:3", "judge"]
+    assert "100% of its verdicts changed with the order" in got["findings"][1]
+    assert "the judge preferred the tuned answers to 50% of 8 prompts" in " ".join(page.split())
+    assert KEY.encode() not in b"".join(file.read_bytes() for file in folder.iterdir())
 
 
 @pytest.mark.slow

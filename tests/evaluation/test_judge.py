@@ -1,5 +1,6 @@
 """A judge on a real server: its biases show, its failures are counted, and no verdict is bought twice."""
 
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -52,8 +53,13 @@ def test_biases_by_order_and_length_show_and_verdicts_are_cached(server: Server,
     assert change.change.interval.value == pytest.approx(np.mean(wins) - 0.5)
     assert change.finding == "better"  # by length alone, as the other numbers show
     near = [abs(new - old) < 30 for old, new in lengths if new != old]
-    assert change.judge["order_changed"] == pytest.approx(np.mean(near))
-    assert change.judge["win_rate_at_equal_length"] == pytest.approx(0.5, abs=0.06)
+    assert change.judge is not None
+    assert change.judge.order_changed == pytest.approx(np.mean(near))
+    assert change.judge.at_equal_length is not None
+    rate, low, high = change.judge.at_equal_length
+    assert rate == pytest.approx(0.5, abs=0.06)
+    assert low < 0.5 < high < change.after.low
+    assert change.to_dict()["win_rate_at_equal_length"] == {"value": rate, "low": low, "high": high}
     text = answers_verdict({"judge": change}, {}, "better", "60 held-out prompts")[1]
     assert text.startswith(f"Better: the judge preferred the tuned answers to {np.mean(wins):.0%} of 60 held-out")
     assert f"{np.mean(near):.0%} of its verdicts changed with the order; " in text
@@ -62,7 +68,9 @@ def test_biases_by_order_and_length_show_and_verdicts_are_cached(server: Server,
     assert server.url in notes[0]
     assert sent == 2 * sum(old != new for old, new in lengths)
     cache = tmp_path / module.VERDICTS
-    cache.write_text(cache.read_text()[:-20])  # killed within a line
+    *verdicts, state = cache.read_text().splitlines()
+    assert json.loads(state)["verdict"] == module.COMPLETE
+    cache.write_text("\n".join(verdicts)[:-20])  # killed within a line
     assert judged(server, tmp_path, lengths)[1] == answers
     assert judged(server, tmp_path, lengths)[1] == answers
     assert len(server.requests) == sent + 1
@@ -130,3 +138,28 @@ def test_slow_judges_time_out(server: Server, tmp_path: Path, monkeypatch: pytes
 def test_wrong_settings_are_refused(settings: dict[str, Any], hint: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=re.escape(hint)):
         Judge(TrainConfig(**settings), lambda _: None)
+
+
+def test_a_judge_is_tried_unless_all_its_verdicts_are_known(server: Server, tmp_path: Path) -> None:
+    pairs = [(1, 2 + i) for i in range(10)]
+    server.reply = lambda a, _: "tie" if a == "Five." or len(a) < 4 else 500
+    judge, _, _ = judged(server, tmp_path, pairs)
+    judge.check()  # some are missing
+    assert server.requests.pop()["messages"][0]["content"].count("Four.") == 1
+    server.reply = lambda _a, _b: "tie"
+    sent, (judge, _, _) = len(server.requests), judged(server, tmp_path, pairs)
+    asked = len(server.requests)
+    judge.check()
+    assert sent < asked == len(server.requests)
+    judge.model = "other"
+    judge.check()
+    assert len(server.requests) == asked + 1
+
+
+def test_verdicts_that_cannot_be_written_do_not_end_a_run(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_opened", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    judge, answers, notes = judged(server, tmp_path, [(1, 2)])
+    assert (judge.counts["unjudged"], answers[0].judged) == (2, (None, None))
+    assert "2 requests have no verdict. The last problem: cannot write" in notes[-1]

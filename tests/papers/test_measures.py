@@ -107,9 +107,27 @@ def test_win_rate_at_equal_length(is_separable: bool) -> None:
         p = expit(w[0] + w[1] * x).clip(1e-15, 1 - 1e-15)
         return float(-(wins * np.log(p) + (1 - wins) * np.log(1 - p)).sum() + 0.005 * (w**2).sum())
 
-    rate = win_rate_at_equal_length(wins, longer)
+    found = win_rate_at_equal_length(wins, longer, np.arange(3000))
+    assert found is not None
+    rate = found.value
     assert rate == pytest.approx(expit(minimize(loss, np.zeros(2)).x[0]), abs=1e-3)
     assert is_separable or rate == pytest.approx(expit(0.4), abs=0.03)
-    assert rate == pytest.approx(1 - win_rate_at_equal_length(1 - wins, -longer))
-    assert win_rate_at_equal_length(wins, abs(longer) + 1) is None
-    assert win_rate_at_equal_length([1, 0, 1, 1], [0, 0, 0, 0]) == pytest.approx(0.75, abs=0.01)
+    opposite = win_rate_at_equal_length(1 - wins, -longer, np.arange(3000))
+    assert opposite == pytest.approx((1 - rate, 1 - found.high, 1 - found.low))
+    assert win_rate_at_equal_length(wins, abs(longer) + 1, np.arange(3000)) is None
+    few = win_rate_at_equal_length([1, 0, 1, 1], [0, 0, 0, 0], range(4))
+    assert few is not None
+    assert few.value == pytest.approx(0.75, abs=0.01)
+
+
+def test_the_interval_of_the_win_rate_at_equal_length_covers_it() -> None:
+    """Sandwich over clusters (Liang and Zeger, Biometrika 73, 1986): each prompt of 40 is asked twice."""
+    random, inside = np.random.default_rng(1), 0
+    for _ in range(400):
+        longer = random.normal(30, 100, 40)
+        x = np.tanh(longer / longer.std())
+        wins = (random.random(40) < expit(0.4 + 1.5 * x)).astype(float)
+        twice = win_rate_at_equal_length(np.repeat(wins, 2), np.repeat(longer, 2), np.repeat(range(40), 2))
+        assert twice is not None
+        inside += twice.low < expit(0.4) < twice.high
+    assert 0.92 < inside / 400 < 0.98

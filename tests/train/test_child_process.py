@@ -115,3 +115,19 @@ def test_what_a_child_writes_to_the_pipe_is_no_message(text: str, tmp_path: Path
         child.send(text)
         with pytest.raises(PipeError, match="it wrote to the pipe"):
             child.receive(60)
+
+
+def test_a_message_that_stops_in_the_middle_is_not_awaited_for_ever(tmp_path: Path) -> None:
+    with ChildProcess(command("write"), log=tmp_path / "log.txt") as child:
+        child.send("\0\0\x7f\0half of it")
+        assert child._input.poll(60)
+        with pytest.raises(TimeoutError):
+            child.receive(0.5)
+
+
+def test_a_message_over_the_limit_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailora.train.child_process.MOST_BYTES", 100)
+    with ChildProcess(command("answer"), log=tmp_path / "log.txt") as child:
+        child.send("x" * 1000)
+        with pytest.raises(PipeError, match=r"its message has [\d,]+ bytes, and may have 100"):
+            child.receive(60)

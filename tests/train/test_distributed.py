@@ -260,7 +260,7 @@ def test_every_rank_names_the_module_that_broke_on_one(two_ranks: Ranks) -> None
 @pytest.mark.parametrize("case", ["sharded", "full, sharded, resumed from one process"])
 def test_ranks_answer_together_and_only_the_first_writes_and_prints(case: str, two_ranks: Ranks, settings: Any) -> None:
     one, two = settings(**{**SHARED, **CASES[case], **IN_ONE}), two_ranks.folder / case
-    answers = json.loads(json.dumps([asdict(answer) for answer in answer_prompts(run(one), one, None)[0]]))
+    answers = json.loads(json.dumps([asdict(answer) for answer in answer_prompts(run(one), one)[0]]))
     assert json.loads((two / "samples.json").read_text()) == answers
     assert answers
     assert all(answer["base"] != answer["tuned"] for answer in answers)

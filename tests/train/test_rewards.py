@@ -306,6 +306,20 @@ def test_built_in_rewards(tmp_path: Path) -> None:
         assert function(completions=[right, wrong], answer=["7", "7"]) == [1.0, 0.0], source
 
 
+@pytest.mark.parametrize(
+    ("right", "same", "different"),
+    [
+        ("-5", "(-5).", "5"),
+        ("3.14", "3.14!", "314"),
+        ("1000", "$1,000", "1,00"),
+        ("1/2", "'1/2'", "12"),
+    ],
+)
+def test_ignored_punctuation_is_not_that_of_numbers(right: str, same: str, different: str) -> None:
+    function = load_reward(Reward("exact_match:ignore=punctuation"))
+    assert function(completions=[same, different], answer=[right, right]) == [1.0, 0.0]
+
+
 def test_similarities_are_those_of_their_definitions() -> None:
     pairs = [("the cat sat on the mat", "a cat was on the mat"), ("Arrr!", "Arrr! Eat oats."), ("x", "y")]
     texts, answer = map(list, zip(*pairs, strict=True))

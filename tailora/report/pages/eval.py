@@ -60,6 +60,7 @@ class EvalReport:
     shown_answers: int = 3
     gates: list[GateOutcome] = field(default_factory=list)
     labels: dict[str, Any] | None = None
+    findings: list[str] = field(default_factory=list)  # sentences on the metrics of answers
 
     @property
     def rows_of_training(self) -> str:
@@ -89,8 +90,9 @@ def eval_page(report: EvalReport) -> Page:
     loss = "Loss is in nats per token."
     if report.labels is not None:
         loss = "Loss is in nats per row or word." if report.labels else "Loss is the mean squared error."
+    shown: list[Block | None] = [_table(report), *map(Paragraph, report.findings)]
     sections = [
-        Section("What was measured", f"{loss} Intervals are 95% intervals over the distinct rows.", [_table(report)]),
+        Section("What was measured", f"{loss} Intervals are 95% intervals over the distinct rows.", shown),
         *([section] if (section := labels_section(report.labels or {})) else []),
         Section(
             "Answers",
