@@ -1,11 +1,13 @@
 """The one rule for better, worse and cannot tell, against brute force, scipy and simulated runs without a change."""
 
+import json
 from itertools import product
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.studies import significance
 from benchmarks.studies.verdicts import CASES, simulate
 from tailora.train.significance import FEWEST, change_of, share_difference, sign_flip_test, t_975
 
@@ -128,3 +130,32 @@ def test_a_change_is_found() -> None:
     assert shares["rose"] > 0.9
     shares = simulate(CASES["0/1, one completion"], 200, 100, shift=-0.2)
     assert shares["exit code 5"] > 0.9
+
+
+@pytest.mark.parametrize("runs", [300, pytest.param(2000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("prompts", [10, 50, 200])
+@pytest.mark.parametrize("name", significance.SAME)
+def test_answers_of_one_distribution_are_rarely_better_or_worse(name: str, prompts: int, runs: int) -> None:
+    """benchmarks/results/significance.json has 2,000 runs of each. The margin is three standard errors of a share."""
+    case, error = significance.SAME[name], 3 / np.sqrt(runs)
+    shares = significance.simulate(case, prompts, runs, seed=1)
+    assert shares["better"] + shares["worse"] < 0.05 + 0.22 * error
+    if case.is_continuous:
+        low, high = (0.93, 0.97) if prompts >= 50 else (0.91, 1)
+        assert low - 0.22 * error < shares["coverage"] < high + 0.22 * error
+    if prompts >= 50:
+        halves = significance.simulate_best_of_ten(case, prompts, runs, seed=1)["halves"]
+        assert halves < 0.05 + 0.22 * error
+
+
+def test_the_recorded_simulation_keeps_its_promises() -> None:
+    recorded = json.loads(significance.RESULT.read_text())
+    for sizes in recorded["same"].values():
+        assert max(shares["better"] + shares["worse"] for shares in sizes.values()) <= 0.06
+    assert max(shares["halves"] for sizes in recorded["best of ten"].values() for shares in sizes.values()) <= 0.06
+    for part, cases in (("same", significance.SAME), ("changed", significance.CHANGED)):
+        for name, case in cases.items():
+            for prompts, shares in recorded[part][name].items() if case.is_continuous else ():
+                allowed = (0.93, 0.97) if int(prompts) >= 50 else (0.91, 1.0)
+                assert allowed[0] <= shares["coverage"] <= allowed[1] or name == "long tail, doubled"
+    assert recorded["changed"]["0/1, 40% to 60%"]["200"]["better"] > 0.9
