@@ -14,10 +14,12 @@ from tailora.data.dataset import Example
 from tailora.kernels.loss import FORMS
 from tailora.train import events, failures
 from tailora.train.config import TrainConfig
+from tailora.train.defaults import RunConfig
 from tailora.train.loss import CAUSAL_LM, BatchLayout
 from tailora.train.trainer import run
 
 T = TypeVar("T")
+ONE_PASS = RunConfig(learning_rate=1, num_train_epochs=1, per_device_train_batch_size=2)
 
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:

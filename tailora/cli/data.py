@@ -1,6 +1,5 @@
 """`tailora data FILE --model M`: shows what a run would be trained on."""
 
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from tailora.report.blocks import Code, Sample, Section
 from tailora.report.files import write_page_if_possible
 from tailora.report.format import plural, printable
 from tailora.report.terminal import print_rich_table, print_section
-from tailora.train.config import FEW_STEPS, TrainConfig
+from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
@@ -93,34 +92,20 @@ def data(
 
 
 def next_section(settings: TrainConfig, data: "PreparedData", config: Path | None, flags: Flags) -> Section:
-    """Returns the command that trains on this data, and what it sets and why."""
+    """Returns the command that trains on this data, with a warning if it holds out too little."""
     from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
 
-    held_out, epochs = data.report.eval, epochs_to_train(settings, data)
-    passes = f"The next command makes {epochs} passes, because fewer than {FEW_STEPS} steps change little."
-    few = f"It holds out {plural(held_out, 'example')}. {TOO_FEW}"
-    reasons = [*([passes] if epochs else []), *([few] if 0 < held_out < FEW_EXAMPLES else [])]
-    command = train_command(settings, epochs, config, flags)
-    return Section("Next", " ".join(reasons), [Code(shlex.join(command))])
-
-
-def epochs_to_train(settings: TrainConfig, data: "PreparedData") -> int | None:
-    """Returns the passes that make FEW_STEPS; None if one is enough, or if the settings define the length."""
-    from tailora.train.dataloader import epoch_steps
-
-    if settings.model_fields_set & {"max_steps", "num_train_epochs"}:
-        return None
-    steps = epoch_steps(settings, data.train.epoch_size)
-    return math.ceil(FEW_STEPS / steps) if steps < FEW_STEPS else None
+    held_out = data.report.eval
+    few = f"It holds out {plural(held_out, 'example')}. {TOO_FEW}" if 0 < held_out < FEW_EXAMPLES else ""
+    return Section("Next", few, [Code(shlex.join(train_command(settings, config, flags)))])
 
 
 def train_command(
     settings: TrainConfig,
-    epochs: int | None,
     config: Path | None,
     flags: Mapping[str, str | bool | list[str]],
 ) -> list[str]:
-    """Returns the command that trains on this data with the same flags, and this number of epochs, in a new folder."""
+    """Returns the command that trains on this data with the same flags in a new folder."""
     sources = parse_sources(settings.data)
     command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]
     command += ["--config", str(config)] if config else []
@@ -129,7 +114,6 @@ def train_command(
             command.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
             continue
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else ",".join(value)]
-    command += [] if epochs is None else ["--num-train-epochs", f"{epochs}"]
     if "output_dir" not in settings.model_fields_set:
         name = re.sub(r"[^\w.-]+", "-", Path(sources[0].name).stem).strip("-.") or "run"
         folders = chain([Path("outputs", name)], (Path("outputs", f"{name}-{number}") for number in count(2)))

@@ -52,7 +52,7 @@ class RunFlags:
 NO_FLAGS = RunFlags()
 
 
-DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}
+DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo"}
 DEMO_DEFAULTS = {**DEFAULTS, "output_dir": "outputs/demo"}
 DemoFlags: Any = train_flags(defaults=DEMO_DEFAULTS)
 

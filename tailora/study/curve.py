@@ -32,7 +32,7 @@ from tailora.study.results import CurvePoint, LearningCurve
 from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import FEWEST_SEEDS, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec
-from tailora.train.config import GRPO, TrainConfig, batches_per_step
+from tailora.train.config import GRPO, TrainConfig
 from tailora.train.significance import Floats
 
 STUDY, RUNS = "curve.json", "runs"
@@ -98,10 +98,9 @@ def _probe(train: TrainConfig, session: StudySession) -> CurvePlan:
     """Raises ConfigError if there are too few examples."""
     spec = TrialSpec(trial_settings(train, {}), keep=False, describe=True)
     run, steps = session.probe(train, spec)
-    # with few steps, the largest subset is smaller, so that each example is seen once
-    per_step = train.per_device_train_batch_size * batches_per_step(train.model_dump(), session.processes)
-    total = run.numbers["train_examples"]
-    largest = min(total, math.ceil(steps * per_step / min(train.num_train_epochs, 1)))
+    total = largest = run.numbers["train_examples"]
+    if train.max_steps:  # with few steps, the largest subset is smaller, so that each example is seen once
+        largest = min(total, steps * run.numbers["examples_per_step"])
     if largest < FEWEST_EXAMPLES:
         raise ConfigError(
             f"a learning curve needs at least {FEWEST_EXAMPLES} training examples, got {largest} of {total}; use "

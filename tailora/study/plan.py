@@ -35,6 +35,7 @@ from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
 from tailora.train import memory_estimate as estimate
 from tailora.train.config import GRPO, PREFERENCE_FIELDS, TASK_TYPES, TrainConfig
 from tailora.train.dataloader import TrainingData, epoch_steps, largest_forward, read_data, steps_per_epoch
+from tailora.train.defaults import RunConfig, with_numbers
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.measure_steps import measure_steps
@@ -78,6 +79,7 @@ def plan(
     if config.fsdp:
         check_can_be_sharded(shape, config.model, config.quantize)
     batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc, labels)
+    config = batches.config
     with estimate.fake_model(config, shape, place.device, batches.task) as fake:
         trained = what_is_trained(fake)
         step = estimate.largest_step(config, fake, batches.largest)
@@ -267,6 +269,7 @@ MOST_EXAMPLES = 4096  # per batch, if the number of examples is unknown
 class Batches:
     """The batches of one rank. With a stream or without data, the number of examples is unknown."""
 
+    config: RunConfig
     task: Task  # without its reference model
     largest: list[Example]  # of the largest forward pass
     shape: StepShape
@@ -306,12 +309,16 @@ def read_batches(
 
     Raises DataError with all problems of the data.
     """
-    step = replace(step_shape(config, accelerator), token_limit=limit)
     if "data" not in config.model_fields_set:
-        batches = assumed_batches(config, shape, step)
+        run = with_numbers(config, None)
+        batches = assumed_batches(run, shape, replace(step_shape(run, accelerator), token_limit=limit))
     else:
         data = read_data(config, load_tokenizer(config.model, labels), accelerator, labels)
-        batches = batches_of(config, replace(data, shape=replace(data.shape, token_limit=limit)), step, nproc)
+        if data.prompts is None and not config.streaming:  # what suits small data depends on the number of processes
+            run = with_numbers(config, data.prepared, nproc)
+            data = replace(data, config=run, shape=replace(data.shape, batch_size=run.per_device_train_batch_size))
+        step = replace(step_shape(data.config, accelerator), token_limit=limit)
+        batches = batches_of(replace(data, shape=replace(data.shape, token_limit=limit)), step, nproc)
     if batches.task.reference is not None:
         batches.notes.append(
             "before the first step, the log-probabilities of all replies are computed once; the time excludes this"
@@ -319,7 +326,7 @@ def read_batches(
     return replace(batches, task=batches.task.without_reference())
 
 
-def assumed_batches(config: TrainConfig, shape: PretrainedConfig, step: StepShape) -> Batches:
+def assumed_batches(config: RunConfig, shape: PretrainedConfig, step: StepShape) -> Batches:
     """Returns batches of examples with max_length tokens."""
     ids = np.arange(config.max_length, dtype=np.int32) % shape.get_text_config().vocab_size
     example, what = Example.of_text(ids), "example"
@@ -332,28 +339,31 @@ def assumed_batches(config: TrainConfig, shape: PretrainedConfig, step: StepShap
         "trained; shorter ones need less"
     )
     largest = _largest_part([example], step.batch_size, step.token_limit)
-    return Batches(task, largest, step, config.max_steps, step.examples_per_step * len(example.input_ids), [note])
+    return Batches(
+        config, task, largest, step, config.max_steps, step.examples_per_step * len(example.input_ids), [note]
+    )
 
 
-def batches_of(config: TrainConfig, data: TrainingData, step: StepShape, nproc: int) -> Batches:
+def batches_of(data: TrainingData, step: StepShape, nproc: int) -> Batches:
     """Returns batches of data, or of completions. Of a stream only the first batch is known."""
+    config = data.config
     if (prompts := data.prompts) is not None:
         per_epoch = steps_per_epoch(prompts.data.train.epoch_size, replace(step, world=nproc))
         steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch * config.num_iterations)
         tokens = step.examples_per_step * prompts.tokens_of_group
         notes = ["every completion is assumed to have --max-completion-length tokens"]
-        return Batches(data.task, data.largest, step, steps, tokens, notes, prompts=prompts)
+        return Batches(config, data.task, data.largest, step, steps, tokens, notes, prompts=prompts)
     if data.prepared is None or config.streaming:
         tokens = data.largest_tokens * config.gradient_accumulation_steps
         notes = ["the data is streamed, so lengths are estimated from the first batch"]
-        return Batches(data.task, data.largest, step, data.max_steps, tokens, notes)
+        return Batches(config, data.task, data.largest, step, data.max_steps, tokens, notes)
     train, task = data.prepared.train, data.task
     notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
     if isinstance(task, ImageTextToText) and (images := int(task.is_image(train.input_ids).sum())):
         notes.append(f"{images:,} of {len(train.input_ids):,} tokens of the training examples are images")
     steps = config.max_steps or epoch_steps(config, train.epoch_size, nproc)
     tokens_per_step = train.mean_length * min(step.examples_per_step, train.epoch_size / nproc)
-    return Batches(task, data.largest, step, steps, tokens_per_step, notes, train)
+    return Batches(config, task, data.largest, step, steps, tokens_per_step, notes, train)
 
 
 def learns_preferences(config: TrainConfig) -> bool:

@@ -48,6 +48,10 @@ class Range:
     high: float
     log: bool = True
 
+    @property
+    def middle(self) -> float:
+        return math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+
     def __str__(self) -> str:
         return f"{self.low:g}..{self.high:g}"
 
@@ -157,7 +161,7 @@ def first_values(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any
         scale = train.lora_alpha / scaling_divisor(train.r, train.use_rslora)
         current = scale if name == SCALE else getattr(train, name)
         if isinstance(axis, Range):
-            values[name] = axis.low if current is None else min(max(current, axis.low), axis.high)
+            values[name] = axis.middle if current is None else min(max(current, axis.low), axis.high)
         elif current in axis:
             values[name] = current
         elif isinstance(current, bool) or not isinstance(current, int | float):

@@ -455,12 +455,15 @@ def _reader(spec: TrialSpec) -> "ReadData":
 def _data_facts(result: "TrainResult", config: TrainConfig, processes: int) -> dict[str, Any]:
     from tailora.data.dataset import warnings_of
     from tailora.train.dataloader import epoch_steps
+    from tailora.train.defaults import with_numbers
 
     if result.data is None:
-        return {"train_examples": None, "all_steps": None, "data_warnings": {}}
+        return {"train_examples": None, "all_steps": None, "examples_per_step": None, "data_warnings": {}}
+    run = with_numbers(config, result.data, processes)
     return {
         "train_examples": len(result.data.train),
-        "all_steps": epoch_steps(config, result.data.train.epoch_size, processes),
+        "all_steps": epoch_steps(run, result.data.train.epoch_size, processes),
+        "examples_per_step": run.per_device_train_batch_size * batches_per_step(run.model_dump(), processes),
         "data_warnings": warnings_of(result.data.report.to_dict()),
     }
 

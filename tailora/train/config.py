@@ -29,6 +29,7 @@ PER_EXAMPLE = "per example"  # the unit of losses of preferences
 REWARD = "reward"  # the unit of reinforcement learning, whose loss of held-out prompts is minus their reward
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
+AUTO = BeforeValidator(lambda value: None if value == "auto" else value)
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
 Packing = Annotated[
     Literal["auto", "on", "off"],
@@ -211,7 +212,9 @@ class TrainConfig(StrictModel):
     )
     streaming: bool = Field(False, description="stream the data instead of loading it first; requires --max-steps")
     # optimization
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    learning_rate: Annotated[float | None, AUTO] = Field(
+        None, gt=0, description="peak learning rate; default: what suits the number of examples"
+    )
     loraplus_lr_ratio: float = Field(
         1.0, ge=1, description="LoRA+: learning rate of B as a multiple of --learning-rate"
     )
@@ -227,8 +230,12 @@ class TrainConfig(StrictModel):
     max_steps: int | None = Field(
         None, ge=1, lt=COUNT, description="number of optimizer steps; overrides --num-train-epochs"
     )
-    num_train_epochs: float = Field(1.0, gt=0, le=1e6, description="number of passes over the data")
-    per_device_train_batch_size: PositiveInt = Field(8, description="examples per forward pass")
+    num_train_epochs: Annotated[float | None, AUTO] = Field(
+        None, gt=0, le=1e6, description="number of passes over the data; default: more over small data"
+    )
+    per_device_train_batch_size: Annotated[int | None, AUTO] = Field(
+        None, ge=1, lt=COUNT, description="examples per forward pass; default: fewer for small data"
+    )
     gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes per optimizer step")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations to save memory; takes about a third longer"

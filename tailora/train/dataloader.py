@@ -36,6 +36,7 @@ from tailora.errors import ConfigError, DataError
 from tailora.train.answers import check_metrics
 from tailora.train.classification import class_weights, label_task
 from tailora.train.config import GRPO, PREFERENCE_FIELDS, TrainConfig
+from tailora.train.defaults import RunConfig, with_numbers
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.preference import preference_task
@@ -48,6 +49,7 @@ ChooseHeldOut = Callable[[int], NDArray[np.int64]]  # number of held-out example
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
+    config: RunConfig  # of the run on this data
     prepared: PreparedData | None  # None when streaming without eval_data
     held_out: Examples | None
     steps: Callable[[int], Iterator[Step]]  # number of the first step -> it, and the steps after it
@@ -129,20 +131,20 @@ def read_data(
     config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator, labels: Labels | None = None
 ) -> TrainingData:
     """Reads, checks and tokenizes the data that `config` names. Raises DataError with all problems."""
-    shape = step_shape(config, accelerator)
     if config.task == GRPO:
-        return _sampled(config, tokenizer, shape)
+        return _sampled(with_numbers(config, None), tokenizer, accelerator)
     if config.streaming:
-        streamed = _streamed(config, tokenizer, shape)
+        streamed = _streamed(with_numbers(config, None), tokenizer, accelerator)
         if config.metric and accelerator.is_main_process:
             check_metrics(config, streamed.prepared, tokenizer)
         return streamed
     data = read_whole(config, tokenizer, labels)
     if config.metric and accelerator.is_main_process:
         check_metrics(config, data, tokenizer)
-    shape = replace(shape, task=task_of(config, data.report, tokenizer, labels))
-    max_steps = config.max_steps or epoch_steps(config, data.train.epoch_size, shape.world)
-    return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
+    run = with_numbers(config, data, accelerator.num_processes)
+    shape = replace(step_shape(run, accelerator), task=task_of(config, data.report, tokenizer, labels))
+    max_steps = config.max_steps or epoch_steps(run, data.train.epoch_size, shape.world)
+    return TrainingData(run, data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
 
 def read_without(left_out: Collection[int], sha256: str, config: TrainConfig, *arguments: Any) -> TrainingData:
@@ -206,7 +208,7 @@ def task_of(config: TrainConfig, report: DataReport, tokenizer: Tokenizer, label
     return language_model_task(tokenizer)
 
 
-def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> TrainingData:
+def _streamed(config: RunConfig, tokenizer: Tokenizer, accelerator: Accelerator) -> TrainingData:
     """Returns data that is read while training; only its first batches are read now."""
     settings = data_settings(config)
     eval_data = held_out = None
@@ -214,7 +216,7 @@ def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tr
         source = resolve_demo(config.eval_data, "eval_data")
         eval_data = prepare(source, tokenizer, settings, eval_source=source, split="validation")
         held_out = eval_data.eval
-    shape = replace(shape, task=language_model_task(tokenizer))
+    shape = replace(step_shape(config, accelerator), task=language_model_task(tokenizer))
     counts = RowCounts(held_out=frozenset(held_out.hashes() if held_out else ()))
     (data,) = resolved_sources(config, "data")  # TrainConfig allows one
     if data.weight != 1:
@@ -224,12 +226,12 @@ def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tr
     batches = config.init_batches if config.init_lora_weights == "eva" else 1
     first = Examples.of(islice(read(), shape.batch_size * batches))
     steps = partial(stream_steps, read, shape)
-    return TrainingData(eval_data, held_out, steps, config.max_steps, first, shape, counts)
+    return TrainingData(config, eval_data, held_out, steps, config.max_steps, first, shape, counts)
 
 
-def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> TrainingData:
+def _sampled(config: RunConfig, tokenizer: Tokenizer, accelerator: Accelerator) -> TrainingData:
     """Returns prompts, whose completions are sampled from the model while it is trained."""
-    data = read_whole(config, tokenizer)
+    data, shape = read_whole(config, tokenizer), step_shape(config, accelerator)
     rewards, metrics = parse_rewards(config.reward, config.metric)
     if metrics and not data.eval:
         problem = "--metric judges held-out prompts, but there are none"
@@ -250,7 +252,7 @@ def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> Tra
     shape = replace(shape, task=prompts.task, batch_size=config.num_generations, accumulation=groups)
     held_out = replace(data.eval, source_indices=np.arange(len(data.eval))) if data.eval else None
     prepared = replace(data, eval_samples=[prompt.chat for prompt in data.eval_samples])
-    return TrainingData(prepared, held_out, _not_sampled, max_steps, known, shape, prompts=prompts)
+    return TrainingData(config, prepared, held_out, _not_sampled, max_steps, known, shape, prompts=prompts)
 
 
 def _not_sampled(_start: int) -> Iterator[Step]:
@@ -278,12 +280,13 @@ def random_data(
     config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator, _labels: Labels | None = None
 ) -> TrainingData:
     """Returns random tokens instead of data: two steps of fully supervised examples of max_length, repeated."""
-    shape = step_shape(config, accelerator)
+    run = with_numbers(config, None)
+    shape = step_shape(run, accelerator)
     random, size = np.random.default_rng(config.seed), (2 * shape.examples_per_step, config.max_length)
     ids = random.integers(len(text_tokenizer(tokenizer)), size=size, dtype=np.int32)
     examples = Examples.of(map(Example.of_text, ids))
     steps = partial(dataset_steps, examples, shape)
-    return TrainingData(None, None, steps, config.max_steps or 2, examples, shape)
+    return TrainingData(run, None, None, steps, config.max_steps or 2, examples, shape)
 
 
 @contextmanager
@@ -305,7 +308,7 @@ def one_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Iterator[
         yield taken()
 
 
-def epoch_steps(config: TrainConfig, examples: int, world: int = 1) -> int:
+def epoch_steps(config: RunConfig, examples: int, world: int = 1) -> int:
     """Returns the steps of `num_train_epochs` epochs. examples: in an epoch."""
     shape = StepShape(config.per_device_train_batch_size, config.gradient_accumulation_steps, world=world)
     return math.ceil(config.num_train_epochs * steps_per_epoch(examples, shape))

@@ -41,6 +41,7 @@ from tailora.kernels.compiled_layers import decoder_layers
 from tailora.model import LoRAModel
 from tailora.train.classification import label_task
 from tailora.train.config import TASK_TYPES, TrainConfig
+from tailora.train.defaults import RunConfig
 from tailora.train.image_text_to_text import ImageTextToText
 from tailora.train.kernel_choice import (
     PLAIN,
@@ -460,7 +461,7 @@ def saves_memory(
 
 
 def remedies(
-    config: TrainConfig,
+    config: RunConfig,
     shape: PretrainedConfig,
     batch_size: int,
     device: torch.device | AbsentDevice,

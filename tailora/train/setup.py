@@ -36,6 +36,7 @@ from tailora.train import checkpoint, events, launch, run_log
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import ChooseHeldOut, ReadData, TrainingData, read_data, resolved_sources
+from tailora.train.defaults import RunConfig, describe, numbers_of
 from tailora.train.divergence import FiniteUpdates
 from tailora.train.failures import fail_together
 from tailora.train.kernel_choice import (
@@ -74,7 +75,7 @@ PEAK_PER_SAVED = 4  # a step never takes more than this, times what autograd sav
 class Run:
     """What a run trains with. What changes while it trains is in `TrainState`."""
 
-    config: TrainConfig
+    config: RunConfig
     output_dir: Path
     accelerator: Accelerator
     report: events.Listener  # does nothing in all processes but the first
@@ -169,6 +170,8 @@ def set_up(
         stack.enter_context(run_log.lock(output_dir))
         run_log.check_run_folder(config, overwrite=overwrite)
     saved = None if resumed is None else checkpoint.load(resumed, output_dir, note)
+    if saved is not None:
+        config = numbers_of(config, saved.state["run"]["settings"])
     stack.enter_context(seeded(config.seed))
     with explain_out_of_memory("loading", partial(loading_advice, config, device)):
         labels, has_new_head = find_labels(config)
@@ -177,6 +180,10 @@ def set_up(
         tokenizer = load_tokenizer(config.model, labels)
         shape = shape_of(config, labels, tokenizer)
         data = read(config, tokenizer, accelerator, labels)  # before the model, which takes longer to load
+        chosen = data.prepared and describe(config, data.config, len(data.known), data.max_steps)
+        config = data.config
+        if chosen and not config.streaming:
+            note(chosen)
         head: Any = {"task": config.task, "labels": labels, "seed": config.seed}
         load = partial(load_base, *place, sharding=sharding, tokenizer=tokenizer, **head)
         base, _ = load()
@@ -259,7 +266,7 @@ def loading_advice(config: TrainConfig, device: torch.device) -> str:
 
 
 def check_memory(
-    config: TrainConfig, shape: PretrainedConfig, data: TrainingData, device: torch.device, bytes_per_token: float
+    config: RunConfig, shape: PretrainedConfig, data: TrainingData, device: torch.device, bytes_per_token: float
 ) -> Callable[[], str]:
     """Returns a function that says, after some seconds, what helps if memory runs out.
 

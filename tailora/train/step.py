@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from tailora.data.dataset import Example
 from tailora.kernels.loss import Batch
-from tailora.train.config import TrainConfig
+from tailora.train.defaults import RunConfig
 from tailora.train.loss import CAUSAL_LM, Task
 
 # Of one forward on a CPU: 430 tokens/s at 380, 480 at 730, and no more at 1500, which takes twice the memory.
@@ -61,7 +61,7 @@ class StepShape:
         return self.batch_size * self.accumulation * self.world
 
 
-def step_shape(config: TrainConfig, accelerator: Accelerator) -> StepShape:
+def step_shape(config: RunConfig, accelerator: Accelerator) -> StepShape:
     return StepShape(
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,

@@ -97,10 +97,10 @@ class Trainer:
         overwrite: bool = False,
     ) -> None:
         """Raises ConfigError, DataError, TargetError and CheckpointError."""
-        self.started, self.config, self.stack = time.perf_counter(), config, stack
+        self.started, self.stack = time.perf_counter(), stack
         self.signals = stack.enter_context(StopSignals(launch.world_size()))
         self.run, self.state = set_up(config, stack, on_event, read=read, held_out=held_out, overwrite=overwrite)
-        examples = self.run.data.held_out
+        self.config, examples = self.run.config, self.run.data.held_out
         counts = None if examples is None else self.run.task.counts(examples)
         if before is not None and (counts is None or not np.array_equal(before.counts, counts)):
             raise ConfigError("held-out examples changed since the base was evaluated; use a different --output-dir")

@@ -93,7 +93,6 @@ def test_the_next_command_repeats_the_flags(tmp_path: Path, tiny_model: Path, mo
     words = shlex.split(command)
     assert words[:6] == ["tailora", "train", "--data", "my rows.jsonl", "--config", "run.yaml"]
     expected = ["--model", str(tiny_model), "--field", "prompt=q,completion=a", "--validation-split", "0.3"]
-    expected += ["--num-train-epochs", "24"]
     assert words[6:] == [*expected, "--output-dir", "outputs/my-rows"]
 
 
@@ -105,37 +104,16 @@ def test_the_next_command_runs_as_it_stands(
     for folder in ("outputs/chats", "outputs/chats-2"):  # the second would be that of an earlier run
         shown = output("data", chats.name, "--model", tiny_model)
         words = shlex.split(shown.strip().splitlines()[-1])
-        assert words[-4:] == ["--num-train-epochs", "8", "--output-dir", folder]
+        assert words[-2:] == ["--output-dir", folder]
         if folder == "outputs/chats":
             assert "held-out loss after" in output(*words[1:], "--max-steps", "1")
-
-
-@pytest.mark.parametrize(
-    ("flags", "config", "epochs"),
-    [
-        (["--validation-split", "0"], "", "8"),  # 24 rows are 3 steps of 8
-        ([], "", "8"),  # 19 of them are, too
-        (["--validation-split", "0.5"], "", "12"),
-        (["--validation-split", "0"], "per_device_train_batch_size: 1\n", None),
-        (["--validation-split", "0"], "per_device_train_batch_size: 3\n", "3"),
-        ([], "max_steps: 5\n", None),
-    ],
-)
-def test_the_next_command_makes_enough_steps(
-    flags: list[str], config: str, epochs: str | None, chats: Path, tmp_path: Path, tiny_model: Path
-) -> None:
-    (tmp_path / "run.yaml").write_text(f"lora_dropout: 0\n{config}")
-    _, shown, _ = call("data", chats, "--model", tiny_model, "--config", tmp_path / "run.yaml", "--rows", 0, *flags)
-    words = shlex.split(shown.strip().splitlines()[-1])
-    assert ("--num-train-epochs" in words) == (epochs is not None) == ("because fewer than 24 steps" in shown)
-    assert epochs is None or words[words.index("--num-train-epochs") + 1] == epochs
 
 
 def test_the_settings_of_what_is_learned_are_shown_and_repeated(chats: Path, tiny_model: Path) -> None:
     flags = ["--system", "be brief", "--no-assistant-only-loss"]
     shown = output("data", chats, "--model", tiny_model, "--rows", "1", *flags)
     assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
-    assert shlex.split(shown.strip().splitlines()[-1])[-7:-4] == flags
+    assert shlex.split(shown.strip().splitlines()[-1])[-5:-2] == flags
     hint = "--completion-only-loss only applies to completions, but the data has messages rows"
     check_refused(hint, "data", chats, "--model", tiny_model, "--completion-only-loss")
 

@@ -17,6 +17,7 @@ from tailora.errors import ConfigError
 from tailora.study.plan import plan
 from tailora.study.plan_result import Plan
 from tailora.train.config import TrainConfig
+from tailora.train.defaults import with_numbers
 from tailora.train.memory_estimate import remedies
 
 
@@ -49,12 +50,12 @@ def test_the_line_of_json_has_what_scripts_ask_for(tiny_model: Path, chats: Path
     assert sum(each["parameters"] for each in result["modules"]) == result["trainable_parameters"]
     assert result["modules"][0].keys() >= {"path", "kind", "in_features", "out_features", "r", "parameters"}
     assert result["batch_size_that_fits"] >= 8
-    assert result["steps"] == 3
+    assert result["steps"] == 30  # 20 examples, three passes of 2
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["kind"], report["memory"]["total"]) == ("plan", result["memory"]["total"])
     shown = output(*tokens)
     assert re.search(r"^batch size that fits +(\d+) \(all examples\) +\1 \(all examples\)$", shown, re.MULTILINE)
-    assert re.search(r"The largest forward pass has 8 examples with \d+ tokens in total\.", shown)
+    assert re.search(r"The largest forward pass has 2 examples with \d+ tokens in total\.", shown)
 
 
 def test_what_is_shown_fits_a_narrow_terminal(
@@ -135,10 +136,15 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"]
     first = "--per-device-train-batch-size 24 --gradient-accumulation-steps 6"
-    config = TrainConfig(per_device_train_batch_size=64, gradient_accumulation_steps=2)
+    config = with_numbers(TrainConfig(per_device_train_batch_size=64, gradient_accumulation_steps=2), None)
     assert remedies(config, LlamaConfig(), 24, torch.device("cpu"))[0] == first
-    full = TrainConfig(method="full", learning_rate=1e-4, gradient_checkpointing=True, max_length=64)
-    assert remedies(full, LlamaConfig(), 0, torch.device("cpu")) == ["--method lora", "a smaller --model"]
+    full = with_numbers(
+        TrainConfig(method="full", learning_rate=1e-4, gradient_checkpointing=True, max_length=64), None
+    )
+    assert remedies(full, LlamaConfig(), 0, torch.device("cpu")) == [
+        "--method lora",
+        "a smaller --model",
+    ]
 
 
 @pytest.mark.parametrize(

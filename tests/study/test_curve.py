@@ -59,7 +59,8 @@ class MadeUp:
         random = np.random.default_rng([spec.settings.get("seed", 0), spec.subset or 0])
         count = 20 if spec.choosing else 40
         losses = self.loss(spec, steps) + 0.005 * random.normal() + 0.01 * random.normal(size=count)
-        numbers = {"train_examples": EXAMPLES, "held_out": 40, "all_steps": 100, "seconds": 1.0, "data_warnings": {}}
+        numbers = {"train_examples": EXAMPLES, "examples_per_step": 4, "held_out": 40, "all_steps": 100}
+        numbers |= {"seconds": 1.0, "data_warnings": {}}
         numbers |= {
             "parts": {"highest_r": self.highest_r},
             "seed": spec.settings.get("seed", 0),

@@ -85,6 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         r=8,
         learning_rate=1e-2,
         num_train_epochs=6,
+        per_device_train_batch_size=8,
         samples=0,
     )
     run(train)

@@ -91,7 +91,7 @@ def test_a_trial_has_the_settings_that_its_words_mean() -> None:
 def test_a_search_begins_with_the_settings_of_the_run_or_the_nearest() -> None:
     space = read_space({"r": "2,4", "lr": "1e-3..1e-2", "targets": "mlp,attention", "dropout": "0,0.1"})
     begins = {"r": 4, "learning_rate": 1e-3, "target_modules": "mlp", "lora_dropout": 0.0}
-    assert first_values(space, TrainConfig()) == begins
+    assert first_values(space, TrainConfig(learning_rate=1e-4)) == begins
     scale = read_space({"scale": "0.5..20"})
     assert first_values(scale, TrainConfig(r=16, lora_alpha=32, use_rslora=True)) == {"scale": 8.0}
     assert read_space({"temperature": "0.7,1.3"}) == {"temperature": (0.7, 1.3)}

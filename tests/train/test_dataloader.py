@@ -4,6 +4,7 @@ from itertools import chain, islice, product
 
 import numpy as np
 import pytest
+from runs import ONE_PASS
 
 from tailora.data.dataset import Example, Examples, Mixture
 from tailora.data.labels import Labels
@@ -69,7 +70,7 @@ def test_two_epochs_of_a_mixture_see_its_sources_as_often_as_they_weigh(world: i
 @pytest.mark.parametrize(("data", "steps", "seen"), [(DATA, 2, 8), (DATA, 90, 23), (MIXED, 6, 16), (MIXED, 90, 23)])
 def test_the_examples_of_a_run_are_those_of_its_steps(data: Examples, steps: int, seen: int) -> None:
     shape = StepShape(batch_size=2, accumulation=2)
-    read = TrainingData(None, None, partial(dataset_steps, data, shape), steps, data, shape)
+    read = TrainingData(ONE_PASS, None, None, partial(dataset_steps, data, shape), steps, data, shape)
     trained_on = {int(example.input_ids[0]) for example in read.trained_on()}
     assert trained_on == {n for step in islice(read.steps(0), steps) for part in numbers(step) for n in part}
     assert len(trained_on) == seen

@@ -14,6 +14,7 @@ import torch
 from command_line import found
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from runs import ONE_PASS
 from tiny import stir
 from tiny_vision import (
     COLORS,
@@ -249,7 +250,18 @@ def test_a_run_learns_from_images_and_text(tmp_path: Path) -> None:
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
-    arguments = ["--model", model, "--data", data, "--output-dir", run, "--max-steps", 60]
+    arguments = [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output-dir",
+        run,
+        "--max-steps",
+        60,
+        "--per-device-train-batch-size",
+        8,
+    ]
     report = found("train", *arguments, "--learning-rate", 2e-2, "--validation-split", 0.2)
     assert report["eval_loss_after"] < report["eval_loss_before"] - 0.5
     targets = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -270,7 +282,7 @@ def test_a_model_is_tried_on_an_example_with_images_if_there_is_one(tmp_path: Pa
     file.write_text(file.read_text() + json.dumps(long) + "\n")
     data = prepare(str(file), processor, DataSettings(validation_split=0))
     shape: Any = SimpleNamespace(task=language_model_task(processor))
-    longest = TrainingData(data, None, lambda _: iter(()), 1, data.train, shape).longest
+    longest = TrainingData(ONE_PASS, data, None, lambda _: iter(()), 1, data.train, shape).longest
     assert len(longest.images) == 2 < len(longest.input_ids) < max(data.train.lengths)
 
 

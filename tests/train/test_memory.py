@@ -75,7 +75,7 @@ def test_other_errors_pass_through_unchanged() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
 def test_running_out_in_training_names_cause_and_remedies(settings: Any, model_folder: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 4}
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=320, **sizes)).save_pretrained(tmp_path / "wide")
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "wide")
     rows = [{"prompt": f"one {i}", "completion": "red blue green " * 60} for i in range(24)]

@@ -33,6 +33,7 @@ from tailora.model import LoRAModel
 from tailora.study.plan import plan
 from tailora.train import memory_estimate as estimate
 from tailora.train.config import TrainConfig
+from tailora.train.defaults import with_numbers
 from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
 from tailora.train.loss import CAUSAL_LM, BatchLayout, make_batch
 from tailora.train.memory import fake_tensors
@@ -148,7 +149,7 @@ def test_a_4_bit_base_is_recommended_where_its_estimate_is_smaller(stored: str, 
         with fake_model(config.replaced(**changes), shape, device) as fake:
             step = StepCost(activations=0, logits=0, gradients=0, kept=0, flops=0)
             totals.append(estimate_memory(config, fake, step, process=0).total)
-    advice = remedies(config, shape, 0, device)
+    advice = remedies(with_numbers(config, None), shape, 0, device)
     assert ("--quantize nf4" in advice) == (totals[1] < totals[0]) == (device != CPU or stored == "float32")
     assert totals[2] == totals[0]
     assert shape.to_dict() == before  # an estimate does not change what it is made from

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import changed, losses
+from runs import ONE_PASS, changed, losses
 from tiny import chat_model
 from tiny_run import write_rows
 from torch import Tensor
@@ -284,7 +284,7 @@ def test_batches_hold_no_float64_which_mps_lacks(loss: str) -> None:
 def training_data(examples: Examples, task: Task) -> TrainingData:
     """All examples in one forward."""
     shape = StepShape(len(examples), 1, task=task)
-    return TrainingData(None, None, partial(dataset_steps, examples, shape), 1, examples, shape)
+    return TrainingData(ONE_PASS, None, None, partial(dataset_steps, examples, shape), 1, examples, shape)
 
 
 def test_what_kto_computes_without_gradients_counts_as_neither_trained_nor_kept_in_memory() -> None:
