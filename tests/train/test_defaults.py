@@ -1,7 +1,6 @@
 """Settings without a number get one that suits the data, before the first step."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +9,7 @@ import pytest
 from runs import changed
 
 from tailora.errors import CheckpointError
-from tailora.train import events
-from tailora.train import defaults
+from tailora.train import defaults, events
 from tailora.train.config import TrainConfig
 from tailora.train.defaults import RunConfig, describe, with_numbers
 from tailora.train.model_loading import read_config
@@ -19,11 +17,11 @@ from tailora.train.trainer import run
 
 
 @pytest.fixture(autouse=True)
-def width(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def width(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The width of every model."""
     width = {"of": 576}
     monkeypatch.setattr(defaults, "width_of", lambda _: width["of"])
-    yield width
+    return width
 
 
 def numbers(examples: int, task: str = "causal-lm", processes: int = 1, **settings: Any) -> tuple[float, float, int]:
