@@ -75,9 +75,9 @@ def serve(
 ) -> int:
     """Serve a model and any number of adapters with an OpenAI-compatible API.
 
-    The `model` field of a request selects an adapter, the base model, or a mixture such as legal+chat@0.5; requests in
-    one batch may use different adapters. Set TAILORA_API_KEY to require a key from clients, and TAILORA_ADMIN_KEY to
-    require one for loading and unloading adapters.
+    The `model` field of a request selects the base model or an adapter, which may have a scale, as in legal@0.5;
+    requests in one batch may use different adapters. Set TAILORA_API_KEY to require a key from clients, and
+    TAILORA_ADMIN_KEY to require one for loading and unloading adapters.
     """
     require_packages("fastapi", "uvicorn", "prometheus_client", "httpx", "llguidance", extra="serve")
     from tailora.data.schemas import SEQ2SEQ

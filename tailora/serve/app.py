@@ -48,7 +48,7 @@ from tailora.serve.answers import Answer, ChatResponse, CompletionResponse, Gene
 from tailora.serve.images import decode_images
 from tailora.serve.metrics import Metrics
 from tailora.serve.playground import add_page
-from tailora.serve.registry import RESERVED, AdapterRegistry
+from tailora.serve.registry import SCALE_MARK, AdapterRegistry
 from tailora.serve.schemas import ERRORS, ERRORS_OF_TEXT, GenerationRequest, RequestError, new_id
 from tailora.train.generate import image_obstacle
 
@@ -240,9 +240,9 @@ class Server:
             own = None if grammar is None else grammar.deep_copy()
             request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample, own, images)
             answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
-        # All mixtures share one name in the metrics, since clients can invent new ones
-        is_named = body.model == self.registry.base_name or not any(mark in body.model for mark in RESERVED)
-        model = body.model if is_named else "mixture"
+        # The name in the metrics, without the scale: clients can invent any number of scales
+        is_base = body.model == self.registry.base_name
+        model = body.model if is_base else body.model.partition(SCALE_MARK)[0]
         tokens = sum(map(len, prompts))
         generation = Generation(self.engine, answers, model, tokens, self.metrics, handle, self._end_answer)
         generation.start()

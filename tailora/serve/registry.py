@@ -1,9 +1,8 @@
 """AdapterRegistry: the adapters of a server by name, and which of them are in memory.
 
-A request names a model: the base, an adapter, one with a scale ("legal@0.5"), or a mixture of two ("legal+chat@0.5").
-`acquire` returns its key in the engine's AdapterSet and keeps it in memory until the handle is closed. A key contains
-a hash of the adapter's content: after a replacement, new requests get the new adapter at once, and running requests
-finish with the old one.
+A request names a model: the base, an adapter, or one with a scale ("legal@0.5"). `acquire` returns its key in the
+engine's AdapterSet and keeps it in memory until the handle is closed. A key contains a hash of the adapter's content:
+after a replacement, new requests get the new adapter at once, and running requests finish with the old one.
 
 The engine keeps running while files are read and checked. It only pauses while an adapter is added or removed.
 """
@@ -14,7 +13,7 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,6 @@ from xxhash import xxh3_128
 
 from tailora.core.adapter import Adapter, check_compatible, with_strength
 from tailora.core.adapter_set import AdapterSet
-from tailora.core.combine import Combination, combine_adapters
 from tailora.core.layer_types import find_layer
 from tailora.core.mixed_batch import check_splits_by_row, layer_terms
 from tailora.errors import (
@@ -48,9 +46,9 @@ from tailora.train.model_loading import check_writes_text, label_task_of_adapter
 
 LOGGER = logging.getLogger(__name__)
 LONGEST_NAME = 200
-RESERVED = "+@"  # for mixtures and scales
+SCALE_MARK = "@"  # before the scale of an adapter
 LARGEST_SCALE = 1e5  # a `lora_alpha` of 1,000 with r = 1, and a `lora_scale` of 100
-MOST_DERIVED = 64  # idle scaled adapters and mixtures to keep; clients may request any number of them
+MOST_SCALED = 64  # idle scaled adapters to keep; clients may request any number of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +70,13 @@ class NamedAdapter:
 class _Resident:
     """An adapter in memory.
 
-    sources: the adapters that it scales or adds, which stay in memory with it; none if it was read from files.
+    source: the adapter that it scales, which stays in memory with it; None if it was read from files.
     """
 
     key: str
     size: int
-    sources: tuple["_Resident", ...] = ()
-    users: int = 0  # handles, and adapters that have this one as a source
+    source: "_Resident | None" = None
+    users: int = 0  # handles, and adapters that have this one as the source
 
 
 class AdapterHandle(ExitStack):
@@ -173,8 +171,8 @@ class AdapterRegistry:
         problems = []
         if not name or len(name) > LONGEST_NAME or not name.isprintable() or name != name.strip():
             problems.append(f"use 1 to {LONGEST_NAME} printable characters, without leading or trailing spaces")
-        if reserved := [character for character in RESERVED if character in name]:
-            problems.append(f"{' and '.join(reserved)} are reserved for mixtures and scales, as in legal+chat@0.5")
+        if SCALE_MARK in name:
+            problems.append(f"{SCALE_MARK} is reserved for scales, as in legal@0.5")
         if name == self.base_name:
             problems.append(
                 "the base model has this name; rename the base (--name NAME) or the adapter (--adapter NAME=PATH)"
@@ -195,69 +193,61 @@ class AdapterRegistry:
     # ---- Requests
 
     def system_message(self, model: str) -> str | None:
-        """Returns the system message that the adapters of `model` share; None if they differ. Raises as `acquire`."""
-        systems = {self._find(name).system for name in self._weights(model, None)} or {self.base_system}
-        return systems.pop() if len(systems) == 1 else None
+        """Returns the system message that `model` was trained with; None without one. Raises as `acquire`."""
+        name, _ = self._parse(model, None)
+        return self.base_system if name is None else self._find(name).system
 
     def acquire(self, model: str, scale: float | None = None) -> AdapterHandle:
         """Loads `model` into memory, and returns a handle that keeps it there until it is closed.
 
-        model: the base, or one or two adapters with their scales: "legal+chat@0.5" is legal + 0.5 chat.
-        scale: multiplies both.
-        Raises AdapterNotFoundError for an unknown name, ConfigError for a scale that is too large or a mixture that
-        cannot be computed exactly, MemoryInUseError, and the errors of `load` for files that have changed.
+        model: the base, or an adapter, which may have a scale: "legal@0.5".
+        scale: multiplies it.
+        Raises AdapterNotFoundError for an unknown name, ConfigError for a scale that is too large or not supported,
+        MemoryInUseError, and the errors of `load` for files that have changed.
         """
-        weights = self._weights(model, scale)
+        name, scale = self._parse(model, scale)
+        if name is None:
+            return AdapterHandle(None)
         with self._lock:
-            handle = self._handle(weights)
+            handle = self._handle(name, scale)
         if handle is None:
             with self._changes:
-                self._bring_into_memory(weights)
+                self._bring_into_memory(name, scale)
                 with self._lock:
-                    handle = self._handle(weights)
+                    handle = self._handle(name, scale)
         assert handle is not None  # nothing is removed while this thread holds _changes
         return handle
 
-    def _weights(self, model: str, scale: float | None) -> dict[str, float]:
-        """Returns the scale of every adapter in `model`, without those with scale 0; {} is the base."""
+    def _parse(self, model: str, scale: float | None) -> tuple[str | None, float]:
+        """Returns the name of the adapter and its scale; None as the name for the base, also at scale 0."""
         if model == self.base_name:
             if scale not in (None, 1):
                 raise ConfigError(
                     f"scale = {scale!r}: {model!r} is the base model and has no adapter to scale; remove the scale"
                 )
-            return {}
-        weights: dict[str, float] = {}
-        terms = model.split("+")
-        problems = [f"use at most two adapters, not {len(terms)}"] if len(terms) > 2 else []
-        for term in terms:
-            name, at, number = term.partition("@")
-            self._find(name)
-            if name in weights:
-                problems.append(f"{name!r} appears twice; use it once, with the sum of its scales")
-            try:
-                weights[name] = (float(number) if at else 1.0) * (1.0 if scale is None else scale)
-            except ValueError:
-                weights[name] = math.nan
-            if not math.isfinite(weights[name]):
-                problems.append(f"expected a finite scale, as in {name}@0.5, got {term!r}")
-        if problems:
-            raise ConfigError(f"model = {model!r}: {listing(problems)}")
-        return {name: weight for name, weight in sorted(weights.items()) if weight}
+            return None, 1.0
+        name, mark, number = model.partition(SCALE_MARK)
+        self._find(name)
+        try:
+            total = (float(number) if mark else 1.0) * (1.0 if scale is None else scale)
+        except ValueError:
+            total = math.nan
+        if not math.isfinite(total):
+            raise ConfigError(f"model = {model!r}: expected a finite scale, as in {name}@0.5")
+        return name if total else None, total
 
-    def _key(self, weights: Mapping[str, float]) -> str:
-        """Returns the key of the sum of these adapters."""
-        keys = {name: self._find(name).key for name in weights}
-        return "+".join(keys[name] if weight == 1 else f"{keys[name]}@{weight!r}" for name, weight in weights.items())
+    def _key(self, name: str, scale: float) -> str:
+        key = self._find(name).key
+        return key if scale == 1 else f"{key}{SCALE_MARK}{scale!r}"
 
-    def _handle(self, weights: Mapping[str, float]) -> AdapterHandle | None:
+    def _handle(self, name: str, scale: float) -> AdapterHandle | None:
         """Returns a handle if the adapter is in memory. Needs _lock."""
-        if not weights:
-            return AdapterHandle(None)
-        resident = self._residents.get(self._key(weights))
+        resident = self._residents.get(self._key(name, scale))
         if resident is None:
             return None
-        for used in (*resident.sources, resident):
-            self._residents.move_to_end(used.key)
+        if resident.source is not None:
+            self._residents.move_to_end(resident.source.key)
+        self._residents.move_to_end(resident.key)
         resident.users += 1
 
         def release() -> None:
@@ -268,23 +258,19 @@ class AdapterRegistry:
 
     # ---- Memory
 
-    def _bring_into_memory(self, weights: Mapping[str, float]) -> None:
-        """Reads the adapters of `weights` that are not in memory, and adds their sum. Needs _changes."""
+    def _bring_into_memory(self, name: str, scale: float) -> None:
+        """Reads the adapter if it is not in memory, and adds it at this scale. Needs _changes."""
         self._remove_unnamed()
-        with ExitStack() as stack:
-            for name in weights:
-                source = self._find(name)
-                if source.key not in self._residents:
-                    now, adapter = self._read(name, source.path, source.trusted)
-                    if now.key == source.key:
-                        now = replace(now, created=source.created)
-                    else:
-                        LOGGER.warning("the files of adapter %r have changed; using the new ones", name)
-                    self._register(now, adapter)
-                stack.enter_context(self.acquire(name))  # the next one must not evict it
-            key = self._key(weights)
-            if key not in self._residents:
-                self._derive(key, weights)
+        named = self._find(name)
+        if named.key not in self._residents:
+            now, adapter = self._read(name, named.path, named.trusted)
+            if now.key == named.key:
+                now = replace(now, created=named.created)
+            else:
+                LOGGER.warning("the files of adapter %r have changed; using the new ones", name)
+            self._register(now, adapter)
+        if self._key(name, scale) not in self._residents:
+            self._add_scaled(name, scale)
 
     def _register(self, source: NamedAdapter, adapter: Adapter) -> None:
         """Adds an adapter that was read, unless its content is already in memory, and assigns it to its name."""
@@ -294,24 +280,15 @@ class AdapterRegistry:
             self._named[source.name] = source
         self._remove_unnamed()
 
-    def _derive(self, key: str, weights: Mapping[str, float]) -> None:
-        """Adds a scaled adapter, or the sum of two. The sources must be in memory."""
-        sources = {name: self._residents[self._find(name).key] for name in weights}
-        adapters = {name: self._adapter_set[source.key] for name, source in sources.items()}
-        base_model = self._adapter_set.base_model
-        for name, adapter in adapters.items():
-            scaled = with_strength(adapter, weights[name])
-            check_no_overflow(f"{name}@{weights[name]:g}", scaled, base_model)
-        size = 0  # a scaled adapter uses the tensors of its source
-        if len(adapters) > 1 or scaled.saved:
-            if nonlinear := [name for name, adapter in adapters.items() if adapter.extras or has_dora(adapter)]:
-                raise ConfigError(
-                    "adapters with DoRA, or with trained biases or embedding rows, cannot be mixed or scaled exactly: "
-                    f"{', '.join(nonlinear)}; use each one alone, at scale 1"
-                )
-            scaled = _for_inference(combine_adapters(adapters.__getitem__, weights, base_model, Combination())[0])
-            size = size_of(scaled)
-        self._add(_Resident(key, size, tuple(sources.values())), scaled)
+    def _add_scaled(self, name: str, scale: float) -> None:
+        """Adds a scaled adapter, which uses the tensors of its source. The source must be in memory."""
+        source = self._residents[self._find(name).key]
+        adapter = self._adapter_set[source.key]
+        if adapter.saved:
+            raise ConfigError(f"{name!r} has modules trained in full (modules_to_save); use it at scale 1")
+        scaled = with_strength(adapter, scale)
+        check_no_overflow(f"{name}{SCALE_MARK}{scale:g}", scaled, self._adapter_set.base_model)
+        self._add(_Resident(self._key(name, scale), 0, source), scaled)
 
     def _add(self, resident: _Resident, adapter: Adapter) -> None:
         """Adds an adapter to the AdapterSet, after others have made room for it. Needs _changes."""
@@ -328,30 +305,31 @@ class AdapterRegistry:
                     self._adapter_set.remove(other.key)
         with self._lock:
             self._residents[resident.key] = resident
-            for source in resident.sources:
-                source.users += 1
+            if resident.source is not None:
+                resident.source.users += 1
 
     def _evict(self, resident: _Resident) -> Sequence[_Resident]:
         """Returns the adapters that make room for it. Needs _lock. Raises MemoryLimitError or MemoryInUseError."""
         self._check_size(resident.key.partition("#")[0], resident.size)
         users = {other: other.users for other in self._residents.values()}
         size = sum(other.size for other in users) + resident.size
-        derived = sum(bool(other.sources) for other in [*users, resident])
+        scaled = sum(other.source is not None for other in [*users, resident])
         evicted: list[_Resident] = []
-        while (is_full := size > self._memory_budget) or derived > MOST_DERIVED:
-            idle = (other for other in users if not users[other] and (is_full or other.sources))
+        while (is_full := size > self._memory_budget) or scaled > MOST_SCALED:
+            idle = (other for other in users if not users[other] and (is_full or other.source))
             other = next(idle, None)
             if other is None and not is_full:
-                break  # all scaled adapters and mixtures are in use
+                break  # all scaled adapters are in use
             if other is None:
                 raise MemoryInUseError(
                     f"running requests use all of the memory for adapters ({format_bytes(self._memory_budget)}); try "
                     "again later, or start the server with a larger --adapter-memory"
                 )
             del users[other]
-            for source in other.sources:
-                users[source] -= 1
-            size, derived = size - other.size, derived - bool(other.sources)
+            if other.source is not None:
+                users[other.source] -= 1
+                scaled -= 1
+            size -= other.size
             evicted.append(other)
         return evicted
 
@@ -366,17 +344,17 @@ class AdapterRegistry:
     def _forget(self, resident: _Resident) -> None:
         """Call it before the removal from the AdapterSet. Needs _lock."""
         del self._residents[resident.key]
-        for source in resident.sources:
-            source.users -= 1
+        if resident.source is not None:
+            resident.source.users -= 1
 
     def _remove_unnamed(self) -> None:
         """Removes the adapters that no name refers to and no request uses. Needs _changes."""
         removed: list[_Resident] = []
         with self._lock:
             current = {named.key for named in self._named.values()}
-            for resident in sorted(self._residents.values(), key=lambda resident: not resident.sources):
-                keys = {source.key for source in resident.sources} or {resident.key}
-                if not resident.users and not keys <= current:
+            for resident in sorted(self._residents.values(), key=lambda resident: resident.source is None):
+                key = (resident.source or resident).key
+                if not resident.users and key not in current:
                     self._forget(resident)
                     removed.append(resident)
         if removed:
@@ -451,10 +429,6 @@ def check_no_overflow(name: str, adapter: Adapter, base_model: nn.Module) -> Non
             f"adapter {name!r} overflows {str(dtype).removeprefix('torch.')} at {', '.join(overflown[:3])} "
             f"({len(overflown)} in total); use a smaller scale"
         )
-
-
-def has_dora(adapter: Adapter) -> bool:
-    return any(layer.lora_magnitude_vector is not None for layer in adapter.low_rank.values())
 
 
 def digest_of(stored: StoredAdapter) -> str:

@@ -36,7 +36,7 @@ MOST_TOKENS = 131_072  # in a prompt of token ids; no served model allows more
 MOST_LOGPROBS = 20
 MOST_ANSWERS = 16  # for one prompt
 LONGEST_STOP = 1000  # characters of a stop string
-LONGEST_NAME = 1000  # characters of a model name; a mixture joins several
+LONGEST_NAME = 1000  # characters of a model name
 INT64 = 2**63
 
 
@@ -78,9 +78,7 @@ def only(accepted: str) -> WrapValidator:
 
 
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
-ModelName = Annotated[
-    AdapterName, Field(description="the base model, an adapter, or a mixture with scales: legal+chat@0.5")
-]
+ModelName = Annotated[AdapterName, Field(description="the base model, or an adapter, also with a scale: legal@0.5")]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]

@@ -167,8 +167,7 @@ class ServerClient(AbstractContextManager["ServerClient"]):
 
 def check_model(models: Mapping[str, str | None], name: str, flag: str) -> None:
     """Raises ConfigError if the server lists models, but not this one."""
-    is_derived = any(mark in name for mark in "@+")  # a strength or a mixture of our own server
-    if models and name not in models and not is_derived:
+    if models and name not in models and "@" not in name:  # as our own server names a scaled adapter
         raise ConfigError(f"{flag}: unknown model {name!r}; the server has {', '.join(models)}{nearest(name, models)}")
 
 

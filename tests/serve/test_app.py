@@ -115,7 +115,7 @@ def test_adapters_are_loaded_and_unloaded(server: Running, root: Path) -> None:
     answer = (200, "Success: LoRA adapter 'rhyme' added successfully.")
     assert post("load_lora_adapter", lora_name="rhyme", lora_path="poet") == answer
     assert {model.id for model in server.client.models.list()} == {"tiny", "legal", "rhyme"}
-    assert chat(server, "legal+rhyme@0.5").choices[0].message.content
+    assert chat(server, "rhyme@0.5").choices[0].message.content
     status, error = post("load_lora_adapter", lora_name="rhyme", lora_path="poet")
     assert (status, error["type"]) == (400, "InvalidUserInput")
     for path, expected in (("nowhere", 404), ("../..", 400), ("empty", 400), (".", 400)):
@@ -146,7 +146,7 @@ def test_an_adapter_for_labels_is_not_loaded(server: Running, root: Path) -> Non
 
 
 def test_requests_without_a_system_message_get_that_of_the_training(root: Path) -> None:
-    """Of a mixture, that of all its adapters. An empty one leaves it out."""
+    """An empty one leaves it out."""
     for name, system in (("legal", "good morning"), ("poet", "a dog ran")):
         write_system_message(root / name, system)
     try:
@@ -159,7 +159,7 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
                 return str(prompt(body)[0])
 
             without = rendered("legal", {"role": "system", "content": ""})
-            with_system = {model: rendered(model) for model in ("tiny", "legal", "legal@0.5", "legal@0", "legal+poet")}
+            with_system = {model: rendered(model) for model in ("tiny", "legal", "legal@0.5", "legal@0")}
             assert (
                 rendered("legal", {"role": "system", "content": "away"})
                 == f"<|im_start|>system\naway<|im_end|>\n{without}"
@@ -169,11 +169,7 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
             assert prompt(body)[0] == TOKENIZER.apply_chat_template(late, tokenize=False, add_generation_prompt=True)
             with pytest.raises(AdapterNotFoundError):
                 rendered("nobody")
-            shutil.copytree(root / "legal", root / "twin")
-            server.http.post("/v1/load_lora_adapter", json={"lora_name": "twin", "lora_path": "twin"})
-            assert rendered("legal+twin@0.5") == with_system["legal"]
     finally:
-        shutil.rmtree(root / "twin", ignore_errors=True)
         for name in ("legal", "poet"):
             write_system_message(root / name, None)
     assert "system" not in without
@@ -181,7 +177,6 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
     expected = {"tiny": "the cat", "legal": "good morning", "legal@0.5": "good morning", "legal@0": "the cat"}
     for model, system in expected.items():
         assert with_system[model] == f"<|im_start|>system\n{system}<|im_end|>\n{without}"
-    assert with_system["legal+poet"] == without
 
 
 def test_the_command_says_which_models_have_a_system_message(
@@ -425,10 +420,8 @@ def test_metrics_count(server: Running) -> None:
     list(chat(server, "legal", stream=True))
     assert [(values() - before)[name] for name in counted] == [2, 24, 2, 0]
     chat(server, "legal@0.25")
-    assert [(values() - before)[name] for name in counted] == [2, 24, 2, 0]
-    names = metrics(server)
-    assert names['tailora_requests_total{model="mixture",status="200"}'] >= 1  # clients can invent any number of names
-    assert not any("@" in name for name in names)
+    assert (values() - before)[counted[0]] == 3
+    assert not any("@" in name for name in metrics(server))  # clients can invent any number of scales
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The adapters that a server knows: names, paths, contents, scales and mixtures, memory, and many threads at once."""
+"""The adapters that a server knows: names, paths, contents, scales, memory, and many threads at once."""
 
 import shutil
 import time
@@ -32,7 +32,7 @@ from tailora.errors import (
     TailoraError,
 )
 from tailora.serve import registry as registry_module
-from tailora.serve.registry import MOST_DERIVED, AdapterRegistry
+from tailora.serve.registry import MOST_SCALED, AdapterRegistry
 
 Make = Callable[..., AdapterRegistry]  # names of ADAPTERS to load -> a registry
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -113,21 +113,16 @@ def answer(registry: AdapterRegistry, model: str, scale: float | None = None) ->
 
 
 @torch.no_grad()
-def expected(*folders: Path, scales: tuple[float, ...] = (1,)) -> Tensor:
-    model = LoRAModel.from_pretrained(chat_model(), folders[0], "0")
-    for i, folder in enumerate(folders[1:], 1):
-        model.load_adapter(folder, str(i))
-    names = [str(i) for i in range(len(folders))]
-    model.set_adapter(names)
-    for name, scale in zip(names, scales, strict=True):
-        model.set_scale(name, scale)
+def expected(folder: Path, scale: float = 1) -> Tensor:
+    model = LoRAModel.from_pretrained(chat_model(), folder)
+    model.set_scale("default", scale)
     result: Tensor = model.eval()(input_ids=token_ids()).logits
     return result[0]
 
 
 def requests(registry: AdapterRegistry) -> int:
     """How many handles are not released; a scaled adapter is also a user of its source."""
-    return sum(resident.users - len(resident.sources) for resident in registry._residents.values())
+    return sum(resident.users - (resident.source is not None) for resident in registry._residents.values())
 
 
 def keys(registry: AdapterRegistry) -> list[str]:
@@ -217,7 +212,7 @@ def test_layers_that_cannot_be_computed_by_row_are_refused(tmp_path: Path) -> No
     ("name", "message"),
     [
         *((name, "printable characters") for name in ("", " x", "a\nb", "x" * 201)),
-        *((name, "reserved for mixtures and scales") for name in ("a+b", "a@1")),
+        ("a@1", "reserved for scales"),
         ("base", r"base model has this name; .*\(--name NAME\) .*\(--adapter NAME=PATH\)$"),
         ("legal", "already loaded; unload it, or replace it with load_inplace"),
     ],
@@ -236,7 +231,7 @@ def test_names_that_do_not_exist_are_not_found(make: Make) -> None:
         with pytest.raises(AdapterNotFoundError, match="available: base, legal; did you mean legal"):
             call("legl")
     with pytest.raises(AdapterNotFoundError, match="unknown model 'x'"):
-        registry.acquire("legal+x")
+        registry.acquire("x@0.5")
     with pytest.raises(AdapterNotFoundError, match="is the base model"):
         registry.unload("base")
     registry.unload("legal")
@@ -322,7 +317,7 @@ def test_requests_in_flight_end_with_the_adapter_that_they_began_with(make: Make
     save(root / "new", seed=3, r=4)
     registry.load("legal", "new", replace=True)
     torch.testing.assert_close(logits(registry, old.key), expected(root / "legal"))
-    torch.testing.assert_close(logits(registry, scaled.key), expected(root / "legal", scales=(0.5,)))
+    torch.testing.assert_close(logits(registry, scaled.key), expected(root / "legal", 0.5))
     torch.testing.assert_close(answer(registry, "legal"), expected(root / "new"))
     old.close()
     old.close()
@@ -357,38 +352,20 @@ def test_the_same_content_has_the_same_key_and_another_one_has_not(make: Make, r
     assert len(keys(registry)) == 1
 
 
-# ---- Scales and mixtures
+# ---- Scales
 
 
 @pytest.mark.parametrize(
-    ("model", "scale", "folders", "scales"),
-    [
-        ("legal@0.5", None, ["legal"], [0.5]),
-        ("legal", 0.5, ["legal"], [0.5]),
-        ("legal@-2", 0.5, ["legal"], [-1]),
-        ("dora@0.3", None, ["dora"], [0.3]),
-        ("rows@0.3", None, ["rows"], [0.3]),
-        ("legal+chat@0.5", None, ["legal", "chat"], [1, 0.5]),
-        ("chat@0.25+legal@2", 2, ["legal", "chat"], [4, 0.5]),
-        ("legal+dora@0", None, ["legal"], [1]),
-    ],
+    ("model", "scale", "folder", "strength"),
+    [("legal", 0.5, "legal", 0.5), ("legal@-2", 0.5, "legal", -1), ("dora@0.3", None, "dora", 0.3)],
 )
-def test_scales_and_mixtures_are_exact(
-    make: Make, root: Path, model: str, scale: float | None, folders: list[str], scales: list[float]
+def test_scales_are_exact(
+    make: Make, root: Path, model: str, scale: float | None, folder: str, strength: float
 ) -> None:
     registry = make(*ADAPTERS)
-    result = expected(*(root / folder for folder in folders), scales=tuple(scales))
+    result = expected(root / folder, strength)
     torch.testing.assert_close(answer(registry, model, scale), result, rtol=1e-4, atol=1e-4)
-    for folder in folders:  # what they are made of is as before
-        torch.testing.assert_close(answer(registry, folder), expected(root / folder))
-
-
-def test_a_scaled_head_is_exact(make: Make, root: Path) -> None:
-    model = LoRAModel.from_pretrained(chat_model(), root / "head", "head")
-    model.combine({"head": 0.5}, "half")
-    model.set_adapter("half")
-    registry = make("head")
-    torch.testing.assert_close(answer(registry, "head@0.5"), model.eval()(input_ids=token_ids()).logits[0].detach())
+    torch.testing.assert_close(answer(registry, folder), expected(root / folder))  # as before
 
 
 def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Make) -> None:
@@ -400,37 +377,26 @@ def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Make)
         registry._adapter_set.adapters[key].low_rank["model.layers.0.mlp.up_proj"] for key in keys(registry)[::2]
     )
     assert part.lora_A is scaled.lora_A
-    answer(registry, "legal+chat")
-    answer(registry, "chat+legal")
-    assert len(keys(registry)) == 4
     assert answer(registry, "legal@0").equal(answer(registry, "base"))
-    assert len(keys(registry)) == 4
+    assert len(keys(registry)) == 3
 
 
 @pytest.mark.parametrize(
     ("model", "scale", "message"),
     [
-        ("legal@x", None, "'legal@x'"),
-        ("legal@", None, "expected a finite scale, as in legal@0.5, got 'legal@'"),
-        ("legal@inf", None, "finite"),
+        ("legal@x", None, "'legal@x': expected a finite scale, as in legal@0.5"),
         ("legal@1e308", 1e308, "finite"),
         ("legal@1e38", None, "scales its update .* by .*e\\+38; .* Use a smaller scale"),
         ("legal@-300", 300, "the limit is 100000"),
-        ("dora+legal@1e30", None, "'legal@1e\\+30' scales"),
-        ("legal", float("nan"), "finite"),
-        ("legal+legal@2", None, "twice"),
         ("base", 0.5, "is the base"),
-        ("legal+dora", None, "DoRA"),
-        ("legal+norm+rows", None, "use at most two adapters, not 3"),
-        ("legal+rows", None, "embedding rows"),
-        ("norm@0.5", None, "not linear in its weights"),
+        ("head@0.5", None, "modules trained in full"),
     ],
 )
-def test_what_cannot_be_computed_exactly_is_refused(make: Make, model: str, scale: float | None, message: str) -> None:
-    registry = make("legal", "dora", "rows", "norm")
-    with pytest.raises(AdapterError if "norm@" in model else ConfigError, match=message):
+def test_invalid_scales_are_refused(make: Make, model: str, scale: float | None, message: str) -> None:
+    registry = make("legal", "head")
+    with pytest.raises(ConfigError, match=message):
         registry.acquire(model, scale)
-    assert len(keys(registry)) == 4
+    assert len(keys(registry)) == 2
     assert requests(registry) == 0
 
 
@@ -448,9 +414,8 @@ def test_terms_that_overflow_the_model_s_precision_are_refused(root: Path) -> No
     save(root / "steep", seed=10**4, r=2)
     for name in ("steep", "head"):
         registry.load(name, name)
-    for model in ("steep@9000", "steep@9000+head"):
-        with pytest.raises(ConfigError, match=r"'steep@9000' overflows float16 at .*; use a smaller scale"):
-            registry.acquire(model)
+    with pytest.raises(ConfigError, match=r"'steep@9000' overflows float16 at .*; use a smaller scale"):
+        registry.acquire("steep@9000")
     save(root / "steeper", seed=10**9, r=2)
     with pytest.raises(ConfigError, match="'steeper' overflows float16"):
         registry.load("steeper", "steeper")
@@ -478,10 +443,9 @@ def test_adapters_in_use_stay_in_memory(make: Make) -> None:
     registry = make("legal", budget=2.5)
     registry.load("b", "legal")
     with registry.acquire("legal@0.5") as handle:
-        with registry.acquire("b"):
-            for call in (lambda: registry.load("c", "legal"), lambda: registry.acquire("legal+b")):
-                with pytest.raises(MemoryInUseError, match=r"try again later, or .* larger --adapter-memory"):
-                    call()
+        busy = pytest.raises(MemoryInUseError, match=r"try again later, or .* larger --adapter-memory")
+        with registry.acquire("b"), busy:
+            registry.load("c", "legal")
         assert handle.key in keys(registry)
         assert registry.in_memory() == {"legal", "b"}
     answer(registry, "b")
@@ -525,9 +489,9 @@ def test_files_are_checked_again_when_an_adapter_comes_back(
 
 def test_clients_that_ask_for_many_scales_do_not_fill_the_memory(make: Make) -> None:
     registry = make("legal")
-    for number in range(MOST_DERIVED + 5):
+    for number in range(MOST_SCALED + 5):
         registry.acquire("legal", 0.5 + number / 100).close()
-    assert len(keys(registry)) == MOST_DERIVED + 1
+    assert len(keys(registry)) == MOST_SCALED + 1
     assert requests(registry) == 0
 
 
@@ -539,13 +503,13 @@ def test_many_threads_always_get_an_adapter_that_is_there(make: Make, root: Path
     save(root / "new", seed=1, r=2)
     registry.load("b", "legal")
 
-    models = ("legal", "b", "legal@0.5", "legal+b", "base")
+    models = ("legal", "b", "legal@0.5", "b@2", "base")
 
     def ask(number: int) -> Counter[str]:
         answered = Counter[str]()
         for i in range(12):
             model = models[(number + i) % 5]
-            with suppress(MemoryInUseError), registry.acquire(model) as handle:  # legal twice, b, and their sum
+            with suppress(MemoryInUseError), registry.acquire(model) as handle:
                 time.sleep(0.001)
                 assert handle.key is None or handle.key in registry._adapter_set.adapters
                 answered[model] += 1
@@ -568,5 +532,5 @@ def test_many_threads_always_get_an_adapter_that_is_there(make: Make, root: Path
     assert sorted(keys(registry)) == sorted(registry._residents)
     assert requests(registry) == 0
     current = {named.key.partition("#")[2] for named in registry._named.values()}
-    digests = {part.partition("#")[2].partition("@")[0] for part in "+".join(keys(registry)).split("+")}
+    digests = {key.partition("#")[2].partition("@")[0] for key in keys(registry)}
     assert digests <= current
