@@ -255,8 +255,6 @@ class AdapterSet:
         for part in (*adapter.low_rank.values(), *adapter.extras.values()):
             if hasattr(part, "strength"):
                 cast(Any, part).strength = float(strength)
-        if self.batch is not None:
-            self.batch.parameters_changed()
 
     def apply_to_inactive(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         """Applies `fn` to the tensors of inactive adapters, like `nn.Module._apply`."""
@@ -265,8 +263,6 @@ class AdapterSet:
             for part in adapter.parts.values():
                 if id(part) not in active:
                     cast(Any, part)._apply(fn, recurse)
-        if self.batch is not None:
-            self.batch.parameters_changed()
 
     def measure_row_norms(self) -> None:
         """Recomputes DoRA's cached row norms, after the weights were moved or cast."""

@@ -11,9 +11,8 @@ Linear layers multiply all rows by their factors in one batched product (`MixedP
 the same adapter. All other parts are added one adapter at a time. Rows with a single token are sorted by adapter,
 because reading the factors takes most of the time. On an accelerator, sorting pays off only for packed batches.
 
-Without gradients, a layer caches its factors until torch's version counters or addresses show a change. This check is
-skipped where nothing can change: in `generate`, in a server, and in torch.inference_mode. torch.compile leaves
-these layers out of its graphs.
+Where no parameter can change, in `generate` and in a server, a layer caches its factors. torch.compile leaves these
+layers out of its graphs.
 
 Shapes: n rows, k adapters of ranks up to R followed by a zero update, m blocks of `size` rows.
 """
@@ -311,17 +310,15 @@ def stacked(terms: Sequence[Terms]) -> Terms:
     return Terms(A, B, rescaling, _stacked_vectors([term.shift for term in terms]))
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Factors:
-    """The factors of a product, and the state of the tensors from which they were computed."""
+    """The factors of a product."""
 
     blocks: Blocks
     A: Tensor  # (m, R, in)
     B: Tensor  # (m, R, out)
     rescaling: Tensor | None  # (n, out): the layer's output is multiplied by it, and added
     shift: Tensor | None  # (n, out)
-    state: Any = None
-    sources: Sequence[Tensor] = ()  # these tensors, kept so that their addresses are not reused
 
     @classmethod
     def of(cls, terms: Terms, blocks: Blocks) -> "Factors":
@@ -406,29 +403,16 @@ class MixedPart(AdapterPart):
         return torch.add(rows, update, out=out).view(shape)
 
     def _factors(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, rows: Rows) -> Factors:
-        """Returns the factors, which are cached as long as gradients are off and none of their sources changes."""
+        """Returns the factors, which are cached while no parameter can change."""
         used = rows.used(self.names)
         is_sorted = x.numel() == rows.n * x.shape[-1] and (self.batch.dim == 1 or x.device.type == "cpu")
         blocks = rows.blocks(used, is_sorted, x.device)
-        if torch.is_grad_enabled():
-            self._kept = None
-            return Factors.of(self._stack(used, layer, dtype), blocks)
+        if not self.batch.is_constant or torch.is_grad_enabled():
+            return Factors.of(stacked([layer_terms(self.parts[name], layer, dtype) for name in used]), blocks)
         kept = self._kept
-        if kept is not None and (kept.blocks is not blocks or kept.A.dtype != dtype):
-            kept = None
-        if self.batch.is_constant:
-            kept = kept or Factors.of(self._constant_stack(used, layer, dtype), blocks)
-        elif kept is None or not torch.is_inference_mode_enabled():
-            sources = self._sources(used, layer)
-            state = _state(sources), [self.parts[name].strength for name in used]
-            if kept is None or kept.state != state:
-                kept = Factors.of(self._stack(used, layer, dtype), blocks)
-                kept.state, kept.sources = state, [tensor.detach() for tensor in sources]
-        self._kept = kept
+        if kept is None or kept.blocks is not blocks or kept.A.dtype != dtype:
+            kept = self._kept = Factors.of(self._constant_stack(used, layer, dtype), blocks)
         return kept
-
-    def _stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Terms:
-        return stacked([layer_terms(self.parts[name], layer, dtype) for name in names])
 
     def _constant_stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Terms:
         """Computes the terms of each adapter once, and stacks them again when different adapters are used."""
@@ -439,14 +423,6 @@ class MixedPart(AdapterPart):
                     terms[part] = layer_terms(part, layer, dtype)
             known = self.batch.stacks[self] = names, stacked([terms[self.parts[name]] for name in names])
         return known[1]
-
-    def _sources(self, used: tuple[str, ...], layer: nn.Module) -> list[Tensor]:
-        """Returns the tensors from which the factors are computed."""
-        parts: list[Any] = [self.parts[name] for name in used]
-        needs_layer = any(part.lora_magnitude_vector is not None or part.bias is not None for part in parts)
-        owners = [*parts, layer] if needs_layer else parts
-        tables = [table for owner in owners for table in (owner._parameters, owner._buffers)]
-        return [tensor for table in tables for tensor in table.values() if tensor is not None]
 
     # ---- One adapter after another: updates of any layer type, trained biases, token rows and heads
 
@@ -467,15 +443,6 @@ def _dropout_by_row(x: Tensor, rates: Tensor) -> Tensor:
     """Applies dropout with a different probability for each row: rates (n,)."""
     rates = rates.view(-1, *[1] * (x.ndim - 1))
     return x * ((torch.rand_like(x, dtype=torch.float32) >= rates) / (1 - rates)).to(x.dtype)
-
-
-def _state(tensors: Sequence[Tensor]) -> Any:
-    """Returns a value that changes when torch registers a change of one of the tensors. Called often, so kept short."""
-    try:
-        versions = [tensor._version for tensor in tensors]
-    except RuntimeError:  # tensors of inference mode have no version
-        versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-    return versions, [tensor.data_ptr() for tensor in tensors]
 
 
 # ---- Modules that are trained in full, with a copy for each row

@@ -41,7 +41,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"r": 2, "use_dora": True},
     "rows": {"r": 2, "trainable_token_indices": [3, 5]},
     "head": {"r": 2, "modules_to_save": ["lm_head"]},
-    "norm": {"r": 2, "modules_to_save": ["norm"]},
 }
 
 
@@ -357,7 +356,12 @@ def test_the_same_content_has_the_same_key_and_another_one_has_not(make: Make, r
 
 @pytest.mark.parametrize(
     ("model", "scale", "folder", "strength"),
-    [("legal", 0.5, "legal", 0.5), ("legal@-2", 0.5, "legal", -1), ("dora@0.3", None, "dora", 0.3)],
+    [
+        ("legal", 0.5, "legal", 0.5),
+        ("legal@-2", 0.5, "legal", -1),
+        ("dora@0.3", None, "dora", 0.3),
+        ("rows@0.3", None, "rows", 0.3),
+    ],
 )
 def test_scales_are_exact(
     make: Make, root: Path, model: str, scale: float | None, folder: str, strength: float
