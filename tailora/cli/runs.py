@@ -3,7 +3,6 @@
 import shlex
 import textwrap
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from tailora.cli.main import print_json, stdout
 from tailora.errors import ConfigError, FormatError
 from tailora.report.blocks import Answers, Block, Column, Section, Table
 from tailora.report.format import NONE, decimals, duration, interval, one_line, p_value, plural, setting, signed
-from tailora.report.run_records import RunRecord, different_settings, record_of, records_in, settings_text
+from tailora.report.run_records import RunRecord, different_settings, local_time, record_of, records_in, settings_text
 from tailora.report.terminal import print_section
 
 if TYPE_CHECKING:  # it loads torch
@@ -73,7 +72,7 @@ def list_section(folder: Path, records: Sequence[RunRecord]) -> Section:
         state = record.state if summary.kind == "train" else f"{summary.kind}, {record.state}"
         verdict = summary.finding or textwrap.shorten(summary.verdict, LONGEST_VERDICT, placeholder=" …")
         took = "" if summary.seconds is None else duration(summary.seconds)
-        rows.append([record.name, _local(summary.date), state, record.result])
+        rows.append([record.name, local_time(summary.date), state, record.result])
         details.append([verdict, settings_text(changed), record.model, record.data, took])
     columns, equal = [*map(Column, ("run", "date", "state", "result"))], []
     for place, (name, cells) in enumerate(zip(DETAILS, zip(*details, strict=True), strict=True)):
@@ -83,10 +82,6 @@ def list_section(folder: Path, records: Sequence[RunRecord]) -> Section:
         columns.append(Column(name, priority=place + 1))
         rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
     return Section(plural(len(records), "run"), f"All: {', '.join(equal)}" if equal else "", [Table(columns, rows)])
-
-
-def _local(date: str) -> str:
-    return datetime.fromisoformat(date).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def pair_sections(pair: Sequence[RunRecord], difference: "RunDifference") -> list[Section]:

@@ -6,6 +6,7 @@ Training data is also split into train and held-out here, with `split_examples` 
 """
 
 import sys
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -65,7 +66,7 @@ def encode_source(
     settings = tokenizer.settings
     if tokenizer.processor is not None:
         items = _with_stored_images(items, settings.field or {})
-    first = list(islice(items, detect_from))
+    first = deque(islice(items, detect_from))
     mapping = detect_schema(source, first, settings.field, settings.task)
     if tokenizer.processor is not None and (unused := [name for name in IMAGE_COLUMNS if name in mapping.ignored]):
         raise DataError(
@@ -78,7 +79,8 @@ def encode_source(
         mapping = replace(mapping, schema=replace(mapping.schema, convert=choices_from_preference))
     if whole_texts and mapping.schema.name == TEXT:
         tokenizer = replace(tokenizer, settings=replace(settings, max_length=sys.maxsize))
-    return mapping, _encode_rows(chain(first, items), mapping, tokenizer)
+    waiting = (first.popleft() for _ in range(len(first)))  # so that each row is freed once it is encoded
+    return mapping, _encode_rows(chain(waiting, items), mapping, tokenizer)
 
 
 def _with_stored_images(items: Rows, field: Mapping[str, str]) -> Rows:
@@ -208,7 +210,8 @@ def prepare(
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer, settings)
     settings = chat_tokenizer.settings
-    loaded = _load_sources([Source(source)] if isinstance(source, str) else source, split, chat_tokenizer)
+    given = [Source(source)] if isinstance(source, str) else source
+    loaded = _load_sources(given, split, chat_tokenizer, keep_rows=eval_source is None)
     check_settings([part.mapping for part in loaded], settings)
     # hold out a part, or read the held-out data
     first, whole = loaded[0].mapping.schema, loaded
@@ -217,7 +220,7 @@ def prepare(
         everything = loaded
     else:
         of_task = replace(chat_tokenizer, settings=replace(settings, task=first.task))
-        trained, held_out = loaded, _load_sources([Source(eval_source)], "validation", of_task)
+        trained, held_out = loaded, _load_sources([Source(eval_source)], "validation", of_task, keep_rows=True)
         everything = [*trained, *held_out]
     _check_same_task(everything)
     # blocks of a single text have no samples, but the text has
@@ -328,7 +331,7 @@ class LoadedSource:
     counts: RowCounts
     is_whole: bool  # texts before the split into blocks
     locations: dict[int, str]  # source_index of an example -> the location of its row
-    rows: dict[int, Mapping[str, Any]]  # the same -> its row
+    rows: dict[int, Mapping[str, Any]]  # the same -> its row; empty if rows are not kept
     skipped: list[RowProblem]  # with `skip_bad_rows`
 
     def location(self, example: Example) -> str:
@@ -354,12 +357,14 @@ class LoadedSource:
         return replace(self, examples=Examples.of(blocks), samples=[], is_whole=False)
 
 
-def _load_sources(sources: Sequence[Source], split: str, tokenizer: ChatTokenizer) -> list[LoadedSource]:
-    """Raises DataError with the problems of all sources."""
+def _load_sources(
+    sources: Sequence[Source], split: str, tokenizer: ChatTokenizer, *, keep_rows: bool
+) -> list[LoadedSource]:
+    """keep_rows: also their unused columns, for held-out examples.    Raises DataError with all problems."""
     loaded, problems = [], []
     for source in sources:
         try:
-            loaded.append(_load_source(source, split, tokenizer))
+            loaded.append(_load_source(source, split, tokenizer, keep_rows=keep_rows))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -367,13 +372,16 @@ def _load_sources(sources: Sequence[Source], split: str, tokenizer: ChatTokenize
     return loaded
 
 
-def _load_source(source: Source, split: str, tokenizer: ChatTokenizer) -> LoadedSource:
+def _load_source(source: Source, split: str, tokenizer: ChatTokenizer, *, keep_rows: bool) -> LoadedSource:
     items = read_rows(source.name, split=split)
     mapping, encoded = encode_source(source.name, items, tokenizer, detect_from=None, whole_texts=True)
     settings, is_text = tokenizer.settings, mapping.schema.name == TEXT
-    results, counts = list(encoded), RowCounts()
-    problems = [result for result in results if isinstance(result, RowProblem)]
-    rows = [result for result in results if isinstance(result, EncodedSample)]
+    rows, problems, counts = list[EncodedSample](), list[RowProblem](), RowCounts()
+    for result in encoded:
+        if isinstance(result, RowProblem):
+            problems.append(result)
+        else:
+            rows.append(result if keep_rows else replace(result, row={}))
     if problems and not (settings.skip_bad_rows and rows and all(problem.number for problem in problems)):
         raise data_error(problems)
     for row in rows:
@@ -383,7 +391,7 @@ def _load_source(source: Source, split: str, tokenizer: ChatTokenizer) -> Loaded
         raise _all_cut(source.name, settings.max_length, counts)
     examples, samples = Examples.of(row.example for row in usable), [row.sample for row in usable]
     locations = {row.example.source_index: row.location for row in usable}
-    fields = {row.example.source_index: row.row for row in usable}
+    fields = {row.example.source_index: row.row for row in usable if keep_rows}
     return LoadedSource(source, mapping, examples, samples, counts, is_text, locations, fields, problems)
 
 

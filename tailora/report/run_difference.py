@@ -19,7 +19,7 @@ from tailora.report.pages.train import read_run_file
 from tailora.report.run_records import RunRecord
 from tailora.study.results import measure_of
 from tailora.train.answers import ComparedAnswer
-from tailora.train.config import PER_EXAMPLE
+from tailora.train.config import JUDGE, PER_EXAMPLE
 from tailora.train.run_log import EXAMPLES, METRICS
 from tailora.train.significance import change_of
 
@@ -62,7 +62,10 @@ def _compare(folders: Sequence[Path], records: Sequence[RunRecord]) -> RunDiffer
     answers = _joined_answers(_read(folders[0] / SAMPLES), _read(folders[1] / SAMPLES))
     results = [(_read(folder / RUN) or {}).get("result") or {} for folder in folders]
     directions = [result.get("higher_is_better", {}) for result in results]
-    metrics = metric_changes(answers, dict(item for item in directions[0].items() if item in directions[1].items()))
+    shared = dict(item for item in directions[0].items() if item in directions[1].items())
+    if _judge(records[0]) != _judge(records[1]):
+        shared.pop(JUDGE, None)
+    metrics = metric_changes(answers, shared)
     flipped = []
     for answer in answers if metrics else ():
         old, new = (facts.scores.get(next(iter(metrics))) for _, facts in answer.pairs)
@@ -76,6 +79,12 @@ def _compare(folders: Sequence[Path], records: Sequence[RunRecord]) -> RunDiffer
         flipped,
         [{row["step"]: measure.sign * row["eval_loss"] for row in rows} for rows in lines],
     )
+
+
+def _judge(record: RunRecord) -> list[Any]:
+    """Returns what identifies the judge of a run: its address, its model and its prompt."""
+    addresses = [metric for metric in record.settings.get("metric") or [] if metric.startswith(f"{JUDGE}:")]
+    return [addresses, record.settings.get("judge_model"), record.settings.get("judge_prompt")]
 
 
 def _read(path: Path) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import read_json_object
@@ -118,12 +118,19 @@ def record_of(path: Path, name: str) -> RunRecord | None:
         if content.get("loss_unit") != REWARD:  # whose loss is minus the reward
             facts |= {f"loss_{when}": result.get(f"eval_loss_{when}") for when in ("before", "after")}
         if is_finished and (path / SUMMARY).exists():
-            facts = read_json_object(path / SUMMARY)
+            file = SUMMARY
+            facts = read_json_object(path / file)
         summary = SUMMARIES.validate_python(facts)
-    except (FormatError, ValidationError, AttributeError) as error:
-        text = str(error) if isinstance(error, FormatError) else f"{path} has unexpected content"
+        local_time(summary.date)
+    except (FormatError, ValueError, OverflowError, AttributeError) as error:
+        text = str(error) if isinstance(error, FormatError) else f"{path / file} has unexpected content"
         return RunRecord(name, "damaged", Summary(**known, verdict=text))
     return RunRecord(name, state, summary, settings, str(content.get("loss_unit", "")))
+
+
+def local_time(date: str) -> str:
+    """Returns a date in ISO format in the local time zone, to the minute. Raises ValueError or OverflowError."""
+    return datetime.fromisoformat(date).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def _state_of_unfinished(path: Path, content: dict[str, Any], *, is_study: bool) -> str:

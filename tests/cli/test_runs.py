@@ -61,10 +61,13 @@ def test_each_run_has_its_state_and_a_study_hides_its_own_runs(tmp_path: Path) -
     write_run(tmp_path / "other" / "inside")
     write_run(tmp_path / "damaged")
     (tmp_path / "damaged" / "summary.json").write_text('{"kind": 3}')
+    write_run(tmp_path / "undated")
+    (tmp_path / "undated" / "summary.json").write_text('{"kind": "train", "date": "last week"}')
     write_run(tmp_path / "cut")
     (tmp_path / "cut" / "run.json").write_text('{"sett')
     expected = {"done": "finished", "old": "finished", "resumed": "interrupted", "stopped": "interrupted"}
-    expected |= {"deep/study": "unfinished", "other/inside": "finished", "damaged": "damaged", "cut": "damaged"}
+    expected |= {"deep/study": "unfinished", "other/inside": "finished"}
+    expected |= dict.fromkeys(("damaged", "undated", "cut"), "damaged")
     assert states(tmp_path) == expected
     with lock(tmp_path / "stopped"):
         assert states(tmp_path) == {**expected, "stopped": "running"}
@@ -74,6 +77,8 @@ def test_each_run_has_its_state_and_a_study_hides_its_own_runs(tmp_path: Path) -
     study = record_of(tmp_path / "deep" / "study", "study")
     assert study is not None
     assert (study.state, study.summary.kind, study.summary.verdict) == ("finished", "compare", "Use lora.")
+    check_refused("undated/summary.json has unexpected content", "runs", tmp_path / "undated", tmp_path / "done")
+    assert "undated" in output("runs", tmp_path)
     old = record_of(tmp_path / "old", "old")
     assert old is not None
     assert (old.result, old.summary.verdict, old.summary.seconds) == ("loss 2 → 1.5", "", 80.0)
@@ -163,6 +168,21 @@ def test_two_runs_are_compared_on_what_both_were_evaluated_on(tmp_path: Path) ->
     assert swapped["loss"]["change"]["value"] == pytest.approx(-change["value"])
     text = output("runs", *folders)
     assert all(part in text for part in ("learning_rate", "second is", "Another score by right", "Held-out loss"))
+
+
+@pytest.mark.parametrize("judge", ["http://a/v1 small", "http://b/v1 small", "http://a/v1 large"])
+def test_verdicts_of_different_judges_are_not_compared(judge: str, tmp_path: Path) -> None:
+    folders = []
+    for name, of_run in (("a", "http://a/v1 small"), ("b", judge)):
+        url, model = of_run.split()
+        ended = {**ENDED, "higher_is_better": {"judge": True, "right": True}}
+        folder = write_run(tmp_path / name, result=ended, metric=[f"judge:{url}", "right"], judge_model=model)
+        write_evaluations(folder, [1.0] * 9, [5] * 9, [0] * 9, [f"prompt {place}" for place in range(9)])
+        text = (folder / "samples.json").read_text()
+        (folder / "samples.json").write_text(text.replace('{"right": 0.0}', '{"right": 0.0, "judge": 0.5}'))
+        folders.append(folder)
+    expected = {"right", "judge"} if judge == "http://a/v1 small" else {"right"}
+    assert found("runs", *folders)["metrics"].keys() == expected
 
 
 @pytest.mark.parametrize("cause", ["prompts", "tokens", "beta", "unit", "files"])
