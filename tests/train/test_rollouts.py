@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from command_line import save_random_adapter
 from runs import run_and_collect
 from tiny_run import write_rows
 
@@ -29,7 +30,6 @@ from tailora.report.pages.train import write_train_report
 from tailora.train.config_file import config_text
 from tailora.train.events import Evaluated, Note
 from tailora.train.grpo import DRIFT_LIMITS, advantages_of
-from tailora.train.rewards import RewardError
 from tailora.train.rollouts import SHOWN_PROMPTS, Prompts, Rollouts
 from tailora.train.run_log import METRICS, add_metrics
 from tailora.train.sampler import Sampler
@@ -48,9 +48,6 @@ def of_even(completions, answer, **kwargs):
 
 def never(completions, **kwargs):
     return [None] * len(completions)
-
-def fails(completions, **kwargs):
-    raise ValueError("no")
 
 def keyword(completions, **kwargs):
     return [float("one" in text) for text in completions]
@@ -72,9 +69,9 @@ def grpo(settings: Any, tmp_path: Path) -> Any:
             "task": "grpo",
             "data": str(data),
             "reward": [f"{rewards}:ones"],
-            "max_completion_length": 12,
+            "max_completion_length": 8,
             "num_generations": 4,
-            "max_steps": 4,
+            "max_steps": 2,
             "samples": 0,
         }
         return settings(**{**defaults, **changes})
@@ -108,23 +105,12 @@ def completions(folder: str) -> list[dict[str, Any]]:
     return [*map(json.loads, (Path(folder) / "completions.jsonl").read_text().splitlines())]
 
 
-def test_the_reward_rises_and_sampling_agrees_with_training(grpo: Any) -> None:
-    config = grpo(max_steps=12, learning_rate=2e-2, temperature=0.9)
-    result = run(config)
-    assert result.eval_loss_before is not None
-    assert result.eval_loss_after is not None
-    assert -result.eval_loss_after > -result.eval_loss_before + 0.1
-    steps = metrics(config.output_dir)
-    assert len(steps) == 12
-    assert all(0 < step["drift_mean"] < step["drift_max"] < 1e-4 for step in steps)  # nats
-
-
 def test_padded_batches_where_there_are_no_others_and_drift_above_the_limit_are_reported_once(
     grpo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tailora.engine.continuous_batching.obstacle", lambda _: "not this model")
     monkeypatch.setitem(DRIFT_LIMITS, torch.float32, 1e-9)
-    config = grpo(max_steps=2)
+    config = grpo()
     notes = [note.text for note in run_and_collect(config, Note)[1]]
     assert "using padded batches: continuous batching is not possible (not this model)" in notes
     assert all(0 < step["drift_mean"] < step["drift_max"] < 1e-4 for step in metrics(config.output_dir))
@@ -132,14 +118,14 @@ def test_padded_batches_where_there_are_no_others_and_drift_above_the_limit_are_
     assert re.match(r"sampling and training differ by \S+e-\d+ nats per token", text)
 
 
-def test_the_adapter_with_the_best_held_out_reward_is_kept(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reward_rises_and_the_best_adapter_is_kept(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards, weights = dict[int, float](), dict[int, dict[str, torch.Tensor]]()
     evaluate = Rollouts.evaluate
 
     def planned(self: Rollouts, examples: Any, step: int, progress: Any) -> Any:
         evaluation = evaluate(self, examples, step, progress)
-        return replace(evaluation, sums=evaluation.sums - (5.0 if step == 4 else 0.0))  # a higher reward
-
-    weights: dict[int, dict[str, torch.Tensor]] = {}
+        rewards[step] = -evaluation.loss
+        return replace(evaluation, sums=evaluation.sums - (5.0 if step == 5 else 0.0))  # a higher reward
 
     def keep(event: Any) -> None:
         if isinstance(event, Evaluated):
@@ -147,51 +133,46 @@ def test_the_adapter_with_the_best_held_out_reward_is_kept(grpo: Any, monkeypatc
             weights[event.step] = {name: value.clone() for name, value in state.items()}
 
     monkeypatch.setattr(Rollouts, "evaluate", planned)
+    config = grpo(eval_steps=5, max_steps=10, learning_rate=2e-2, temperature=0.9, max_completion_length=12)
     with ExitStack() as stack:
-        trainer = Trainer(grpo(eval_steps=2, max_steps=8, learning_rate=2e-2), stack, keep)
+        trainer = Trainer(config, stack, keep)
         result = trainer.train()
-    assert result.best_step == 4
+    assert rewards[10] > rewards[0] + 0.1
+    assert all(0 < step["drift_mean"] < step["drift_max"] < 1e-4 for step in metrics(config.output_dir))  # nats
+    assert result.best_step == 5
     assert -result.eval_loss_after > 5
     for name, value in result.model.lora_layers.state_dict().items():
-        assert value.equal(weights[4][name])
-    assert any(not value.equal(weights[8][name]) for name, value in weights[4].items())
+        assert value.equal(weights[5][name])
+    assert any(not value.equal(weights[10][name]) for name, value in weights[5].items())
 
 
 def test_a_resumed_run_gives_the_same_bytes_and_logs_the_same_samples(grpo: Any) -> None:
     shared = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 3, "num_iterations": 2, "beta": 0.01}
-    config = grpo(max_steps=6, learning_rate=2e-2, **shared)
+    config = grpo(max_steps=4, learning_rate=2e-2, **shared)
     run(config)
     files = [Path(config.output_dir) / name for name in ("completions.jsonl", "adapter/adapter_model.safetensors")]
     whole, lines = [file.read_bytes() for file in files], completions(config.output_dir)
-    assert ["drift_mean" in step for step in metrics(config.output_dir)] == [True, False] * 3
+    assert ["drift_mean" in step for step in metrics(config.output_dir)] == [True, False] * 2
     run(config.replaced(resume_from_checkpoint=f"{config.output_dir}/checkpoint-2"))
     assert [file.read_bytes() for file in files] == whole
     held_out = [line for line in lines if "held_out" in line]
-    assert [line["step"] for line in held_out] == [0, 2, 4, 6]
+    assert [line["step"] for line in held_out] == [0, 2, 4]
     prompts = [[sample["prompt"] for sample in line["held_out"]] for line in held_out]
     assert prompts == [prompts[0]] * len(prompts)
     assert len(prompts[0]) == SHOWN_PROMPTS
     groups = [line for line in lines if "advantage" in line]
-    assert [line["step"] for line in groups] == [1, 3, 5]
+    assert [line["step"] for line in groups] == [1, 3]
     for line in groups:
         best, worst = (text.count("1") / max(len(text), 1) for text in (line["best"], line["worst"]))
         assert (best, worst) == (max(line["rewards"]), min(line["rewards"]))
 
 
+@pytest.mark.exhaustive  # evaluation/test_rewards.py has the rules
 @pytest.mark.parametrize(
     ("reward", "start", "says"),
     [
-        (
-            "keyword",
-            "The reward may be gamed (keyword): these rewards that only judge did not rise with it: ",
-            "The held-out reward rose by",
-        ),
-        pytest.param(
-            "ones",
-            "The held-out reward rose by",
-            "These rewards that only judge rose with it: has_digit",
-            marks=pytest.mark.exhaustive,
-        ),
+        ("keyword", "The reward may be gamed (keyword): these rewards that", "The held-out reward rose by"),
+        ("ones", "The held-out reward rose by", "These rewards that only judge rose with it: has_digit"),
     ],
 )
 def test_the_verdict_names_a_gamed_reward(grpo: Any, reward: str, start: str, says: str, tmp_path: Path) -> None:
@@ -204,22 +185,19 @@ def test_the_verdict_names_a_gamed_reward(grpo: Any, reward: str, start: str, sa
     assert says in verdict
 
 
-@pytest.mark.parametrize("adapter", [False, True])
 def test_kl_is_that_of_the_completions_from_the_base(
-    grpo: Any, adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grpo: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An adapter is trained further: the base is still the model without it."""
     samples, sample = [], Sampler.sample
 
     def keep(*arguments: Any) -> Any:
         samples.append(sample(*arguments))
         return samples[-1]
 
-    changes: dict[str, Any] = {}
-    if adapter:  # train it further: the base is still the model without it
-        run(grpo(max_steps=2, learning_rate=2e-2, output_dir=str(tmp_path / "first")))
-        changes = {"adapter": str(tmp_path / "first"), "r": 16}
+    save_random_adapter(tmp_path / "first", model_folder)
     monkeypatch.setattr(Sampler, "sample", keep)
-    config = grpo(max_steps=2, learning_rate=2e-2, temperature=0.8, **changes)
+    config = grpo(learning_rate=2e-2, temperature=0.8, adapter=str(tmp_path / "first"), r=16)
     with ExitStack() as stack:
         trainer = Trainer(config, stack)
         result = trainer.train()
@@ -227,11 +205,10 @@ def test_kl_is_that_of_the_completions_from_the_base(
         scores = dict(zip(trainer.run.task.score_names, evaluation.scores.swapaxes(0, 1), strict=True))
         kl = (scores["kl"] * scores["completion_tokens"].mean(1, keepdims=True)).reshape(-1)
         assert len(completions) == len(kl)
-        base_is_sampled = evaluation is result.before and not adapter
         for completion, log_ratio in zip(completions, kl, strict=True):
             of_base = plain_log_probability(result.model, completion, 0.8)
             assert log_ratio == pytest.approx(sum(completion.log_probabilities) - of_base, abs=1e-4)
-        assert np.allclose(kl, 0, atol=1e-4) == base_is_sampled
+        assert not np.allclose(kl, 0, atol=1e-4)
 
 
 def plain_log_probability(model: Any, completion: Any, temperature: float) -> float:
@@ -243,14 +220,30 @@ def plain_log_probability(model: Any, completion: Any, temperature: float) -> fl
     return float(log_p.sum())
 
 
-def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any, steps: list[Step]) -> None:
+def test_groups_with_equal_rewards_are_counted_and_train_nothing(
+    grpo: Any, steps: list[Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it, a rank without held-out prompts evaluates."""
     config = with_reward(grpo(max_steps=1, per_device_train_batch_size=2, metric=grpo().reward), "constant")
-    before = {}
+    before, evaluations = dict[str, torch.Tensor](), list[Any]()
 
     def keep(model: Any, *_: Any) -> None:
         before.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        rollouts, held_out = trainer.run.rollouts, trainer.run.data.held_out
+        assert rollouts is not None
+        assert held_out is not None
+        other = dict.fromkeys(rollouts.task.score_names, np.full((1, 4), 0.5))
+        state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("tailora.train.rollouts.PartialState", lambda: state)
+            patch.setattr("tailora.train.rollouts.gather_object", lambda own: [other, *own])
+            evaluations.append(rollouts.evaluate(held_out.select(np.array([0])), 0, lambda *_: None))
 
-    result = run(config, on_ready=keep)
+    with ExitStack() as stack:
+        trainer = Trainer(config, stack)
+        result = trainer.train(keep)
+    assert evaluations[0].loss == -0.5
+    assert (evaluations[0].scores == 0.5).all()
     (step,) = metrics(config.output_dir)
     assert step["equal_groups"] == 1
     assert sum(map(len, steps[0].micro_batches)) == 1  # there is no step without a forward
@@ -261,7 +254,7 @@ def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any, step
 def test_a_step_whose_completions_are_all_truncated_changes_nothing(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sample, truncate = Sampler.sample, partial(replace, is_truncated=True)
     monkeypatch.setattr(Sampler, "sample", lambda *arguments: [*map(truncate, sample(*arguments))])
-    config = grpo(loss="dapo", mask_truncated_completions=True, max_steps=1)
+    config = grpo(loss="dapo", mask_truncated_completions=True, max_steps=1, validation_split=0)
     run(config)
     (step,) = metrics(config.output_dir)
     assert (step["truncated"], step["loss"], step["grad_norm"]) == (1, 0, 0)
@@ -272,7 +265,7 @@ def test_without_a_token_limit_a_forward_has_at_most_the_tokens_of_a_group(
 ) -> None:
     monkeypatch.setattr("tailora.train.step.token_limit", lambda _: None)
     with ExitStack() as stack:
-        trainer = Trainer(grpo(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2), stack)
+        trainer = Trainer(grpo(gradient_accumulation_steps=2, max_completion_length=12), stack)
         trainer.train()
     data = trainer.run.data
     assert data.prompts is not None
@@ -283,16 +276,11 @@ def test_without_a_token_limit_a_forward_has_at_most_the_tokens_of_a_group(
         assert all(sum(len(e.input_ids) for e in part) <= data.largest_tokens for part in step.micro_batches)
 
 
-def test_a_failing_reward_ends_the_run_with_its_name(grpo: Any) -> None:
-    with pytest.raises(RewardError, match=r"fails: ValueError: no \(rewards.py, line 15\)\n  prompt: 'Count to"):
-        run(with_reward(grpo(), "fails"))
-
-
 def test_held_out_prompts_without_rewards_are_left_out_of_the_mean(grpo: Any) -> None:
     notes: list[str] = []
     with ExitStack() as stack:
         trainer = Trainer(
-            with_reward(grpo(validation_split=0.5, max_steps=2, eval_steps=1, save_steps=1), "of_even"),
+            with_reward(grpo(validation_split=0.5, max_steps=1), "of_even"),
             stack,
             lambda event: notes.append(event.text) if isinstance(event, Note) else None,
         )
@@ -313,27 +301,6 @@ def test_held_out_prompts_without_rewards_are_left_out_of_the_mean(grpo: Any) ->
 def test_held_out_prompts_need_a_reward(grpo: Any) -> None:
     with pytest.raises(DataError, match=r"None for all completions of all held-out prompts.*--eval-data"):
         run(with_reward(grpo(), "never"))
-
-
-def test_a_rank_may_have_no_held_out_prompt(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Any] = []
-
-    def evaluate_on_two_ranks(*_: Any) -> None:
-        rollouts, held_out = trainer.run.rollouts, trainer.run.data.held_out
-        assert rollouts is not None
-        assert held_out is not None
-        other = dict.fromkeys(rollouts.task.score_names, np.full((1, 4), 0.5))
-        state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
-        with monkeypatch.context() as patch:
-            patch.setattr("tailora.train.rollouts.PartialState", lambda: state)
-            patch.setattr("tailora.train.rollouts.gather_object", lambda own: [other, *own])
-            found.append(rollouts.evaluate(held_out.select(np.array([0])), 0, lambda *_: None))
-
-    with ExitStack() as stack:
-        trainer = Trainer(with_reward(grpo(max_steps=1), "constant"), stack)
-        trainer.train(evaluate_on_two_ranks)
-    assert found[0].loss == -0.5
-    assert (found[0].scores == 0.5).all()
 
 
 def test_running_out_of_memory_is_not_called_divergence(grpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,9 +346,12 @@ def test_a_run_that_can_no_longer_sample_keeps_its_last_good_weights(
     assert (tmp_path / "out" / "adapter").is_dir()
 
 
-@pytest.mark.parametrize(("dtype", "split", "sampled"), [("bfloat16", 0.5, 40), ("float32", 0.9, 64)])
-def test_the_cache_is_as_large_as_planned(grpo: Any, dtype: str, split: float, sampled: int) -> None:
-    config = grpo(dtype=dtype, validation_split=split, per_device_train_batch_size=2, max_completion_length=40)
+@pytest.mark.parametrize(
+    ("dtype", "generations", "sampled"),
+    [("bfloat16", 4, 40), pytest.param("float32", 10, 64, marks=pytest.mark.exhaustive)],
+)
+def test_the_cache_is_as_large_as_planned(grpo: Any, dtype: str, generations: int, sampled: int) -> None:
+    config = grpo(dtype=dtype, validation_split=0.5, num_generations=generations, max_completion_length=40)
     with ExitStack() as stack:
         trainer = Trainer(config, stack)
         rollouts, base = trainer.run.rollouts, trainer.run.base
