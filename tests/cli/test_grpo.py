@@ -35,7 +35,7 @@ def line(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
     folder = tmp_path_factory.mktemp("grpo")
     rewards, data = folder / "rewards.py", folder / "prompts.jsonl"
     rewards.write_text(REWARDS)
-    data.write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(40)))
+    data.write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(24)))
     files = ["--model", tiny_model, "--data", data, "--output-dir", folder / "run"]
     sizes = ["--max-completion-length", 8, "--num-generations", 4, "--max-steps", 6, "--validation-split", 0.5]
     rewarded = ["--reward", f"{rewards}:share", "--metric", f"{rewards}:digits"]
@@ -115,7 +115,8 @@ def test_full_fine_tuning_has_no_kl_and_says_so(
     line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = [*line, "--method", "full", "--json"]
-    full[full.index("--output-dir") + 1] = str(tmp_path)
+    for flag, value in {"--output-dir": str(tmp_path), "--max-steps": "2"}.items():
+        full[full.index(flag) + 1] = value
     assert main([word.replace("rate=3e-2", "rate=3e-3") for word in full]) == 0
     out, err = capsys.readouterr()
     result: dict[str, Any] = json.loads(out)
@@ -157,7 +158,7 @@ def test_a_run_on_chats_prints_commands_and_files_that_fit_rewards(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, limits = tmp_path / "chats.jsonl", list[int]()
-    chats = [[{"role": "system", "content": "Count."}, {"role": "user", "content": f"To {i}."}] for i in range(40)]
+    chats = [[{"role": "system", "content": "Count."}, {"role": "user", "content": f"To {i}."}] for i in range(24)]
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     answer = Sampler.answer
 
@@ -180,7 +181,7 @@ def test_a_run_on_chats_prints_commands_and_files_that_fit_rewards(
     assert re.search(r"metrics.jsonl +reward, learning rate", text)
     assert re.search(r"examples.jsonl +reward of each held-out example", text)
     header = " ".join(progress.split())
-    assert ": 20 prompts, 20 held out; format: prompts steps 2 steps of 8 prompts with 4 completions each" in header
+    assert ": 12 prompts, 12 held out; format: prompts steps 2 steps of 8 prompts with 4 completions each" in header
 
 
 @pytest.mark.parametrize(("cut", "is_said"), [(0.95, True), (0.9, False)])

@@ -3,7 +3,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -54,19 +53,17 @@ def test_a_killed_run_continues_to_the_same_bytes(settings: Any, tmp_path: Path)
     assert (resumed.before.sums == result.before.sums).all()
 
 
-DROPOUT = {"max_steps": 5, "lora_dropout": 0.1}
 SECOND_PASS = {"streaming": True, "max_steps": 9, "save_steps": 8, "per_device_train_batch_size": 4}  # over 30 rows
+DROPOUT = {"max_steps": 4, "lora_dropout": 0.1}
 FULL_LAYER = {**DROPOUT, "learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1, "use_dora": True}
 
 
 @pytest.mark.parametrize(
     ("step", "number", "changes"),
     [
-        pytest.param(3, signal.SIGINT, DROPOUT, id="Ctrl-C"),
-        pytest.param(3, signal.SIGTERM, DROPOUT, id="SIGTERM"),
         pytest.param(0, signal.SIGINT, {"max_steps": 2}, id="before the first step"),
         pytest.param(8, signal.SIGINT, SECOND_PASS, id="a stream"),
-        pytest.param(2, signal.SIGINT, FULL_LAYER, id="all that can be trained"),
+        pytest.param(2, signal.SIGTERM, FULL_LAYER, id="all that can be trained"),
     ],
 )
 def test_an_interrupted_run_saves_says_where_and_continues_to_the_same_bytes(
@@ -105,7 +102,7 @@ def test_a_resumed_run_keeps_the_products_that_it_was_started_with(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where others are faster now."""
-    choices = iter([4, None, None])
+    choices = iter([4, None])
     monkeypatch.setattr("tailora.train.kernel_choice.fastest_products", lambda _: next(choices))
     config = settings(max_steps=4, save_steps=2, dtype="bfloat16")
     run(config)
@@ -114,17 +111,6 @@ def test_a_resumed_run_keeps_the_products_that_it_was_started_with(
     _, (prepared,) = run_and_collect(resumed, events.Prepared)
     assert "matrix products: float32 for 4 tokens or more (faster here than bfloat16)" in prepared.header["kernels"]
     assert adapter(config) == before
-    in_bfloat16 = changed(config, output_dir=f"{config.output_dir}-bfloat16")
-    run(in_bfloat16)
-    assert adapter(in_bfloat16) != before
-
-
-def test_the_newest_checkpoints_are_kept_without_pickle(settings: Any) -> None:
-    config = settings(max_steps=5, save_steps=1, save_total_limit=3)
-    run(config)
-    folders = checkpoints_in(Path(config.output_dir))
-    assert [path.name for path in folders] == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
-    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json"}
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +138,13 @@ def test_checkpoints_after_the_resumed_one_are_deleted(two_checkpoints: TrainCon
         if isinstance(event, events.Stepped):
             found[event.step] = [path.name for path in checkpoints_in(folder)]
 
+    assert {path.suffix for path in folder.glob("checkpoint-*/*")} == {".safetensors", ".json"}  # no pickle
     run(changed(two_checkpoints, **changes), look)
-    assert found[4] == ["checkpoint-3"]
+    assert found[4] == ["checkpoint-3"]  # the newest
 
 
-FILES = ["adapter.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"]
-HARMS = [(name, "changed") for name in FILES] + [("adapter.safetensors", "cut"), ("state.json", "missing")]
+HARMS = [("optimizer.safetensors", "changed"), ("adapter.safetensors", "cut"), ("state.json", "missing")]
+HARMS += [pytest.param(name, "changed", marks=pytest.mark.exhaustive) for name in ("best.safetensors", "state.json")]
 
 
 def harm_file(path: Path, harm: str) -> None:
@@ -261,26 +248,16 @@ def test_a_checkpoint_of_layers_that_kept_a_part_of_the_activations_is_refused(t
         run(two_checkpoints)
 
 
-def test_a_run_of_constant_rate_may_be_made_longer(settings: Any, tmp_path: Path) -> None:
-    constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0, "save_steps": 2}
-    whole = settings(output_dir=str(tmp_path / "whole"), max_steps=4, **constant)
-    short = settings(output_dir=str(tmp_path / "short"), max_steps=2, **constant)
-    run(whole)
-    run(short)
-    run(changed(short, max_steps=4, resume_from_checkpoint="latest"))
-    assert adapter(short) == adapter(whole)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "allowed"), [("constant", 0, True), ("constant", 0.1, False), ("cosine", 0, False)]
-)
-def test_only_a_run_whose_rate_ignores_the_length_may_change_it(schedule: str, warmup: float, allowed: bool) -> None:
-    def identity(steps: int) -> dict[str, Any]:
-        settings = {"lr_scheduler_type": schedule, "warmup_ratio": warmup, "max_steps": steps, "learning_rate": 1e-3}
+def test_only_a_run_whose_rate_ignores_the_length_may_be_made_longer(two_checkpoints: TrainConfig) -> None:
+    def identity(steps: int, warmup: float) -> dict[str, Any]:
+        settings = {"lr_scheduler_type": "constant", "warmup_ratio": warmup, "max_steps": steps, "learning_rate": 1e-3}
         return {"settings": settings, "processes": 1}
 
-    with nullcontext() if allowed else pytest.raises(CheckpointError, match="max_steps was 4 and is now 6"):
-        checkpoint.check_same_run(identity(4), identity(6))
+    checkpoint.check_same_run(identity(4, 0), identity(6, 0))
+    with pytest.raises(CheckpointError, match="max_steps was 4 and is now 6"):
+        checkpoint.check_same_run(identity(4, 0.1), identity(6, 0.1))
+    with pytest.raises(CheckpointError, match="max_steps was 4 and is now 6"):  # cosine
+        run(changed(two_checkpoints, max_steps=6))
 
 
 def test_resuming_without_a_checkpoint_says_what_to_do(settings: Any) -> None:
@@ -291,14 +268,14 @@ def test_resuming_without_a_checkpoint_says_what_to_do(settings: Any) -> None:
 
 
 def test_moments_of_8_bits_learn_the_same_and_go_on_to_the_same_bytes(settings: Any, tmp_path: Path) -> None:
-    whole = settings(optim="adamw_8bit", **LONG)
-    exact = run(settings(output_dir=str(tmp_path / "exact"), **LONG))
+    whole = settings(optim="adamw_8bit", save_steps=2, **DROPOUT)
+    exact = run(settings(output_dir=str(tmp_path / "exact"), **DROPOUT))
     result = run(whole)
     logged = losses(whole)
-    saved = load_file(Path(whole.output_dir) / "checkpoint-6" / "optimizer.safetensors")
+    saved = load_file(Path(whole.output_dir) / "checkpoint-2" / "optimizer.safetensors")
     assert saved["buffer-0|state1"].dtype == torch.uint8
     assert "buffer-0|absmax2" in saved
-    run(changed(whole, resume_from_checkpoint=f"{whole.output_dir}/checkpoint-6"))
+    run(changed(whole, resume_from_checkpoint=f"{whole.output_dir}/checkpoint-2"))
     assert losses(whole) == logged
     fell = exact.eval_loss_before - exact.eval_loss_after
     assert fell > 0.05
@@ -358,21 +335,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[events.Event], None]:
 
 @pytest.mark.parametrize(
     ("changes", "saved"),
-    [({}, [3, 6]), ({"save_steps": 0}, []), ({"save_steps": 5}, [5]), ({"method": "full", "r": 16}, [])],
+    [({}, [3, 6]), ({"save_steps": 0}, []), ({"method": "full", "r": 16}, [])],
 )
 def test_a_checkpoint_is_saved_after_some_time(
     changes: dict[str, Any], saved: list[int], settings: Any, clock: Callable[[events.Event], None]
 ) -> None:
-    config = settings(max_steps=8, **changes)
+    config = settings(max_steps=6, **changes)
     run(config, on_event=clock)
     late = int(torch.accelerator.is_available() and "save_steps" not in changes)  # what is read of a step comes later
     names = [f"checkpoint-{step + late}" for step in saved]
     assert [path.name for path in checkpoints_in(Path(config.output_dir))] == names
-    if changes:
-        return
-    whole = adapter(config)
-    run(changed(config, resume_from_checkpoint=str(Path(config.output_dir) / names[0])))
-    assert adapter(config) == whole
 
 
 def test_a_checkpoint_that_another_rank_asks_for_is_saved_here(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,13 +372,9 @@ def test_the_first_rank_alone_looks_at_the_clock(settings: Any) -> None:
 
 def test_a_run_with_rewards_stops_where_its_completions_have_been_used(settings: Any, tmp_path: Path) -> None:
     """A checkpoint has no completions, so a second iteration on them could not follow."""
-    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "say {number}"}}\n' for number in range(12)))
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "say {number}"}}\n' for number in range(8)))
     rewards = {"task": "grpo", "data": str(tmp_path / "prompts.jsonl"), "reward": ["max_length:5"], "samples": 0}
-    rewards |= {"num_generations": 4, "max_completion_length": 6, "num_iterations": 2, "max_steps": 4}
-    whole, stopped = (settings(output_dir=str(tmp_path / name), **rewards) for name in ("whole", "stopped"))
-    run(whole)
+    rewards |= {"num_generations": 4, "max_completion_length": 4, "num_iterations": 2, "max_steps": 4}
     with pytest.raises(failures.Interrupted) as caught:
-        run(stopped, on_event=stopping_at(1, signal.SIGINT))
+        run(settings(validation_split=0, **rewards), on_event=stopping_at(1, signal.SIGINT))
     assert caught.value.folder.name == "checkpoint-2"
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
