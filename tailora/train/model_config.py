@@ -5,7 +5,6 @@ end in errors of torch, or in code that does not return.
 """
 
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,16 +14,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tailora.errors import ConfigError, listing
 
-SIZES = {  # field -> its smallest and its largest value, several times what the largest models have
+LIMITS = {  # field -> its smallest and its largest value, several times what the largest models have
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**17),
     "intermediate_size": (0, 2**20),
     "num_hidden_layers": (1, 1000),
     "num_attention_heads": (1, 2**12),
     "num_key_value_heads": (1, 2**12),
-    "head_dim": (1, 2**14),
+    "head_dim": (0, 2**14),
+    "max_position_embeddings": (1, 2**30),
+    "rope_theta": (1, 10**12),
 }
-PARTS = ("text_config", "vision_config")
+PARTS, QUANTIZATION = ("text_config", "vision_config"), "quantization_config"
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # transformers takes these names as regular expressions
 LAYER_NAME = re.compile(r"[\w.-]*\*?[\w.-]*")
 
@@ -32,15 +33,18 @@ LAYER_NAME = re.compile(r"[\w.-]*\*?[\w.-]*")
 def read_model_config(source: str, name: str) -> PretrainedConfig:
     """Returns config.json of a folder or Hub id. Raises ConfigError, OSError, ValueError. name: for messages."""
     content, _ = PretrainedConfig.get_config_dict(source)
-    parts = [part for part in (content, *map(content.get, PARTS)) if isinstance(part, dict)]
-    problems = _problems(*(SimpleNamespace(**part) for part in parts))
+    parts = [content]  # with the objects in it
+    for part in parts:
+        parts += [value for key, value in part.items() if isinstance(value, dict) and key != QUANTIZATION]
+    problems = _problems(parts)
     if not problems:
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(source)
         except (StrictDataclassError, TypeError, AttributeError, ArithmeticError) as error:
             problems = [" ".join(str(error).split())]
-        else:  # also under the names that an architecture gives these fields
-            problems = _problems(config, *(getattr(config, part, None) for part in PARTS))
+        else:
+            configs = (config, *(getattr(config, name, None) for name in PARTS))
+            problems = _problems([_with_common_names(part) for part in configs if isinstance(part, PretrainedConfig)])
     if problems:
         raise ConfigError(
             f"config.json of model {name!r} is invalid: {listing(problems)}; use the file of the original model"
@@ -48,22 +52,36 @@ def read_model_config(source: str, name: str) -> PretrainedConfig:
     return config
 
 
-def _problems(*parts: Any) -> list[str]:
-    """Returns what is wrong with a model's config, or with a part of it."""
+def _with_common_names(config: PretrainedConfig) -> dict[str, Any]:
+    """Returns the values, also under the common names of fields that the architecture names differently.
+
+    Attributes are not read. Some raise an error if the model's layers differ.
+    """
+    values = vars(config)
+    return {**values, **{common: values.get(own) for common, own in config.attribute_map.items()}}
+
+
+def _problems(parts: list[dict[str, Any]]) -> list[str]:
+    """Returns what is wrong with the parts of a model's config."""
     problems = []
     for part in parts:
-        names, dtype = getattr(part, "architectures", None), getattr(part, "dtype", None)
+        names, dtype = part.get("architectures"), part.get("dtype")
         if not isinstance(names, list | None):
             problems.append(f"expected a list of names for architectures, got {names!r}")
         if isinstance(dtype, str) and not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
             problems.append(f"expected the name of a type of torch for dtype, got {dtype!r}")
-        for field, (least, most) in SIZES.items():
-            value = getattr(part, field, None)
-            if isinstance(value, int) and not least <= value <= most:
-                problems.append(f"expected a number from {least:,} to {most:,} for {field}, got {value:,}")
-        settings = getattr(part, "quantization_config", None)
+        for field, (least, most) in LIMITS.items():
+            value = part.get(field)
+            if isinstance(value, str) or (isinstance(value, int | float) and not least <= value <= most):
+                shown = repr(value) if isinstance(value, str) else f"{value:,}"
+                problems.append(f"expected a number from {least:,} to {most:,} for {field}, got {shown}")
+        heads, key_heads = part.get("num_attention_heads"), part.get("num_key_value_heads")
+        if isinstance(heads, int) and isinstance(key_heads, int) and key_heads > 0 and heads % key_heads:
+            divisor = f"a divisor of num_attention_heads ({heads:,})"
+            problems.append(f"expected {divisor} for num_key_value_heads, got {key_heads:,}")
+        settings = part.get(QUANTIZATION)
         if not isinstance(settings, dict | QuantizationConfigMixin | None):
-            problems.append(f"expected an object for quantization_config, got {settings!r}")
+            problems.append(f"expected an object for {QUANTIZATION}, got {settings!r}")
         for field in SKIPPED:
             layers = (settings.get(field) if isinstance(settings, dict) else None) or []
             if not (isinstance(layers, list) and all(LAYER_NAME.fullmatch(str(layer)) for layer in layers)):

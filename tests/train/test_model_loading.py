@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from tailora.data.schemas import CAUSAL_LM
 from tailora.errors import ConfigError
@@ -58,12 +59,18 @@ BAD_FIELDS = [
     ({"quantization_config": [1]}, "expected an object for quantization_config, got [1]"),
     ({"quantization_config": {"llm_int8_skip_modules": ["(a|aa)+$"]}}, "for llm_int8_skip_modules, got ['(a|aa)+$']"),
     ({"hidden_size": 2**40}, "expected a number from 1 to 131,072 for hidden_size, got 1,099,511,627,776"),
-    ({"hidden_size": "x"}, "Field 'hidden_size' expected int, got str (value: 'x')"),
+    ({"hidden_size": "x"}, "for hidden_size, got 'x'"),
+    ({"hidden_size": 16.5}, "Field 'hidden_size' expected int, got float (value: 16.5)"),
+    ({"num_key_value_heads": 3}, "expected a divisor of num_attention_heads (4) for num_key_value_heads, got 3"),
+    ({"max_position_embeddings": -1}, "for max_position_embeddings, got -1"),
+    ({"rope_theta": "x"}, "for rope_theta, got 'x'"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 0}}}, "for rope_theta, got 0"),
     ({"vocab_size": -5}, "expected a number from 1 to 16,777,216 for vocab_size, got -5"),
     ({"num_hidden_layers": 10**9}, "expected a number from 1 to 1,000 for num_hidden_layers, got 1,000,000,000"),
     ({"num_attention_heads": 0}, "expected a number from 1 to 4,096 for num_attention_heads, got 0"),
     ({"model_type": "gpt2", "n_layer": 10**9, "num_hidden_layers": None}, "for num_hidden_layers, got 1,000,000,000"),
     ({"text_config": {"vocab_size": 0}}, "for vocab_size, got 0"),
+    ({"thinker_config": {"text_config": {"vocab_size": 0}}}, "for vocab_size, got 0"),
     ({"architectures": 5}, "expected a list of names for architectures, got 5"),
     ({"dtype": "foo"}, "expected the name of a type of torch for dtype, got 'foo'"),
 ]
@@ -91,6 +98,13 @@ def test_sizes_up_to_the_limits_are_accepted(model_folder: Path, tmp_path: Path,
     (tmp_path / "config.json").write_text(json.dumps({**config, **fields, "quantization_config": skipped}))
     found = read_config(str(tmp_path))
     assert fields.items() <= found.to_dict().items()
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "xlnet"])  # heads of different sizes; no limit of positions
+def test_configs_of_unusual_models_are_accepted(model_type: str, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING[model_type]()
+    config.save_pretrained(tmp_path)
+    assert type(read_config(str(tmp_path))) is type(config)
 
 
 def test_a_config_that_no_model_can_be_built_from_is_named(model_folder: Path) -> None:
