@@ -111,6 +111,7 @@ def make_settings(model_folder: Path, data_file: Path) -> Settings:
             "learning_rate": 1e-2,
             "validation_split": 0.2,
             "per_device_train_batch_size": 4,
+            "eval_steps": 0,
         }
         return TrainConfig(**{**defaults, **changes})
 

@@ -135,7 +135,8 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None], ver
                 when = f"after step {event.step}" if event.step else "before training"
                 best = " (best so far)" if event.best else ""
                 name, value = ("loss", event.loss) if event.reward is None else ("reward", event.reward)
-                print_text(console, f"held-out {name} {when}: {value:.4f}{best}")
+                of_metric = "".join(f"; {metric} {score:.4f}" for metric, score in event.metric.items())
+                print_text(console, f"held-out {name} {when}: {value:.4f}{of_metric}{best}")
             case Saved():
                 print_text(console, f"saved {event.folder}")
             case Note():

@@ -240,7 +240,7 @@ def answer_prompts(result: "TrainResult", config: TrainConfig) -> tuple[list["Co
     advice = f"the adapter in {result.output_dir} is complete; use --metric-examples 0 to skip the answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", advice), counter(console, "answers") as progress:
-        return answer_held_out(result.model, result.tokenizer, result.data, config, log, progress)
+        return answer_held_out(result, config, log, progress)
 
 
 def score_run(

@@ -37,7 +37,7 @@ NAMES_OF_OTHER_TOOLS = {  # our name, with a value if theirs is a switch -> name
     "loss": "pref_loss",
     "beta": "pref_beta rl_beta",
     "label_smoothing": "dpo_label_smoothing",
-    "metric": "metrics compute_metrics metric_for_best_model",
+    "metric": "metrics compute_metrics",
     "learning_rate": "lr",
     "optim": "optimizer",
     "loraplus_lr_ratio": "loraplus_ratio",

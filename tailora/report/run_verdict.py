@@ -131,9 +131,8 @@ def run_verdict(
     of_loss += f" {TOO_FEW}" * (effect.examples < FEW_EXAMPLES)
     is_unknown = bool(settings.get("metric")) and effect.first_metric not in effect.answers
     asked = max((metric.answers for metric in effect.answers.values()), default=0)
-    finding, of_answers = answers_verdict(
-        effect.answers, effect.faults, effect.change.finding, plural(asked, "held-out prompt")
-    )
+    prompts = plural(asked, "held-out prompt") + OTHERS * effect.is_halved
+    finding, of_answers = answers_verdict(effect.answers, effect.faults, effect.change.finding, prompts)
     if is_unknown:
         missing = f"by {effect.first_metric}" if effect.answers else "by the metrics"
         finding, of_answers = "cannot tell", f"Cannot tell: the answers have no scores {missing}."
@@ -148,7 +147,7 @@ def run_verdict(
 
 def _on_choice(settings: Mapping[str, Any], result: Mapping[str, Any], effect: Effect) -> str:
     """Returns a sentence if the examples that judge the run also chose its step among several."""
-    is_chosen = 0 < settings.get("eval_steps", 0) < result.get("steps", 0)
+    is_chosen = 0 < (settings.get("eval_steps") or 0) < result.get("steps", 0)
     return " The same examples chose the step, so this looks too good." * (is_chosen and not effect.is_halved)
 
 

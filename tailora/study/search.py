@@ -68,7 +68,8 @@ STUDY, BEST, CHEAPEST = "search.json", "best.yaml", "cheapest.yaml"
 RUN_LOCK = "run.lock"
 POLL_SECONDS = 1.0
 RUNGS = 3  # evaluations of a complete trial, equally spaced; halving happens at the first and the second
-ONE_EVALUATION = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}  # settings of a final run
+# settings of a final run
+ONE_EVALUATION = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0, "metric_for_best_model": None}
 
 
 def search(

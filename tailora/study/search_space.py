@@ -22,7 +22,8 @@ from tailora.errors import ConfigError, listing
 from tailora.train.config import GRPO, GRPO_FIELDS, PREFERENCE_FIELDS, TrainConfig
 
 FIELDS = TrainConfig.model_fields
-STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # would select a step on the evaluation half
+# would select a step on the evaluation half
+STEP_CHOICE = {"eval_steps", "early_stopping_patience", "metric_for_best_model"}
 SHARED_BY_RUNS = STEP_CHOICE | {  # in any study
     *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "streaming", "max_steps"),
     *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"),

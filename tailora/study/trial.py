@@ -381,8 +381,8 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     from tailora.train.trainable import folder_of
     from tailora.train.trainer import run
 
-    # save_steps: trials are not resumed
-    config = TrainConfig(**{"save_steps": 0, **spec.settings, "output_dir": str(folder / RUN)})
+    # trials are not resumed, and evaluate only what they need
+    config = TrainConfig(**{"save_steps": 0, "eval_steps": 0, **spec.settings, "output_dir": str(folder / RUN)})
     events: list[TrialEvent] = []
     parts: dict[str, Any] = {}
 
@@ -398,7 +398,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         on_event=_listener(events, record),
         on_ready=on_ready,
         held_out=selection_half if spec.choosing else None,
-        before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
+        before=None if spec.before is None else Evaluation(np.array(spec.before[0]), np.array(spec.before[1])),
         read=_reader(spec),
     )
     if result.before is None or result.after is None:

@@ -12,16 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from time import perf_counter
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, cast
 
 import numpy as np
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from tailora.core.attach import evaluating
-from tailora.data.dataset import IGNORED, Example
+from tailora.data.dataset import ENOUGH_TO_HALVE, IGNORED, Example, Int64
 from tailora.data.duplicates import duplicates, near_duplicates
 from tailora.data.image_processor import text_tokenizer
 from tailora.data.image_tokens import media_ids
@@ -32,8 +31,11 @@ from tailora.data.samples import Conversation, Pair, Sample
 from tailora.data.schemas import GRPO, TEXT
 from tailora.data.tokenize import last_reply, reply_text
 from tailora.errors import ConfigError
+from tailora.kernels.attention import use_attention
 from tailora.model import LoRAModel
+from tailora.patches import attention_of
 from tailora.train.config import TASK_TYPES, TrainConfig
+from tailora.train.events import TrainResult
 from tailora.train.generate import (
     EncodedPrompt,
     free_positions,
@@ -101,26 +103,40 @@ JudgeAnswers = Callable[[Sequence[ComparedAnswer], Sequence[Question]], list[Com
 
 
 def answer_held_out(
-    model: Trainable, tokenizer: Any, data: PreparedData, config: TrainConfig, note: Note, progress: Progress
+    result: TrainResult, config: TrainConfig, note: Note, progress: Progress
 ) -> tuple[list[ComparedAnswer], list[Question]]:
     """Returns answers to a fixed sample of the held-out prompts, and to training prompts if these are few.
+
+    Prompts that chose the step of the run are left out.
 
     Texts have no replies, and reinforcement learning evaluates itself: of these, answers are only shown.
     With a sharded model, all ranks must call it.
     """
+    model, tokenizer, data = result.model, result.tokenizer, result.data
+    if data is None:
+        return [], []
     is_shown_only = data.report.task == GRPO or data.report.shape == TEXT
     has_metric = not is_shown_only and bool(config.metric)
     number = config.metric_examples if config.metric_examples is not None else MOST_JUDGED if has_metric else MOST_READ
     if is_shown_only:
         number = min(number, config.samples)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(data.eval_samples))[:number]).tolist()
-    columns = [{name: data.eval_rows[i].get(name) for name in data.report.ignored} for i in chosen]
-    questions = questions_of(model, tokenizer, [data.eval_samples[i] for i in chosen], columns)
+    judging = np.arange(len(data.eval_samples))
+    judging = judging if result.selection is None else np.setdiff1d(judging, result.selection)
+    questions = held_out_questions(model, tokenizer, data, number, judging)
     if number and not is_shown_only and len(data.eval_samples) < FEW_HELD_OUT and not is_seq2seq(model):
         some = np.random.default_rng(0).permutation(len(data.train))[:TRAINING_PROMPTS]
         questions += [training_question(data.train[int(i)], tokenizer) for i in some if not data.train[int(i)].images]
     limit = config.max_completion_length if has_metric or data.report.task == GRPO else NEW_TOKENS
     return compare_answers(model, tokenizer, questions, max_new_tokens=limit, note=note, progress=progress), questions
+
+
+def held_out_questions(
+    model: Trainable, tokenizer: Any, data: PreparedData, number: int, examples: Int64
+) -> list[Question]:
+    """Returns the prompts of at most `number` of the held-out examples with these indices, a fixed random sample."""
+    chosen = np.sort(np.random.default_rng(0).permutation(examples)[:number]).tolist()
+    columns = [{name: data.eval_rows[i].get(name) for name in data.report.ignored} for i in chosen]
+    return questions_of(model, tokenizer, [data.eval_samples[i] for i in chosen], columns)
 
 
 def training_question(example: Example, tokenizer: Any) -> Question:
@@ -171,12 +187,30 @@ def check_metrics(config: TrainConfig, data: PreparedData | None, tokenizer: Any
         raise ConfigError(f"--metric {names} judges answers, but the data has {data.report.shape} rows; remove it")
     if data is None or not data.eval_samples:
         raise ConfigError(f"--metric {names} judges held-out prompts, but there are none; use --eval-data FILE")
+    if config.metric_for_best_model and len(data.eval_samples) < ENOUGH_TO_HALVE:
+        raise ConfigError(
+            f"--metric-for-best-model needs at least {ENOUGH_TO_HALVE} held-out rows, got {len(data.eval_samples)}: "
+            "one half chooses the step, and the other half judges it; use --eval-data, a larger --validation-split, "
+            "or remove it to choose by the loss"
+        )
     rows = [{name: row.get(name) for name in data.report.ignored} for row in data.eval_rows[:2]]
     pairs = zip(data.eval_samples, rows, strict=False)
     questions = [_question(EncodedPrompt(_prompt_text(sample), []), sample, tokenizer, row) for sample, row in pairs]
     columns = [*dict.fromkeys(name for question in questions for name in question.columns)]
+    if config.metric_for_best_model:
+        best_metric(config)
     with RewardProcess(metrics, config.reward_seconds, columns) as process:
-        process.score([_completion(question, question.reference) for question in questions])
+        process.score([completion_of(question, question.reference) for question in questions])
+
+
+def best_metric(config: TrainConfig) -> Reward:
+    """Returns the metric that chooses the step. Raises ConfigError if it is not one of --metric."""
+    metrics, name = parse_rewards([], config.metric)[1], config.metric_for_best_model
+    for metric in metrics:
+        if name in (metric.name, metric.source):
+            return metric
+    known = ", ".join(metric.name for metric in metrics)
+    raise ConfigError(f"--metric-for-best-model {name}: expected a metric of --metric ({known}); add it there")
 
 
 def _prompt_text(sample: Any) -> str:
@@ -202,15 +236,15 @@ def compare_answers(
     if not prompts:
         return []
     of_base: Sequence[Answer | None] = [None] * len(prompts)
-    with seeded(0), ExitStack() as stack:
-        answer, at_once = _start_answering(model, tokenizer, prompts, max_new_tokens, stack)
+    with ExitStack() as stack:
+        answerer = Answerer(model, tokenizer, prompts, max_new_tokens, stack)
         models = "the base and the tuned model" if base else "one model"
-        seconds = (1 + base) * _estimate_seconds(answer, prompts, tokenizer, max_new_tokens, at_once)
+        seconds = (1 + base) * _estimate_seconds(answerer, prompts, max_new_tokens)
         limits = f"at most {max_new_tokens:,} new tokens each and {timedelta(seconds=math.ceil(seconds))} in total"
         note(f"answering {len(prompts):,} prompts with {models}: {limits}")
-        tuned = answer(prompts, max_new_tokens, progress=lambda done: progress(done, total))
+        tuned = answerer.answer(prompts, max_new_tokens, progress=lambda done: progress(done, total))
         if base:
-            of_base = answer(
+            of_base = answerer.answer(
                 prompts, max_new_tokens, base=True, progress=lambda done: progress(len(prompts) + done, total)
             )
     count_tokens = text_tokenizer(tokenizer)
@@ -272,7 +306,7 @@ def score_answers(
         texts = [(questions[number], text) for number in asked for text, _ in answers[number].pairs]
         columns = [*dict.fromkeys(name for question, _ in texts for name in question.columns)]
         with RewardProcess(functions, seconds, columns) as process:
-            rows = process.score([_completion(question, text) for question, text in texts]).tolist()
+            rows = process.score([completion_of(question, text) for question, text in texts]).tolist()
             directions |= {m.name: higher for m, higher in zip(functions, process.higher_is_better, strict=True)}
         names = [metric.name for metric in functions]
         scores = iter({name: None if v != v else v for name, v in zip(names, row, strict=True)} for row in rows)
@@ -284,63 +318,74 @@ def score_answers(
     return scored if judge is None else judge(scored, questions), directions
 
 
-def _completion(question: Question, text: str) -> Completion:
+def completion_of(question: Question, text: str) -> Completion:
     is_chat = not isinstance(question.value, str)
     reply: Any = [{"role": "assistant", "content": text}] if is_chat else text
     return Completion(question.value, reply, [], question.columns)
 
 
-class AnswerPrompts(Protocol):
-    def __call__(
+class Answerer:
+    """Answers prompts greedily, until `stack` is left; with a sharded model, all ranks must call it.
+
+    Make it before training, whose attention may not support answers.
+    """
+
+    model: Trainable
+    at_once: int  # prompts
+    _attention: str | None  # of the base before training
+    _sampler: Sampler | None  # None: transformers' generate answers one prompt after the other
+
+    def __init__(
+        self, model: Trainable, tokenizer: Any, prompts: Sequence[EncodedPrompt], max_new_tokens: int, stack: ExitStack
+    ) -> None:
+        """prompts: at least one. max_new_tokens: the most that will be asked for."""
+        self.model, self.tokenizer, self.base = model, tokenizer, cast(PreTrainedModel, model.base_model)
+        self._attention, self._sampler, self.at_once = attention_of(self.base.config), None, 1
+        if not (is_sharded(model) or is_seq2seq(model)):
+            longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+            self.at_once = min(MOST_AT_ONCE, len(prompts))
+            with seeded(0):
+                self._sampler = Sampler(model, tokenizer, longest, self.at_once, lambda _note: None)
+            stack.callback(self._sampler.stop)
+
+    def answer(
         self,
         prompts: Sequence[EncodedPrompt],
         max_new_tokens: int,
         *,
         base: bool = False,
         progress: Callable[[int], None] = lambda _: None,
-    ) -> list[Answer]: ...
+    ) -> list[Answer]:
+        """base: by the model without its adapter."""
+        by_adapter = self._sampler is not None and isinstance(self.model, LoRAModel)  # the engine needs no switch
+        with seeded(0), self.model.disable_adapter() if base and not by_adapter else nullcontext():
+            if self._sampler is not None:
+                return self._sampler.answer(prompts, max_new_tokens, base=base, progress=progress)
+            now, before = attention_of(self.base.config), self._attention
+            with nullcontext() if before is None or now == before else use_attention(self.base, before):
+                return _answer_one_by_one(self.model, self.tokenizer, prompts, max_new_tokens, progress)
 
 
-def _start_answering(
-    model: Trainable, tokenizer: Any, prompts: Sequence[EncodedPrompt], max_new_tokens: int, stack: ExitStack
-) -> tuple[AnswerPrompts, int]:
-    """Returns the function that answers, and how many prompts it answers at once. stack: stops the engine."""
-    if is_sharded(model) or is_seq2seq(model):
-        return partial(_answer_one_by_one, model, tokenizer), 1
-    longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
-    at_once = min(MOST_AT_ONCE, len(prompts))
-    sampler = Sampler(model, tokenizer, longest, at_once, lambda _note: None)
-    stack.callback(sampler.stop)
-
-    def answer(*arguments: Any, base: bool = False, **options: Any) -> list[Answer]:
-        with model.disable_adapter() if base and not isinstance(model, LoRAModel) else nullcontext():
-            return sampler.answer(*arguments, base=base, **options)
-
-    return answer, at_once
-
-
-def _estimate_seconds(
-    answer: AnswerPrompts, prompts: Sequence[EncodedPrompt], tokenizer: Any, max_new_tokens: int, at_once: int
-) -> float:
+def _estimate_seconds(answerer: Answerer, prompts: Sequence[EncodedPrompt], max_new_tokens: int) -> float:
     """Measures how long one model takes to read a prompt of median length, and to add a token to as many answers as
     fit. Returns the time of all prompts, if every answer reaches the limit.
     """
 
     def seconds(some: Sequence[EncodedPrompt], tokens: int) -> tuple[float, int]:
         started = perf_counter()
-        longest = max(given.tokens for given in answer(some, tokens))
+        longest = max(given.tokens for given in answerer.answer(some, tokens))
         return perf_counter() - started, longest
 
     median = sorted(prompts, key=lambda prompt: len(prompt.ids))[len(prompts) // 2]
-    images = media_ids(tokenizer if isinstance(tokenizer, ProcessorMixin) else None)
+    images = media_ids(answerer.tokenizer if isinstance(answerer.tokenizer, ProcessorMixin) else None)
     short = [
         EncodedPrompt("", [token for token in prompt.ids if token not in images][-PROBE_TOKENS:])
-        for prompt in prompts[:at_once]
+        for prompt in prompts[: answerer.at_once]
     ]
     seconds(short[:1], 1)  # whatever only the first one does
     (reading, _), (first, _), (more, longest) = seconds([median], 1), seconds(short, 1), seconds(short, PROBE_TOKENS)
     step = max(more - first, 0.0) / (longest - 1) if longest > 1 else first
-    return len(prompts) * reading + math.ceil(len(prompts) / at_once) * max_new_tokens * step
+    return len(prompts) * reading + math.ceil(len(prompts) / answerer.at_once) * max_new_tokens * step
 
 
 def _answer_one_by_one(
@@ -348,12 +393,10 @@ def _answer_one_by_one(
     tokenizer: Any,
     prompts: Sequence[EncodedPrompt],
     max_new_tokens: int,
-    *,
-    base: bool = False,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None],
 ) -> list[Answer]:
     answers = list[Answer]()
-    with model.disable_adapter() if base else nullcontext(), evaluating(model):
+    with evaluating(model):
         for prompt in prompts:
             arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
             output = model.generate(**arguments, synced_gpus=is_sharded(model))  # no rank stops before others

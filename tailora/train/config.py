@@ -63,7 +63,8 @@ COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ..
     ((*ADAPTER_FIELDS, "adapter", "loraplus_lr_ratio", "quantize"), "method", ("lora",)),
     (("streaming",), "max_steps", True),  # a stream has no end
     (("skip_bad_rows",), "streaming", False),
-    (("early_stopping_patience",), "eval_steps", True),
+    (("early_stopping_patience", "metric_for_best_model"), "eval_steps", True),
+    (("metric_for_best_model",), "metric", True),
     (("fsdp_offload_params",), "fsdp", True),
 )
 
@@ -259,7 +260,16 @@ class TrainConfig(StrictModel):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed for data order, initialization and dropout")
     # evaluation and files
-    eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")
+    eval_steps: NonNegativeInt | None = Field(
+        None,
+        description="evaluate every N steps, and keep the best of them; 0: only before and after training; default: "
+        "also twice in between, for the curve",
+    )
+    metric_for_best_model: str | None = Field(
+        None,
+        description="metric of --metric that chooses the best step at each evaluation, by answers to half of the "
+        "held-out prompts; default: the held-out loss chooses",
+    )
     early_stopping_patience: NonNegativeInt = Field(
         0, description="stop after N evaluations without improvement; 0: never"
     )
@@ -342,6 +352,18 @@ class TrainConfig(StrictModel):
             (any(reward.startswith(f"{JUDGE}:") for reward in self.reward), f"--reward judge: {never}"),
             (self.task == GRPO and bool(self.judges), f"--task grpo does not support --metric judge:URL: {never}"),
             (len(self.judges) > 1, "--metric judge:URL appears twice; use one judge"),
+            (
+                (self.metric_for_best_model or "").partition(":")[0] == JUDGE,
+                "--metric-for-best-model judge: a judge never chooses checkpoints; use a different metric",
+            ),
+            (
+                self.metric_for_best_model and self.task == GRPO,
+                "--task grpo chooses the step by the reward; remove --metric-for-best-model",
+            ),
+            (
+                self.metric_for_best_model and self.metric_examples == 0,
+                "--metric-for-best-model needs answers; remove --metric-examples 0",
+            ),
             (bool(self.judges) and not self.judge_model, "--metric judge:URL needs --judge-model NAME"),
             (
                 not self.judges and (self.judge_model or self.judge_prompt),

@@ -3,13 +3,14 @@
 The library prints nothing. `run(config, on_event=listener)` calls the listener with the events below.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tailora.data.dataset import Int64
 from tailora.data.prepare import PreparedData
 from tailora.train.loss import Evaluation, Sums
 from tailora.train.trainable import Trainable
@@ -29,6 +30,7 @@ class Evaluated:
     seconds: float
     best: bool
     reward: float | None = None  # mean over held-out prompts, in reinforcement learning
+    metric: Mapping[str, float] = field(default_factory=dict)  # mean of the one that chooses the step, by name
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class TrainResult:
     data: PreparedData | None = field(metadata=IN_MEMORY)  # None when streaming without eval_data
     before: Evaluation | None = field(metadata=IN_MEMORY)
     after: Evaluation | None = field(metadata=IN_MEMORY)
+    selection: Int64 | None = field(default=None, metadata=IN_MEMORY)  # held-out examples that chose the step
     # right predictions of each held-out example; None for tasks without labels
     hits_before: Sums | None = field(default=None, metadata=IN_MEMORY)
     hits_after: Sums | None = field(default=None, metadata=IN_MEMORY)

@@ -287,6 +287,7 @@ class Evaluation:
     sums: Sums
     counts: npt.NDArray[np.int64]
     scores: TaskScores | None = None  # in the order of the examples; see `Task.score_names`
+    metric: float | None = None  # that chooses the step, if it is not the loss
 
     @property
     def loss(self) -> float:

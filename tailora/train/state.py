@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,12 @@ class TrainState:
     def counters(self) -> dict[str, Any]:
         """Returns what state.json holds under `progress`."""
         best_step = self.best.step if self.best else None
-        return {**{name: getattr(self, name) for name in COUNTERS}, "best_step": best_step}
+        best_metric = self.best.evaluation.metric if self.best else None
+        return {
+            **{name: getattr(self, name) for name in COUNTERS},
+            "best_step": best_step,
+            "best_metric": best_metric,
+        }
 
     def evaluations(self) -> dict[str, Tensor]:
         """Returns what evaluations.safetensors holds."""
@@ -97,7 +102,8 @@ class TrainState:
         }
         best: Best | None = None
         if "best" in evaluations and "best" in tensors:
-            best = Best(counters["best_step"], evaluations["best"], dict(tensors["best"]))
+            evaluation = replace(evaluations["best"], metric=counters.get("best_metric"))
+            best = Best(counters["best_step"], evaluation, dict(tensors["best"]))
         kept = {name: counters[name] for name in COUNTERS}
         kept["history"] = [(step, loss) for step, loss in counters["history"]]
         return cls(**kept, before=evaluations.get("before"), best=best)

@@ -35,13 +35,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import AsyncCopy, copies_by_itself
-from tailora.data.dataset import ENOUGH_TO_HALVE, Examples, selection_half
+from tailora.data.dataset import Examples
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
 from tailora.formats.run_folder import checkpoints_in, write_system_message
 from tailora.kernels.loss import Batch
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, launch, run_log, trainable
+from tailora.train.best_step import StepChoice
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import ChooseHeldOut, ReadData, one_ahead, read_data, stream_notes
@@ -105,10 +106,7 @@ class Trainer:
         if before is not None and (counts is None or not np.array_equal(before.counts, counts)):
             raise ConfigError("held-out examples changed since the base was evaluated; use a different --output-dir")
         self.state.before = self.state.before or before
-        can_choose = examples is not None and held_out is None and config.eval_steps > 0
-        is_halved = can_choose and len(examples or ()) >= ENOUGH_TO_HALVE
-        # the examples that choose the best step; None: all
-        self.selection = selection_half(len(examples or ())) if is_halved else None
+        self.choice = StepChoice.of(self.run, stack, is_halved=held_out is not None)
 
     def train(self, on_ready: OnReady | None = None) -> events.TrainResult:
         """Runs until the last step or until evaluations stop improving.
@@ -143,7 +141,7 @@ class Trainer:
                     step = next(steps)
                 self.step(step, step_started, signals.stop.is_set())
                 done = self.submitted_steps
-                if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
+                if done in self.choice.steps or done in self.choice.curve:
                     self.evaluate_and_keep_best()
                 is_due = state.checkpoint_is_due and self.can_be_resumed
                 if is_due or (config.save_steps and done % config.save_steps == 0):
@@ -310,12 +308,13 @@ class Trainer:
             raise DivergedError(f"the held-out loss is {state.before.loss} before any training; {REMEDIES}")
 
     def evaluate_and_keep_best(self) -> None:
-        """Evaluates, and keeps the adapter if it is the best so far."""
+        """Evaluates, and keeps the adapter if it is the best so far, unless only the curve needs this step."""
         self.read_last_step()
-        evaluation = self.check_finite(self.held_out_loss(may_be_kept=True))
-        if evaluation is None:
+        may_be_kept = self.state.step in self.choice.steps
+        evaluation = self.check_finite(self.held_out_loss(may_be_kept=may_be_kept))
+        if evaluation is None or not may_be_kept:
             return
-        if not self.is_best(evaluation):
+        if not self.choice.is_best(evaluation, self.state.best):
             self.state.since_best += 1
             return
         parameters = trained_module(self.run.model).state_dict()
@@ -326,7 +325,7 @@ class Trainer:
     def held_out_loss(self, *, may_be_kept: bool, known: Evaluation | None = None) -> Evaluation | None:
         """Evaluates the held-out examples, logs and reports their loss; None if there are none.
 
-        may_be_kept: the adapter is kept if this is its best loss, which the event says.
+        may_be_kept: the adapter is kept if this is the best evaluation, which the event says.
         known: the evaluation, which then is not computed.
         """
         run, held_out = self.run, self.run.data.held_out
@@ -336,10 +335,14 @@ class Trainer:
         evaluation = known or self.evaluate(held_out, run.task)
         seconds = time.perf_counter() - started
         self.state.history.append((self.state.step, evaluation.loss))
+        if may_be_kept:
+            with self.sampling():
+                evaluation = self.choice.with_metric(evaluation, run.report)
         metrics = {} if run.rollouts is None else run.rollouts.metrics_of(evaluation)
-        self.log(eval_loss=evaluation.loss, **metrics)
-        best, reward = may_be_kept and self.is_best(evaluation), metrics.get("eval_reward")
-        run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best, reward))
+        metric = self.choice.metric_of(evaluation)
+        self.log(eval_loss=evaluation.loss, **metrics, **{f"eval_{name}": score for name, score in metric.items()})
+        best, reward = may_be_kept and self.choice.is_best(evaluation, self.state.best), metrics.get("eval_reward")
+        run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best, reward, metric))
         return evaluation
 
     def evaluate(self, examples: Examples, task: Task, what: str = "held-out examples") -> Evaluation:
@@ -374,10 +377,6 @@ class Trainer:
             if of_rank is not None and of_rank.scores is not None:
                 scores[np.isin(np.repeat(np.arange(len(examples)), counts), own)] = of_rank.scores
         return task.evaluation(examples, sums, scores if scores.size else None)
-
-    def is_best(self, evaluation: Evaluation) -> bool:
-        best = self.state.best
-        return best is None or evaluation.loss_of(self.selection) < best.evaluation.loss_of(self.selection)
 
     def is_out_of_patience(self) -> bool:
         return 0 < self.config.early_stopping_patience <= self.state.since_best
@@ -494,6 +493,7 @@ class Trainer:
             data=run.data.prepared,
             before=state.before,
             after=after,
+            selection=self.choice.examples,
             hits_before=hits(state.before),
             hits_after=hits(after),
         )
@@ -508,7 +508,7 @@ class Trainer:
                 targets, names = None if held_out is None else run.task.targets(held_out), run.task.score_names
                 texts = (run.tokenizer.decode(example.sequences[0].input_ids) for example in held_out or ())
                 run_log.write_examples(
-                    run.output_dir, result.before, result.after, names, targets, texts, self.selection
+                    run.output_dir, result.before, result.after, names, targets, texts, result.selection
                 )
             except WriteError as error:  # what was trained is complete, so the run has not failed
                 run.note(str(error))
