@@ -6,7 +6,6 @@ them chooses the step, and the other half judges the run.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
