@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tailora.core.attach import Change, ClassChange, TensorChange, class_with_plain
-from tailora.core.layer_types import FORWARD_ERRORS, qualified_name, weight_of, whole_tensor
+from tailora.core.layer_types import qualified_name, weight_of, whole_tensor
 
 
 class Storage:
@@ -384,6 +384,8 @@ def common_dtype(model: nn.Module) -> torch.dtype:
 
 # ---- Obstacles
 
+# What the forward of a quantized layer may raise for a small input
+FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 GRADIENT_ERROR = 0.05  # relative; a layer that rounds its inputs to 8 bits stays below
 
 

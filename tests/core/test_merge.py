@@ -121,18 +121,6 @@ def test_a_class_that_is_known_to_compute_the_product_by_itself_is_merged() -> N
     torch.testing.assert_close(model(x), expected)
 
 
-def test_a_class_of_ones_own_is_not_merged() -> None:
-    class Remembering(nn.Linear):  # adapting works, because it computes W x + b, but it does not read its weight
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(x, self.W, self.bias)
-
-    layer = Remembering(8, 8)
-    layer.__dict__["W"] = layer.weight.detach().clone()
-    model = LoRAModel(nn.Sequential(layer), LoRAConfig(r=2))
-    with pytest.raises(MergeError, match="Remembering overrides forward"):
-        model.merge()
-
-
 def test_a_parametrized_weight_is_not_merged() -> None:
     base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
     model = LoRAModel(base, LoRAConfig(r=2))

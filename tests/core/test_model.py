@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter import layer_key
-from tailora.core.layer_types import forward_obstacle
 from tailora.errors import AdapterError, ConfigError, MergeError, TargetError
 from tailora.model import PEFT_NAMES
 
@@ -340,80 +338,17 @@ def test_an_embedding_that_looks_up_something_else_is_refused() -> None:
         LoRAModel(nn.Sequential(Positions(8, 4)), LoRAConfig(r=2, target_modules=["0"]))
 
 
-linear = nn.Linear.forward
-FORWARDS: dict[str, Callable[..., Any]] = {
-    "Noisy": lambda layer, x: nn.functional.dropout(linear(layer, x), 0.5, layer.training),
-    "Clamped": lambda layer, x: linear(layer, x.clamp(-5, 5)),
-    "Doubled": lambda layer, x: 2 * linear(layer, x),
-    "TwoInputs": lambda layer, x, z: linear(layer, x) + z,
-    "Router": lambda layer, x: (linear(layer, x).sigmoid(), linear(layer, x)),  # as in Llama 4 and Phi-MoE
-}
+def test_a_subclass_with_a_forward_of_its_own_is_not_adapted() -> None:
+    class Clamped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clamp(-5, 5))
 
-
-class Failing(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class Asserting(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.ndim == 4
-        return super().forward(x)
-
-
-OTHERS = [type(name, (nn.Linear,), {"forward": forward}) for name, forward in FORWARDS.items()]
-
-
-@pytest.mark.parametrize("cls", [*OTHERS, Failing, Asserting])
-def test_a_subclass_that_computes_something_else_is_not_adapted(cls: type[nn.Linear]) -> None:
-    base = nn.Sequential(nn.Linear(8, 8), cls(8, 8))
+    base = nn.Sequential(nn.Linear(8, 8), Clamped(8, 8))
     assert [*LoRAModel(base, LoRAConfig(r=2)).lora_layers] == ["0"]
-    with pytest.raises(TargetError, match=f"1: {cls.__name__} overrides forward"):
-        LoRAModel(nn.Sequential(nn.Linear(8, 8), cls(8, 8)), LoRAConfig(r=2, target_modules=["0", "1"]))
-    with pytest.raises(TargetError, match=f"no layer left.*{cls.__name__} overrides forward"):
-        LoRAModel(nn.Sequential(cls(8, 8)), LoRAConfig(r=2))
-
-
-def test_convolutions_are_compared_like_linear_layers() -> None:
-    class Same(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
-
-    class Own(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
-
-    config = LoRAConfig(r=2, target_modules=["0"])
-    assert "0" in LoRAModel(nn.Sequential(Own(4, 4, 3, dilation=2)), config).lora_layers
-    with pytest.raises(TargetError, match="0: Same overrides forward and does not compute"):
-        LoRAModel(nn.Sequential(Same(4, 4, 3)), config)
-
-
-def test_a_comparison_changes_nothing() -> None:
-    class Counting(nn.Linear):
-        count: Tensor
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.count += 1
-            return super().forward(x + torch.randn(()) * 0)
-
-    layer = Counting(8, 8).eval()
-    layer.register_buffer("count", torch.zeros(()))
-    state = torch.get_rng_state()
-    assert forward_obstacle(layer) is None
-    assert torch.equal(state, torch.get_rng_state())
-    assert layer.count == 0
-    assert not layer.training
-
-
-def test_a_subclass_that_computes_the_same_is_adapted() -> None:
-    class Own(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight.T + self.bias
-
-    for dtype in (torch.float32, torch.bfloat16):
-        assert "0" in LoRAModel(nn.Sequential(Own(64, 64)).to(dtype), LoRAConfig(r=2)).lora_layers
-    assert "0" in LoRAModel(nn.Sequential(Own(64, 64, device="meta")), LoRAConfig(r=2)).lora_layers
+    with pytest.raises(TargetError, match=r"1: Clamped overrides forward, .* register_layer_type"):
+        LoRAModel(nn.Sequential(nn.Linear(8, 8), Clamped(8, 8)), LoRAConfig(r=2, target_modules=["0", "1"]))
+    with pytest.raises(TargetError, match=r"no layer left.*Clamped overrides forward"):
+        LoRAModel(nn.Sequential(Clamped(8, 8)), LoRAConfig(r=2))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
