@@ -362,9 +362,10 @@ def forward_obstacle(layer: nn.Module) -> str | None:
     """
     if layer_type_of(layer) is None or computes_as_its_type(layer):
         return None
+    name = getattr(layer, "plain", type(layer)).__name__
     return (
-        f"{type(layer).__name__} overrides forward, so its function is unknown; exclude it, or register its function "
-        "with register_layer_type"
+        f"{name} overrides forward, so its function is unknown; exclude it, or register its function with "
+        "register_layer_type"
     )
 
 

@@ -20,7 +20,7 @@ from tailora.core.dora import weight_scale
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_calls import use_of
-from tailora.core.layer_types import computes_as_its_type, parameter_owner, weight_of
+from tailora.core.layer_types import forward_obstacle, parameter_owner, weight_of
 from tailora.core.quantization import common_dtype, dense_weight, dequantize_layer, dequantize_model, is_quantized
 from tailora.errors import MergeError, listing
 
@@ -201,15 +201,7 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
         return "lora_bias cannot be merged, because the layer has no bias; keep the adapter unmerged"
     if nn.utils.parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrization; remove the parametrization first"
-    if is_quantized(layer):
-        return None
-    if computes_as_its_type(layer) or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.replaces_forward):
-        return None
-    name = getattr(layer, "plain", type(layer)).__name__
-    return (
-        f"{name} overrides forward, so merging may give wrong results; keep the adapter unmerged, or if the layer "
-        "only computes W x + b, declare this with register_layer_type"
-    )
+    return None if is_quantized(layer) else forward_obstacle(layer)
 
 
 def replace_by_copy(
