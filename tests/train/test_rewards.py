@@ -36,9 +36,6 @@ def without_kwargs(completions):
 def raises(completions, **kwargs):
     return [1 / (text != "bad") for text in completions]
 
-def nan(completions, **kwargs):
-    return [float("nan") if text == "bad" else 1.0 for text in completions]
-
 def huge(completions, **kwargs):
     return [-1e308 if text == "bad" else -1e9 for text in completions]
 
@@ -70,7 +67,7 @@ def writes(completions, **kwargs):
 
 def hangs_on_bad(completions, **kwargs):
     while "bad" in completions:
-        9**9**9**9
+        time.sleep(60)
     return [1] * len(completions)
 """
 
@@ -120,40 +117,37 @@ def completions(*texts: Any, answer: str = "7") -> list[Completion]:
     return [Completion("How many?", text, [1, 2], {"answer": answer}) for text in texts]
 
 
-@pytest.mark.parametrize(
-    ("name", "texts", "expected"),
-    [
-        ("score", ["It is 7.", "8", ""], [1.0, 0.0, np.nan]),
-        ("of_messages", [[{"role": "assistant", "content": "four"}]], [4.0]),
-        ("without_kwargs", ["a", "b"], [1.0, 1.0]),
-    ],
-)
-def test_a_function_gets_what_trl_passes(file: Path, name: str, texts: list[Any], expected: list[float]) -> None:
-    with RewardProcess([Reward(f"{file}:{name}")], seconds=30) as process:
-        np.testing.assert_equal(process.score(completions(*texts))[:, 0], expected)
+def test_a_function_gets_what_trl_passes(file: Path) -> None:
+    """Also if a column has the name of an argument. Without completions there is no call."""
+    functions = [Reward(f"{file}:{name}") for name in ("score", "of_messages", "without_kwargs")]
+    columns = dict.fromkeys(("prompts", "completions", "completion_ids"), "of the row")
+    chat = [{"role": "assistant", "content": "four"}]
+    with RewardProcess(functions[:1], seconds=30) as process:
+        rows = [replace(row, columns=row.columns | columns) for row in completions("It is 7.", "8", "")]
+        np.testing.assert_equal(process.score(rows)[:, 0], [1.0, 0.0, np.nan])
+    with RewardProcess(functions[1:], seconds=30) as process:
+        np.testing.assert_equal(process.score(completions(chat, chat)), [[4.0, 1.0]] * 2)
+        assert process.score([]).shape == (0, 2)
 
 
 @pytest.mark.parametrize(
     ("name", "problem", "completion"),
     [
         ("raises", "ZeroDivisionError: division by zero (rewards.py, line 14)", "bad"),
-        ("nan", "expected None or a number from -1e+09 to 1e+09, got nan", "bad"),
         ("huge", "expected None or a number from -1e+09 to 1e+09, got -1e+308", "bad"),
         ("few", "expected 2 rewards, one for each completion, got 1", "good"),
         ("hangs", "it did not return within 0.5 seconds; use a higher --reward-seconds", "bad"),
         ("dies", "the process of the reward functions ended with exit code 3", "bad"),
         ("writes", "it wrote to the pipe of its process; write to a file or to stdout", "bad"),
-        ("score", "TypeError", "good"),
         ("nothing", "expected a list with a number or None for each completion, got None", "good"),
         ("other_column", "it needs label, but the rows have no such column (they have answer)", "good"),
     ],
 )
 def test_a_failure_names_the_function_and_the_completion(file: Path, name: str, problem: str, completion: str) -> None:
-    rows = [Completion("How many?", text, [1], {"answer": 7 if name == "score" else "7"}) for text in ("good", "bad")]
     with RewardProcess([Reward(f"{file}:{name}")], seconds=0.5) as process, pytest.raises(RewardError) as raised:
-        process.score(rows)
+        process.score(completions("good", "bad"))
     assert f"reward {file}:{name}: {problem}" in str(raised.value)
-    assert f"completion: '{completion}'" in str(raised.value)
+    assert f"\n  prompt: 'How many?'\n  completion: '{completion}'" in str(raised.value)
 
 
 def test_a_file_is_run_once_and_as_a_script(
@@ -185,12 +179,6 @@ def test_objects_of_the_file_are_refused_as_rewards(script: Path) -> None:
         process.score(completions("a"))
 
 
-def test_a_column_does_not_replace_an_argument(file: Path) -> None:
-    columns = dict.fromkeys(("prompts", "completions", "completion_ids"), "of the row")
-    with RewardProcess([Reward(f"{file}:score")], seconds=30) as process:
-        assert process.score([Completion("How many?", "It is 7.", [1], {"answer": "7", **columns})]) == 1
-
-
 def test_a_process_that_died_between_calls_is_replaced(file: Path) -> None:
     with RewardProcess([Reward(f"{file}:score")], seconds=30) as process:
         process._children[False].end()
@@ -213,17 +201,15 @@ def test_completions_on_which_a_function_hangs_are_not_scored_unless_they_are_mo
     assert notes[1:] == [f"reward {file}:hangs_on_bad: 1 completions without a reply are not scored, such as 'bad'"]
 
 
-HOSTILE = {  # reward -> completions that take too much time or memory, or raise an error
-    "math": [*("9**9**9**9", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{100000000!}", r"\boxed{\binom{10^9}{5*10^8}}")],
-    "regex:(a|aa)+$": ["a" * 100 + "b"],
-    'json_schema:{"pattern": "^(a|a)*$"}': [json.dumps("a" * 60 + "b")],
-    'json_schema:{"uniqueItems": true}': [json.dumps([{str(i): i} for i in range(20_000)])],
+HOSTILE = {  # reward -> a completion that takes too much time or memory, or raises an error
+    "math": "9**9**9**9",
+    "regex:(a|aa)+$": "a" * 100 + "b",
+    'json_schema:{"uniqueItems": true}': json.dumps([{str(i): i} for i in range(20_000)]),
 }
 HARMLESS = {  # completions that the same rewards judge
     "math": [("7", 1), ("(" * 5000 + "7" + ")" * 5000, 0), ("1e999", 0)],
     "regex:(a|aa)+$": [("aaa", 1), ("b" * 100_000, 0)],
-    'json_schema:{"pattern": "^(a|a)*$"}': [('"aa"', 1), ("NaN", 0), ("[" * 100_000, 0)],
-    'json_schema:{"multipleOf": 0.5}': [("1.5", 1), ("1e999", 0), ("-Infinity", 0), ("1" * 5000, 0)],
+    'json_schema:{"multipleOf": 0.5}': [("1.5", 1), ("NaN", 0), ("1e999", 0), ("1" * 5000, 0), ("[" * 100_000, 0)],
 }
 
 
@@ -240,7 +226,7 @@ def test_a_built_in_reward_of_a_hostile_completion_is_0(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rewards, "BUILT_IN_SECONDS", 0.3)
-    cases = [*((text, 0, True) for text in HOSTILE.get(source, [])[:2])]
+    cases = [(HOSTILE[source], 0, True)] if source in HOSTILE else []
     cases += [(text, value, False) for text, value in HARMLESS.get(source, [("[1]", 1)])]
     with RewardProcess([Reward(in_file(source, tmp_path))], seconds=30) as process:
         scores = process.score(completions(*(text for text, *_ in cases)))
@@ -282,11 +268,6 @@ def test_an_import_has_a_limit_and_leaves_no_process(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError, match=message), RewardProcess([Reward(f"{tmp_path}/rewards.py:score")], 0.1):
         pass
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-
-
-def test_no_completions_need_no_call(file: Path) -> None:
-    with RewardProcess([Reward(f"{file}:dies"), Reward(f"{file}:score")], seconds=30) as process:
-        assert process.score([]).shape == (0, 2)
 
 
 def test_built_in_rewards(tmp_path: Path) -> None:
@@ -398,13 +379,6 @@ def test_a_reward_that_does_not_exist_is_refused(source: str, message: str) -> N
     with pytest.raises(ConfigError) as raised:
         load_reward(Reward(source))
     assert message in str(raised.value)
-
-
-def test_an_unknown_function_is_named_when_the_process_starts(file: Path) -> None:
-    functions = [Reward(f"{file}:scores"), Reward("missing.py:score")]
-    message = r"has no function 'scores'(.|\n)*no such file: missing.py"
-    with pytest.raises(ConfigError, match=message), RewardProcess(functions, seconds=30):
-        pass
 
 
 def test_an_import_that_does_not_find_a_file_is_not_a_missing_reward_file(tmp_path: Path) -> None:
