@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import check_refused, found, output
+from command_line import call, check_refused, found, output
 from transformers import LlamaConfig
 
-from tailora.cli.main import main
 from tailora.cli.plan import bytes_of
 from tailora.errors import ConfigError
 from tailora.study.plan import plan
@@ -36,6 +35,15 @@ def same_settings_are_planned_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def bare(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but the config.json of a model with one layer."""
+    folder = tmp_path_factory.mktemp("bare")
+    config = json.loads((tiny_model / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
 
 
@@ -56,16 +64,16 @@ def test_the_line_of_json_has_what_scripts_ask_for(tiny_model: Path, chats: Path
     shown = output(*tokens)
     assert re.search(r"^batch size that fits +(\d+) \(all examples\) +\1 \(all examples\)$", shown, re.MULTILINE)
     assert re.search(r"The largest forward pass has 2 examples with \d+ tokens in total\.", shown)
+    (tmp_path / "out" / "report.json").write_text('{"kind": "train"}')
+    check_refused("contains the report.json of another command; use a different folder", *tokens)
+    assert (tmp_path / "out" / "report.json").read_text() == '{"kind": "train"}'
 
 
-def test_what_is_shown_fits_a_narrow_terminal(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_is_shown_fits_a_narrow_terminal(bare: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in {"COLUMNS": "60", "LINES": "25", "FORCE_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(name, value)
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_text((tiny_model / "config.json").read_text())
+    (tmp_path / "bare").symlink_to(bare)
     shown = output("plan", "--model", "bare", "--r", "4")
     table, _, words = shown.partition("It fits")
     assert max(map(len, shown.splitlines())) <= 60
@@ -75,8 +83,8 @@ def test_what_is_shown_fits_a_narrow_terminal(
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
 
 
-def test_a_model_in_quantized_files_is_planned_as_it_will_be_loaded(tiny_model: Path, tmp_path: Path) -> None:
-    config = json.loads((tiny_model / "config.json").read_text())
+def test_a_model_in_quantized_files_is_planned_as_it_will_be_loaded(bare: Path, tmp_path: Path) -> None:
+    config = json.loads((bare / "config.json").read_text())
     settings = {"gptq": {"bits": 4, "group_size": 16}, "fp8": {"weight_block_size": [16, 16]}}
     shown = {}
     for method, more in settings.items():
@@ -94,7 +102,8 @@ def test_a_card_that_is_not_here_is_planned_from_its_data_sheet(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    shown = output("plan", "--model", tiny_model, "--device", "h100", "--max-steps", "10")
+    tokens = ["plan", "--model", tiny_model, "--device", "h100", "--max-steps", "10"]
+    shown = output(*tokens)
     table, _, words = shown.partition("It fits")
     no_sentences = [line for line in table.splitlines() if not re.search(r"[.;:] ", line)]
     assert max(map(len, no_sentences)) <= 80
@@ -104,73 +113,47 @@ def test_a_card_that_is_not_here_is_planned_from_its_data_sheet(
     assert "--quantize nf4" in table
     assert "of 80 GB" in words
     assert "H100 PCIe 80GB, H100 NVL 94GB" in words
+    payload = found(*tokens)
+    assert (payload["device"], payload["dtype"], payload["available_bytes"]) == ("H100 SXM 80GB", "bfloat16", 80e9)
+    assert payload["seconds_per_step"] is payload["seconds"] is None
+    assert payload["memory"]["process"] > 5e8  # the card's context, and what products need
+    settings = {option["settings"]: option for option in payload["options"]}
+    assert settings["as set"]["memory"] == payload["memory"]["total"]
+    assert settings["--gradient-checkpointing"]["memory"] < payload["memory"]["total"]
 
 
-def test_the_json_of_a_card_has_its_memory_and_no_time(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokens = ["plan", "--model", str(tiny_model), "--max-steps", "10", "--json", "--device"]
-    assert main([*tokens, "T4"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["device"], found["dtype"]) == ("T4 16GB", "float16")  # it has no bfloat16
-    assert found["available_bytes"] == 16e9
-    assert found["seconds_per_step"] is found["seconds"] is None
-    assert found["memory"]["process"] > 5e8  # the card's context, and what products need
-    settings = {option["settings"]: option for option in found["options"]}
-    assert settings["as set"]["memory"] == found["memory"]["total"]
-    assert settings["--gradient-checkpointing"]["memory"] < found["memory"]["total"]
-    assert main([*tokens, "M2 Max 32GB", "--dtype", "float32", "--memory", "1MB"]) == 4
-    found = json.loads(capsys.readouterr().out)
-    assert (found["device"], found["dtype"], found["available_bytes"]) == ("M2 Max 32GB", "float32", 10**6)
-    assert all(option["batch_size"] == option["tokens"] == 0 for option in found["options"])
-
-
-def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokens = ["plan", "--model", str(tiny_model), "--per-device-train-batch-size", "64"]
-    assert main([*tokens, "--memory", "1MB"]) == 4
-    shown = capsys.readouterr().out
+def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(bare: Path) -> None:
+    tokens = ["plan", "--model", bare, "--per-device-train-batch-size", "64", "--memory", "1MB"]
+    code, shown, _ = call(*tokens)
+    assert code == 4
     assert "It does not fit" in shown
-    helps = "--gradient-checkpointing; --max-length 512; a smaller --model."
-    assert f"What helps: {helps}" in shown
-    assert main([*tokens, "--memory", "1MB", "--json"]) == 4
-    found = json.loads(capsys.readouterr().out)
-    assert not found["fits"]
+    assert "What helps: --gradient-checkpointing; --max-length 512; a smaller --model." in shown
+    code, shown, _ = call(*tokens, "--json")
+    assert code == 4
+    payload = json.loads(shown)
+    assert not payload["fits"]
+    assert all(option["batch_size"] == option["tokens"] == 0 for option in payload["options"])
     first = "--per-device-train-batch-size 24 --gradient-accumulation-steps 6"
     config = with_numbers(TrainConfig(per_device_train_batch_size=64, gradient_accumulation_steps=2), None)
     assert remedies(config, LlamaConfig(), 24, torch.device("cpu"))[0] == first
-    full = with_numbers(
-        TrainConfig(method="full", learning_rate=1e-4, gradient_checkpointing=True, max_length=64), None
-    )
-    assert remedies(full, LlamaConfig(), 0, torch.device("cpu")) == [
-        "--method lora",
-        "a smaller --model",
-    ]
+    full = TrainConfig(method="full", learning_rate=1e-4, gradient_checkpointing=True, max_length=64)
+    advice = remedies(with_numbers(full, None), LlamaConfig(), 0, torch.device("cpu"))
+    assert advice == ["--method lora", "a smaller --model"]
 
 
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [
-        (["--model", "no/such/model"], "no/such/model"),
         (["--model", "MODEL", "--target-modules", "q_prj"], "target_modules: 'q_prj' matches no layer; did you mean"),
         (["--model", "MODEL", "--method", "full", "--r", "4", "--learning-rate", "1e-4"], "r: requires --method lora"),
         (["--model", "MODEL", "--memory", "much"], "8GB"),
         (["--model", "MODEL", "--device", "h1000"], "did you mean h200, h100 sxm"),
         (["--model", "MODEL", "--device", "9" * 10_000], '"Will it fit?" in the docs'),
-        (["--model", "MODEL", "--device", "\x1b[2J"], "unknown graphics card"),
         (["--model", "MODEL", "--device", "L4", "--measure"], "this machine has no L4 24GB"),
     ],
 )
 def test_mistakes_exit_with_2(tiny_model: Path, tokens: list[str], said: str) -> None:
     check_refused(said, "plan", *(str(tiny_model) if token == "MODEL" else token for token in tokens))
-
-
-def test_a_report_is_only_written_over_a_plan(tiny_model: Path, tmp_path: Path) -> None:
-    tokens = ["plan", "--model", tiny_model, "--device", "h100", "--output-dir", tmp_path]
-    output(*tokens)
-    output(*tokens)
-    (tmp_path / "report.json").write_text('{"kind": "train"}')
-    check_refused("contains the report.json of another command; use a different folder", *tokens)
-    assert (tmp_path / "report.json").read_text() == '{"kind": "train"}'
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("512 MiB", 2**29), ("1e3", 1000), (".5g", 5 * 10**8)])
