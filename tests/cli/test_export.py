@@ -48,12 +48,13 @@ def test_every_format_with_its_figures_and_the_next_command(
     assert result["logits"]["difference"] <= result["logits"]["tolerance"] < result["logits"]["effect"]
     assert result["files"] == {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
     out = tmp_path / ("b" if to == "merged" else "a")  # a model is not replaced
-    assert main(["export", str(run), "--to", to, "--output", str(out), "--overwrite"]) == 0
+    more = [] if to == "peft" else [NO_PASSPORT]
+    assert main(["export", str(run), "--to", to, "--output", str(out), "--overwrite", *more]) == 0
     shown = capsys.readouterr()
     assert re.search(r"exported files, the logits (are equal to|differ by \S+ of their size from) the live", shown.out)
     use = {"portable": "`--to vllm` also", "gguf": "`--to llama-server` also"}.get(to, "tailora chat ")
     assert re.search(rf"^{use}.*", shown.out, re.MULTILINE)
-    assert f"tailora verify URL --adapter {out}" in shown.out
+    assert (f"tailora verify URL --adapter {out}" in shown.out) == (to == "peft")
     assert "it/s" not in shown.err
 
 
@@ -63,13 +64,13 @@ def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path) -> No
     serving = found(*tokens, NO_PASSPORT)["serving"]
     assert (serving["target"], serving["name"], serving["stop_tokens"]) == (to, "a", {"2": "<|im_end|>"})
     assert (serving["more_stop_tokens"], serving["chat_template"], serving["context_length"]) == ({}, None, 512)
-    shown = output(*tokens, "--overwrite")
+    shown = output(*tokens, "--overwrite", *([] if to == "vllm" else [NO_PASSPORT]))
     start = shown.index(f"To serve it, run {tmp_path / 'a' / 'serve.sh'} or this command:")
     assert (0 < shown.find('add "rope_theta"') < start) == (to == "mlx")  # what has to be done first
     assert all(shlex.join(command) in shown for command in serving["commands"])
     for words in ("convert_hf_to_gguf.py", "pip install sentencepiece"):
         assert (words in shown) == (to in ("llama-server", "ollama"))
-    assert "tailora verify http://127.0.0.1:" in shown
+    assert ("tailora verify http://127.0.0.1:" in shown) == (to == "vllm")
 
 
 def test_the_servers_of_the_flag_are_those_of_the_table() -> None:
@@ -80,7 +81,7 @@ def test_the_servers_of_the_flag_are_those_of_the_table() -> None:
 def test_the_template_of_another_trainer_is_served(run: Path, tmp_path: Path) -> None:
     other = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|endoftext|>{% endfor %}"
     (run / "adapter" / "chat_template.jinja").write_text(other)
-    result = found("export", run, "--to", "vllm", "--output", tmp_path / "out")
+    result = found("export", run, "--to", "vllm", "--output", tmp_path / "out", NO_PASSPORT)
     assert result["serving"]["chat_template"] == other
     assert result["serving"]["commands"][0][-4:-2] == ["--chat-template", f"{tmp_path}/out/chat_template.jinja"]
     assert result["serving"]["more_stop_tokens"] == {"0": "<|endoftext|>"}  # which ends a reply in that template
@@ -88,7 +89,8 @@ def test_the_template_of_another_trainer_is_served(run: Path, tmp_path: Path) ->
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == other
     (run / "adapter" / "chat_template.jinja").unlink()
     (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))  # the base's own
-    assert found("export", run, "--to", "vllm", "--output", tmp_path / "same")["serving"]["chat_template"] is None
+    same = found("export", run, "--to", "vllm", "--output", tmp_path / "same", NO_PASSPORT)
+    assert same["serving"]["chat_template"] is None
     (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "a"}]}))
     check_refused("several chat templates", "export", run, "--to", "vllm", "--output", tmp_path / "several")
     assert not (tmp_path / "several").exists()
@@ -101,7 +103,7 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(run: Path, tiny_model: Pat
     tokens = ["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out")]
     check_refused("trained on a base quantized as nf4; use --quantize nf4", *tokens)
     assert not (tmp_path / "out").exists()
-    result = found(*tokens, "--quantize", "none")
+    result = found(*tokens, "--quantize", "none", NO_PASSPORT)
     assert (result["format"], result["serving"]["rank"]) == ("merged", None)
 
 

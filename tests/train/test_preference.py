@@ -330,7 +330,9 @@ def test_a_run_on_pairs_begins_at_log_2_and_learns_the_order(settings: Any, pair
     assert rewards == pytest.approx([0.1 * change for change in changes], abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo", "kto"])
+@pytest.mark.parametrize(
+    "loss", ["orpo", "kto", *(pytest.param(loss, marks=pytest.mark.exhaustive) for loss in ("ipo", "simpo"))]
+)
 def test_runs_with_the_other_losses_learn_the_order(
     loss: str, settings: Any, pairs_file: Path, feedback_file: Path
 ) -> None:

@@ -93,9 +93,9 @@ def test_the_system_message_is_stored_with_what_was_trained(settings: Any, metho
     changes = {"method": method, "r": 16, "streaming": True, "validation_split": 0}
     config = settings(max_steps=1, output_dir=str(tmp_path / "run"), **changes)
     folder = tmp_path / "run" / ("adapter" if method == "lora" else "model")
-    for system in ("be brief", None):
-        run(changed(config, system=system), overwrite=True)
-        assert read_system_message(folder) == system
+    result = run(changed(config, system="be brief"))
+    assert read_system_message(folder) == "be brief"
+    assert (result.eval_loss_before, result.data) == (None, None)  # of a stream
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -172,7 +172,7 @@ def test_the_commit_of_a_repository_is_known(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {"commit": commit, "dirty": True}
 
 
-@pytest.mark.parametrize("rows", ["data_file", "feedback_file"])
+@pytest.mark.parametrize("rows", [pytest.param("data_file", marks=pytest.mark.exhaustive), "feedback_file"])
 def test_the_same_weight_for_all_rows_changes_nothing_and_other_weights_do(
     request: pytest.FixtureRequest, settings: Any, tmp_path: Path, rows: str
 ) -> None:
@@ -189,22 +189,21 @@ def test_the_same_weight_for_all_rows_changes_nothing_and_other_weights_do(
     assert adapters["two"] == adapters["none"] != adapters["some"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.2}])
-def test_packed_and_padded_runs_give_the_same_adapter(settings: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_packed_and_padded_runs_give_the_same_adapter(settings: Any, tmp_path: Path) -> None:
     losses = {}
     for packing in ("on", "off"):
-        config = settings(packing=packing, max_steps=4, output_dir=str(tmp_path / packing), **changes)
+        config = settings(packing=packing, max_steps=3, output_dir=str(tmp_path / packing), validation_split=0)
         losses[packing] = [event.loss for event in run_and_collect(config, events.Stepped)[1]]
-    if "lora_dropout" in changes:  # other masks on other shapes: alike, not equal
-        assert losses["on"] != losses["off"]
-    else:
-        assert losses["on"] == pytest.approx(losses["off"], abs=1e-5)
+    assert losses["on"] == pytest.approx(losses["off"], abs=1e-5)
 
 
 def test_gradient_checkpointing_changes_no_bit(settings: Any, tmp_path: Path) -> None:
     written = []
     for on in (False, True):
-        config = settings(gradient_checkpointing=on, lora_dropout=0.1, max_steps=3, output_dir=str(tmp_path / str(on)))
+        folder = str(tmp_path / str(on))
+        config = settings(
+            gradient_checkpointing=on, lora_dropout=0.1, max_steps=2, validation_split=0, output_dir=folder
+        )
         run(config)
         written.append(adapter(config))
     assert written[0] == written[1]
@@ -285,8 +284,6 @@ def test_streaming_trains_on_the_rows_in_order(settings: Any, data_file: Path) -
     note = "30 of 30 streamed rows are also in the held-out data, so the held-out loss looks too good: chats.jsonl:1, "
     assert any(each.text.startswith(note) and each.text.endswith(" and 25 more") for each in notes)
     assert result.eval_loss_after < result.eval_loss_before
-    without = run(settings(streaming=True, max_steps=1, output_dir=f"{config.output_dir}-2"))
-    assert (without.eval_loss_before, without.data) == (None, None)
 
 
 def test_trackers_that_are_missing_or_unknown_are_errors(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
