@@ -118,6 +118,13 @@ def pytest_collection() -> Generator[None, object, object]:
     return result
 
 
+@pytest.fixture(scope="module", autouse=True)
+def keep_imports_from_the_collector() -> None:
+    """Freezes what was imported since the last file, too. transformers collects all garbage when an engine stops."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     """Chromium, without a window. The tests that use it have the marker `browser`."""

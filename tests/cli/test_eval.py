@@ -42,10 +42,10 @@ def quiz(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_adapter_is_judged_beside_the_base_that_it_names(adapter: Path, tiny_model: Path, chats: Path) -> None:
     both = found("eval", adapter, "--data", chats, "--dtype", "float32")
-    alone = found("eval", "--model", tiny_model, "--data", chats, "--dtype", "float32")
+    alone = found("eval", tiny_model, "--data", chats, "--dtype", "float32")
     assert both["model"] == str(tiny_model)
     assert both["base"] == alone["metrics"]
-    assert alone["base"] is None
+    assert alone["base"] is alone["adapter"] is None
     assert both["metrics"].keys() == {"loss", "perplexity"}
     for name, one in both["metrics"].items():
         low, high = one["interval"]
@@ -53,9 +53,6 @@ def test_the_adapter_is_judged_beside_the_base_that_it_names(adapter: Path, tiny
         assert one["n"] == 24
     change = both["change"]["loss"]
     assert change["value"] == pytest.approx(both["metrics"]["loss"]["value"] - both["base"]["loss"]["value"])
-    without_base = found("eval", adapter, "--data", chats, "--dtype", "float32", "--no-base")
-    assert without_base["base"] is without_base["change"] is None
-    assert without_base["metrics"] == both["metrics"]
 
 
 def test_rows_get_the_system_message_that_the_run_trained_with(adapter: Path, chats: Path, tmp_path: Path) -> None:
@@ -77,7 +74,6 @@ def test_the_columns_of_the_run_are_named_once_where_data_is_read(
     code, _, told = call(*command, "--data", quiz)
     assert code == 0, told
     assert told.count("using the column names from training: --field prompt=question; ") == 1
-    assert "as in training" not in call(*command, "--tasks", "no-such-task")[2]
     monkeypatch.setattr("tailora.cli.eval.launch", lambda *_, **__: 0)  # the processes that it starts say it
     assert "as in training" not in call(*command, "--data", quiz, "--nproc-per-node", "2", "--device", "cpu")[2]
 
@@ -90,10 +86,6 @@ def test_choices_bring_accuracy(adapter: Path, quiz: Path) -> None:
     more = found("eval", adapter, "--data", quiz, "--metric", "loss,acc", "--limit", 5)
     assert more["metrics"].keys() == {"loss", "accuracy"}
     assert more["metrics"]["loss"]["n"] == 5
-    code, said, _ = call("eval", adapter, "--data", quiz)
-    assert code == 0
-    assert "tuned - base" in said
-    assert "accuracy_norm" in said
 
 
 @pytest.mark.slow
@@ -102,6 +94,7 @@ def test_gates_decide_the_exit_code(adapter: Path, chats: Path) -> None:
     code, said, told = call(*tokens, "--gate", "loss<100,ppl>0", "--gate", "loss_change>=-50")
     assert code == 0
     assert said.count("gate met: ") == 3
+    assert "tuned - base" in said
     code, said, told = call(*tokens, "--gate", "loss<100", "--gate", "loss<.1", "--json")
     assert code == 4
     payload = json.loads(said.splitlines()[-1])
@@ -109,11 +102,6 @@ def test_gates_decide_the_exit_code(adapter: Path, chats: Path) -> None:
     assert payload["gates"][1] == {"gate": "loss<0.1", "value": payload["metrics"]["loss"]["value"], "met": False}
     assert told.splitlines()[-1].startswith("gate not met: loss<0.1 (measured: ")
     assert "loss<100" not in told
-    code, said, told = call(*tokens, "--gate", "loss<.1")
-    assert code == 4
-    assert "gate NOT MET: loss<0.1" in said
-    assert "not met" not in told.lower()
-    assert said.lower().count("not met") == 1
 
 
 @pytest.mark.slow
@@ -144,9 +132,6 @@ def test_metrics_judge_the_answers(adapter: Path, tiny_model: Path, tmp_path: Pa
     assert alone["metrics"].keys() == {"exact_match", "loss"}
     assert alone["metrics"]["exact_match"]["value"] == 0.5
     assert all(answer["before"] is None for answer in alone["answers"])
-    code, shown, _ = call(*judged)
-    assert code == 0
-    assert "✓" in shown
 
 
 @pytest.mark.slow
@@ -154,7 +139,7 @@ def test_a_judge_compares_the_answers(
     adapter: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
-    tokens = ["eval", adapter, "--data", chats, "--limit", 8, "--max-new-tokens", 6, "--metric", "max_length:3"]
+    tokens = ["eval", adapter, "--data", chats, "--limit", 4, "--max-new-tokens", 6, "--metric", "max_length:3"]
     with fake_judge(monkeypatch) as server:
         tokens += ["--metric", f"judge:{server.url}", "--judge-model", "fake", "--gate", "judge>=.5"]
         check_refused("add --output-dir", *tokens)
@@ -165,26 +150,21 @@ def test_a_judge_compares_the_answers(
         code, page, _ = call(*tokens, "--output-dir", folder)
     assert (code, len(server.requests)) == (0, sent)
     metric = got["metrics"]["judge"]
-    assert (metric["before"], metric["after"], metric["order_changed"], metric["examples"]) == (0.5, 0.5, 1.0, 8)
+    assert (metric["before"], metric["after"], metric["order_changed"], metric["examples"]) == (0.5, 0.5, 1.0, 4)
     assert [*got["metrics"]] == ["max_length:3", "judge"]
     assert "100% of its verdicts changed with the order" in got["findings"][1]
-    assert "the judge preferred the tuned answers to 50% of 8 prompts" in " ".join(page.split())
+    assert "the judge preferred the tuned answers to 50% of 4 prompts" in " ".join(page.split())
     assert KEY.encode() not in b"".join(file.read_bytes() for file in folder.iterdir())
 
 
 @pytest.mark.slow
 def test_a_report_is_written(adapter: Path, chats: Path, tmp_path: Path) -> None:
-    tokens = ["eval", adapter, "--data", chats, "--output-dir", tmp_path / "out"]
+    tokens = ["eval", adapter, "--data", chats, "--output-dir", tmp_path / "out", "--limit", 4, "--no-base"]
     first = found(*tokens)
+    assert first["base"] is first["change"] is None
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report == {"kind": "eval", **first}
     found(*tokens)  # over its own
-
-
-def test_a_whole_model_is_judged_alone(tiny_model: Path, chats: Path) -> None:
-    whole = found("eval", tiny_model, "--data", chats)
-    assert whole["adapter"] is None
-    assert whole["metrics"] == found("eval", "--model", tiny_model, "--data", chats)["metrics"]
 
 
 def test_a_run_is_followed_and_told_what_it_was_trained_on(tiny_model: Path, chats: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_other_errors_pass_through_unchanged() -> None:
         raise RuntimeError("shapes")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
 def test_running_out_in_training_names_cause_and_remedies(settings: Any, model_folder: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 4}
