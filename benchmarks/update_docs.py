@@ -478,6 +478,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "forecasts": lambda: evidence_tables.forecasts(read("scaling_first")["verdict"]),
         "planted-recall": lambda: evidence_tables.found_rows(read("planted_rows")["verdict"]),
         "planted-retraining": lambda: evidence_tables.retrained(read("planted_rows")["verdict"]),
+        "defaults": lambda: evidence_tables.defaults(read("defaults")),
         "rate-rules": lambda: evidence_tables.rate_rules(read("learning_rate_rules")),
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),

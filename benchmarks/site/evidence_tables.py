@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.site.tables import table
@@ -238,3 +238,23 @@ PARTS: dict[str, Callable[[Content], str]] = {  # name of a part of the page -> 
     "evidence-matrices": intruders,
     "evidence-source": source,
 }
+
+
+def defaults(results: dict[str, Any]) -> str:
+    """Returns the regrets of every setting of benchmarks/studies/defaults.py, for each size from the best on."""
+    rows = []
+    for size in sorted({run["size"] for run in results["runs"]}):
+        runs = [run for run in results["runs"] if run["size"] == size]
+        best: dict[str, float] = {}
+        for run in runs:
+            best[run["kind"]] = min(run["after"], best.get(run["kind"], run["after"]))
+        of_setting: dict[tuple[float, int, int], list[dict[str, Any]]] = {}
+        for run in runs:
+            of_setting.setdefault((run["rate"], run["batch"], run["passes"]), []).append(run)
+        for (rate, batch, passes), own in of_setting.items():
+            regrets = [run["after"] - best[run["kind"]] for run in own]
+            seconds = f"{mean(run['cpu_seconds'] for run in own):.0f}"
+            cells = [f"{rate:g}", batch, passes, len(own), f"{mean(regrets):.3f}", f"{max(regrets):.3f}", seconds]
+            rows.append((size, mean(regrets), cells))
+    head = ["rows", "learning rate", "batch", "passes", "cases", "mean regret", "worst regret", "CPU seconds"]
+    return table(head, [[str(size), *map(str, cells)] for size, _, cells in sorted(rows)])

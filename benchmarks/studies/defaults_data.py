@@ -22,60 +22,13 @@ from tailora.data import demo
 
 ROOT = Path(__file__).parents[2]
 Pair = tuple[str, str]  # what the user writes, and the reply to learn
-MODULES = [
-    "argparse",
-    "ast",
-    "asyncio",
-    "base64",
-    "calendar",
-    "collections",
-    "concurrent.futures",
-    "copy",
-    "csv",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "difflib",
-    "email.message",
-    "enum",
-    "fileinput",
-    "fractions",
-    "functools",
-    "glob",
-    "heapq",
-    "html",
-    "inspect",
-    "ipaddress",
-    "itertools",
-    "json",
-    "logging",
-    "math",
-    "multiprocessing.pool",
-    "os",
-    "pathlib",
-    "pickle",
-    "random",
-    "re",
-    "shutil",
-    "socket",
-    "sqlite3",
-    "statistics",
-    "string",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "time",
-    "tokenize",
-    "typing",
-    "unittest",
-    "urllib.parse",
-    "urllib.request",
-    "uuid",
-    "weakref",
-    "zipfile",
-]
+MODULES = """
+argparse ast asyncio base64 calendar collections concurrent.futures copy csv dataclasses datetime decimal
+difflib email.message enum fileinput fractions functools glob heapq html inspect ipaddress itertools json
+logging math multiprocessing.pool os pathlib pickle random re shutil socket sqlite3 statistics string
+subprocess tarfile tempfile textwrap threading time tokenize typing unittest urllib.parse urllib.request uuid
+weakref zipfile
+"""
 FIRST = "Mira Jonas Petra Emil Olga Ravi Lena Hugo Ines Tariq Wanda Felix Nadia Oscar Greta Samir Paula Boris Akira"
 LAST = "Holt Brandt Vance Okoro Lindqvist Marsh Ferro Novak Quill Sato Abbot Crane Dumas Ekberg Falk Grimm"
 PLACES = "Lisbon Oslo Krakow Quito Perth Nairobi Kyoto Turin Malmo Bergen Dakar Lyon Hanoi Cork Graz Leeds"
@@ -153,7 +106,7 @@ def labels() -> Iterator[Pair]:
 
 
 def long_replies() -> Iterator[Pair]:
-    for name in MODULES:
+    for name in MODULES.split():
         for member, value in sorted(vars(importlib.import_module(name)).items()):
             text = inspect.getdoc(value) if inspect.isroutine(value) or inspect.isclass(value) else None
             if text and 400 < len(text) < 1200 and not member.startswith("_"):

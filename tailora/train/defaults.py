@@ -47,7 +47,11 @@ SMALL = (
     Suited(800, per_step=4, passes=1, learning_rate=1e-3),
 )
 WIDE = 4096  # of models this wide, some diverge at 1e-3 (docs/questions/learning_rate.md)
-NAMES = {"per_device_train_batch_size": "batch {:g}", "num_train_epochs": "{:g} passes", "learning_rate": "rate {:g}"}
+NAMES = {
+    "per_device_train_batch_size": "batches of {:g}",
+    "num_train_epochs": "{:g} passes",
+    "learning_rate": "learning rate {:g}",
+}
 
 
 def with_numbers(config: TrainConfig, data: PreparedData | None, processes: int = 1) -> RunConfig:
@@ -84,6 +88,9 @@ def numbers_of(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
 
 def describe(config: TrainConfig, run: RunConfig, examples: int, steps: int) -> str | None:
     """Returns which numbers were chosen and why; None if the settings had all."""
-    chosen = [text.format(getattr(run, name)) for name, text in NAMES.items() if getattr(config, name) is None]
+    free = [name for name in NAMES if getattr(config, name) is None]
+    if config.max_steps is not None:  # which decides the length
+        free = [name for name in free if name != "num_train_epochs"]
+    chosen = [NAMES[name].format(getattr(run, name)) for name in free]
     reason = "" if examples > SMALL[-1].examples else ", because small data needs steps"
     return f"{examples:,} examples: {', '.join([*chosen, f'{steps:,} steps'])}{reason}" if chosen else None

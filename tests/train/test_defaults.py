@@ -66,7 +66,7 @@ def test_a_flag_overrides_its_part(given: dict[str, Any]) -> None:
     assert chosen.model_dump(include=given.keys()) == given
     text = describe(config, chosen, 24, 36)
     assert text is not None
-    assert ("passes" in text, "batch" in text, "rate" in text) == tuple(
+    assert ("passes" in text, "batches" in text, "rate" in text) == tuple(
         name not in given for name in ("num_train_epochs", "per_device_train_batch_size", "learning_rate")
     )
 
@@ -80,7 +80,7 @@ def test_a_run_names_its_numbers_and_is_resumed_with_them(settings: Any) -> None
     (note,) = [note for note in notes if "because small data needs steps" in note]
     record = json.loads((Path(config.output_dir) / "run.json").read_text())
     saved = {name: record["settings"][name] for name in free}
-    assert f"batch {saved['per_device_train_batch_size']}, {saved['num_train_epochs']:g} passes" in note
+    assert f"batches of {saved['per_device_train_batch_size']}, {saved['num_train_epochs']:g} passes" in note
     older = changed(config, **{**saved, "num_train_epochs": 1.0, "per_device_train_batch_size": 3}, max_steps=2)
     older = changed(older, output_dir=f"{config.output_dir}-older", save_steps=1)
     run(older)
