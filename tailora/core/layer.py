@@ -20,9 +20,6 @@ from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, LayerType, Shape, qualified_name, whole_tensor
 from tailora.errors import ConfigError
 
-SMALL_BATCH = 32  # tokens; on a CPU, casting both factors costs more than multiplying up to about 40 tokens by them
-
-
 # ---- How a fresh A and B are filled. One of the two is zero, so that training starts at the base model.
 
 
@@ -43,15 +40,6 @@ def concatenate_ranks(A: Tensor, other: Tensor, groups: int) -> Tensor:
     """Concatenates two factors A: (r, ...) and (r', ...) -> (r + r', ...), group by group."""
     blocks = [factor.reshape(groups, -1, *factor.shape[1:]) for factor in (A, other)]  # (groups, r/groups, ...)
     return torch.cat(blocks, 1).flatten(0, 1)
-
-
-def is_certain(condition: bool) -> bool:
-    """Returns a condition about sizes; False if they depend on data, which the compiler does not know."""
-    if not torch.compiler.is_compiling():
-        return condition
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # already imported by the compiler
-
-    return guard_or_false(condition)
 
 
 class LoRALayer(nn.Module, AdapterPart):
@@ -161,7 +149,7 @@ class LoRALayer(nn.Module, AdapterPart):
         The change is s (B A - B0 A0) x, or (g - 1) W x + g s (B A - B0 A0) x + b' - b with all slots. It has the dtype
         and shape of `output`, and is multiplied by the strength: 0 turns the adapter off.
         """
-        if self._adds_a_product(y, output, x):
+        if self._adds_a_product(y, output):
             y = self._with_product(y, x)
             shift = self.bias_change(layer)
             return y if shift is None else y + self._over_kernel(shift, output.dtype)
@@ -189,24 +177,16 @@ class LoRALayer(nn.Module, AdapterPart):
         factors: the result of `scaled_factors`.
         """
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
-        if self._is_small_batch(x, dtype):
-            update = self._small_batch_update(x, layer).to(dtype)
-        else:
-            if self.layer_type.reads_numbers:
-                x = x.to(dtype)
-                if self.lora_dropout:
-                    x = F.dropout(x, self.lora_dropout, self.training)
-            A, B = factors or self.scaled_factors()
-            update = self.layer_type.update(layer, x, A.to(dtype), B.to(dtype))  # B (A x), the scale in B
+        if self.layer_type.reads_numbers:
+            x = x.to(dtype)
+            if self.lora_dropout:
+                x = F.dropout(x, self.lora_dropout, self.training)
+        A, B = factors or self.scaled_factors()
+        update = self.layer_type.update(layer, x, A.to(dtype), B.to(dtype))  # B (A x), the scale in B
         return update if self.output_slice is None else self.output_slice.spread(update)
 
-    def _is_small_batch(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """True in evaluation mode for a few tokens, such as the next token in `generate`."""
-        in_evaluation = not self.training and not torch.is_grad_enabled() and dtype.is_floating_point
-        return in_evaluation and is_certain(x.numel() <= SMALL_BATCH * self.in_features)
-
-    def _adds_a_product(self, y: Tensor, output: Tensor, x: Tensor) -> bool:
-        """True if the adapter adds B (A x) of a linear layer and at most a bias, for more than a few tokens."""
+    def _adds_a_product(self, y: Tensor, output: Tensor) -> bool:
+        """True if the adapter adds B (A x) of a linear layer and at most a bias."""
         return (
             self.layer_type in (LINEAR, CONV1D)
             and self.lora_magnitude_vector is None
@@ -214,7 +194,6 @@ class LoRALayer(nn.Module, AdapterPart):
             and self.strength == 1
             and y.ndim > 1
             and y.dtype == output.dtype
-            and not self._is_small_batch(x, output.dtype)
         )
 
     def whole_output(self, x: Tensor, layer: Any) -> Tensor | None:
@@ -222,7 +201,7 @@ class LoRALayer(nn.Module, AdapterPart):
         is_plain = LAYER_TYPES.get(qualified_name(type(layer).plain)) is self.layer_type
         has_more = self.lora_bias is not None or self.bias is not None or (self.lora_dropout and self.training)
         weight = layer._parameters.get("weight")
-        if not is_plain or has_more or not self._adds_a_product(x, x, x) or weight is None or weight.requires_grad:
+        if not is_plain or has_more or not self._adds_a_product(x, x) or weight is None or weight.requires_grad:
             return None
         weight = weight if self.layer_type is LINEAR else weight.mT  # (out, in)
         return adapted_linear(x, weight, layer.bias, *self.scaled_factors())
@@ -261,15 +240,6 @@ class LoRALayer(nn.Module, AdapterPart):
         if self.start_A is None or self.start_B is None:
             return A, B
         return concatenate_ranks(A, A - self.start_A, self.groups), torch.cat([B - self.start_B, self.start_B], 1)
-
-    def _small_batch_update(self, x: Tensor, layer: nn.Module | None) -> Tensor:
-        """The update in the factors' own precision: x is cast and the result scaled, not the larger factors."""
-        (A, B), scale = self.unscaled_factors(), self.scaling
-        if self.layer_type.reads_numbers:
-            x = x.to(A.dtype)
-        if is_certain(x.numel() == self.in_features) and self.layer_type in (LINEAR, CONV1D):  # one token
-            return torch.mv(B, torch.mv(A, x.reshape(-1)) * scale).view(*x.shape[:-1], -1)
-        return self.layer_type.update(layer, x, A, B) * scale
 
     # ---- The update in the layout of the layer's weight
 
