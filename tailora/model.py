@@ -428,24 +428,17 @@ class LoRAModel(nn.Module):
         *,
         r: int | None = None,
         energy: float | None = None,
-        loss: Callable[[Self], float] | None = None,
-        budget: float | None = None,
     ) -> Truncation:
         """Adds the adapter `name`: `source` reduced to a lower rank, with its largest singular values.
 
         r: maximum rank per layer.
         energy: share of the squared singular values to keep in each layer, such as 0.99.
-        loss, budget: `loss(model)` may rise by `budget`. It is called about log2(number of singular values) times, with
-            only `source` active unless that is active already. Afterwards, the same adapters are active as before.
-        Returns rank and error by layer. Raises ConfigError, AdapterError, or DivergedError for a loss that is not
-        finite.
+        Returns rank and error by layer. Raises ConfigError, AdapterError.
         """
-        compress.check(r, energy, loss, budget)
+        compress.check(r, energy)
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("shrink an adapter")
-        loss_of_model = (lambda: loss(self)) if loss else None
-        with self._activated(source) if loss and source not in self.active_adapters else nullcontext():
-            smaller, report = compress.shrink(self.adapter(source), self.base_model, r, energy, loss_of_model, budget)
+        smaller, report = compress.shrink(self.adapter(source), self.base_model, r, energy)
         self._adapter_set.add(name, smaller)
         return report
 

@@ -8,17 +8,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, PositiveInt
+from cyclopts.types import PositiveInt
 
-from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_settings, merge_with_run
-from tailora.cli.main import log, note, print_json, stdout
+from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
+from tailora.cli.main import log, print_json, stdout
 from tailora.cli.models import (
     ADAPTER_FLAG,
-    DEVICE_HELP,
-    DEVICE_PARAMETER,
     BaseModel,
     Device,
-    Loaded,
     base_model_name,
     check_sources,
     command_to_use,
@@ -38,7 +35,6 @@ from tailora.train.config import TrainConfig
 if TYPE_CHECKING:
     from tailora.core.combine import Truncation
     from tailora.data.labels import Labels
-    from tailora.model import LoRAModel
 
 RESULT = "default"  # name of the new adapter
 
@@ -125,10 +121,6 @@ def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str
 # ---- `tailora shrink`
 
 
-ShrinkFlags: Any = flags_of(TrainConfig, ["field", "system", "max_length"])
-ShrinkDevice = Annotated[
-    str | None, DEVICE_PARAMETER, Parameter(help=f"{DEVICE_HELP}; default: auto with --data, else cpu")
-]
 SOURCE = "source"  # name of the adapter that is shrunk
 
 
@@ -138,64 +130,28 @@ def shrink(
     output_dir: OutputDir,
     r: Rank = None,
     energy: Energy = None,
-    max_loss_increase: Annotated[
-        NonNegativeFloat | None, Parameter(help="allowed increase in the loss on --data, in nats per token")
-    ] = None,
-    data: Annotated[str | None, Parameter(help="held-out data for --max-loss-increase, or 'demo'")] = None,
     model: BaseModel = None,
-    device: ShrinkDevice = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
-    flags: ShrinkFlags = None,
 ) -> int:
     """Reduce the rank of an adapter.
 
-    Every layer keeps its largest singular values; --r, --energy or --max-loss-increase sets how many.
+    Every layer keeps its largest singular values; --r or --energy sets how many.
     """
     folder = find_adapter(str(adapter))
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=[folder])
-    if (data is None) != (max_loss_increase is None):
-        raise ConfigError("--max-loss-increase and --data only work together; set both, or remove both")
-    check_sources(data=[data])
     base = base_model_name(model, [folder])
     log("loading the model")
     from tailora.core.compress import check
 
-    # the loss function needs the model, so `len` takes its place here
-    check(r, energy, loss=None if data is None else len, budget=max_loss_increase)
-    config = merge_with_run(flags, folder, arguments={"model": base, "data": data})
-    device = device or ("cpu" if data is None else "auto")
+    check(r, energy)
     labels = labels_of(base, [folder])
-    if labels is not None and data is not None:
-        raise ConfigError(f"--max-loss-increase does not support {labels.task}; use --r or --energy")
-    loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device, labels=labels)
-    losses: dict[str, float] = {}
-    if max_loss_increase is None:
-        report = loaded.model.shrink(SOURCE, RESULT, r=r, energy=energy)
-    else:
-        log_columns(flags, config)
-        report, losses = shrink_within(loaded, config, max_loss_increase)
-    loaded.model.save_adapter(output_dir, RESULT)
+    adapted = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device, labels=labels).model
+    report = adapted.shrink(SOURCE, RESULT, r=r, energy=energy)
+    adapted.save_adapter(output_dir, RESULT)
     write_system_message(output_dir, read_system_message(folder))
-    lines = [f"Loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"] if losses else []
-    return _finish(f"Shrunk {folder}", report, lines, labels, output_dir, {"model": base, **losses}, json)
-
-
-def shrink_within(loaded: Loaded, config: TrainConfig, increase: float) -> tuple["Truncation", dict[str, float]]:
-    """Shrinks until the loss on the data, in nats per trained token, has risen by `increase`; returns it, too."""
-    from tailora.evaluation.scores import loss_on_data
-
-    evaluate = loss_on_data(config, loaded.model, loaded.tokenizer, note)
-
-    def loss(_: "LoRAModel") -> float:
-        value = evaluate().loss
-        log(f"loss {value:.4f}")
-        return value
-
-    report = loaded.model.shrink(SOURCE, RESULT, loss=loss, budget=increase)
-    before = loss(loaded.model)
-    loaded.model.set_adapter(RESULT)
-    return report, {"loss_before": before, "loss_after": loss(loaded.model)}
+    return _finish(f"Shrunk {folder}", report, [], labels, output_dir, {"model": base}, json)
 
 
 # ---- `tailora extract`
@@ -275,15 +231,13 @@ def _finish(
         layers = {path: {"rank": rank, "error": report.error[path]} for path, rank in report.rank.items()}
         print_json({"output_dir": str(folder), **payload, "layers": layers, "worst_error": report.worst})
         return 0
-    ranks = [rank for rank in report.rank.values() if rank]
+    ranks = list(report.rank.values())
     span = f"{min(ranks)}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
-    empty = len(report.rank) - len(ranks)
-    left = f"; {empty} layers are no longer adapted" if empty else ""
     errors = "nothing is lost"
     if report.worst >= 1e-6:
         middle = median(report.error.values())
         errors = f"relative error of the updates: {middle:.2%} (median), {report.worst:.2%} (largest)"
-    texts = [f"{len(ranks)} layers of rank {span}{left}; {errors}", *lines]
+    texts = [f"{len(ranks)} layers of rank {span}; {errors}", *lines]
     command = shlex.join(command_to_use(payload["model"], str(folder), labels))
     blocks: list[Any] = [*map(Paragraph, texts), Code(command, title=f"Written to {folder}. To try it:")]
     print_section(stdout(), Section(title, "", blocks))

@@ -1,7 +1,7 @@
 """Combines several adapters into one: the exact sum, its best approximation of a lower rank, TIES and DARE.
 
 The updates dW_i = s_i B_i A_i are added, never the factors. The result is plain LoRA with scale 1 (alpha = r in every
-module), including strengths, with trained biases if the sources change biases.
+module), including strengths. Adapters with trained biases are refused.
 
     One update           the change of a layer's weight, as two factors or dense
     build_adapter        an adapter with given updates
@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,7 @@ from tailora.core.quantization import dense_weight
 from tailora.core.targets import target_at
 from tailora.errors import AdapterError, ConfigError, listing
 
-# ---- One update: a layer's output changes by dW x + db
-#
-#     dW = s (B A - B0 A0), times the strength; with DoRA (g - 1) W + g s (B A - B0 A0)
-#     db = s lora_bias + (trained bias - bias), times the strength
+# ---- One update: dW = s (B A - B0 A0), times the strength; with DoRA (g - 1) W + g s (B A - B0 A0)
 
 
 MIXES_GROUPS = "A reads the channels of all groups, which a grouped weight cannot represent; use this adapter alone"
@@ -87,14 +84,13 @@ def build_adapter(
     factors: Mapping[str, Factors],
     base_model: nn.Module,
     *,
-    bias_changes: Mapping[str, Tensor] | None = None,
     saved: Mapping[str, nn.Module] | None = None,
     **settings: Any,
 ) -> Adapter:
     """Returns an adapter with these updates. Its config has alpha = r everywhere, so s = 1.
 
-    factors, bias_changes, saved: dW, db and trained modules by path.
-    settings: for the LoRAConfig; db needs `bias` or `lora_bias`.
+    factors, saved: dW and trained modules by path.
+    settings: for the LoRAConfig.
     """
     factors = _equal_ranks_in_attention(factors, base_model)
     parts_config = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
@@ -118,9 +114,6 @@ def build_adapter(
         layer = layers[path] = low_rank_layer(target_at(base_model, path, config), config, fresh=False)
         layer.lora_A.copy_(pair.A.reshape(layer.lora_A.shape))
         layer.lora_B.copy_(pair.B.reshape(layer.lora_B.shape))
-    for path, change in (bias_changes or {}).items():
-        bias = layers[path].lora_bias if layers[path].bias is None else layers[path].bias
-        cast(nn.Parameter, bias).add_(change)  # unscaled, because s = 1
     copies = dict(saved or {})
     share_parameters({path: base_model.get_submodule(path) for path in copies}, copies)
     return Adapter(config, layers, copies)
@@ -191,7 +184,7 @@ class Combination(StrictModel):
 def combine_adapters(
     adapter_named: Callable[[str], Adapter], weights: Mapping[str, float], base_model: nn.Module, settings: Combination
 ) -> tuple[Adapter, Truncation]:
-    """Returns sum_i weights_i dW_i, and the same for biases, as one adapter that shares nothing with its sources.
+    """Returns sum_i weights_i dW_i as one adapter that shares nothing with its sources.
 
     adapter_named: name -> adapter; raises AdapterError for an unknown name.
     Raises ConfigError for invalid weights, AdapterError with everything that cannot be combined.
@@ -203,25 +196,6 @@ def combine_adapters(
     updates, problems = _updates(sources, weights, base_model, exact=settings.method == "cat")
     saved, saved_problems = _combined_modules(sources, weights, base_model)
     problems += saved_problems
-    bias_changes: dict[str, Tensor] = {}  # sum_i w_i db_i, for layers with a changed bias
-    for path, layer_updates in updates.items():
-        for update in layer_updates:
-            if (change := update.layer.bias_change(update.base)) is not None:
-                bias_changes[path] = bias_changes.get(path, 0) + update.weight * change.detach()
-    bias_settings: dict[str, Any] = {}  # settings that support the bias changes
-    bases = {path: layer_updates[0].base for path, layer_updates in updates.items()}
-    if bias_changes and all(getattr(bases[path], "bias", None) is not None for path in bias_changes):
-        bias_settings = {"bias": "lora_only"}
-    elif bias_changes:
-        bias_settings = {"lora_bias": True}
-        if any(isinstance(layer, nn.Embedding) for layer in bases.values()):
-            problems.append(
-                "one adapter has lora_bias on layers without a bias, another adapts an embedding, and no file format "
-                "supports both; remove one of these adapters"
-            )
-    parts = [path for path, of_layer in updates.items() if of_layer[0].layer.output_slice]
-    if bias_changes and parts:
-        problems.append(f"no file format supports biases next to parts of fused layers ({', '.join(parts[:5])})")
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
     results = {path: _combine_layer(layer_updates, settings) for path, layer_updates in updates.items()}
@@ -237,12 +211,10 @@ def combine_adapters(
     adapter = build_adapter(
         factors,
         base_model,
-        bias_changes=bias_changes,
         saved=saved,
         lora_dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
         fused_parts={name: parts for config in configs for name, parts in config.fused_parts.items()},
         modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
-        **bias_settings,
     )
     ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
     return adapter, Truncation(ranks, {path: error for path, (_, error) in results.items()})
@@ -299,6 +271,8 @@ def _updates(
         for path, layer in adapter.low_rank.items():
             base = layer_of(base_model, path)
             updates.setdefault(path, []).append(WeightedUpdate(name, path, weights[name], layer, base))
+            if layer.lora_bias is not None or layer.bias is not None:
+                problems.append(f"{path} of {name!r}: trains a bias, which is not supported")
             if mixes_groups(layer):
                 problems.append(f"{path} of {name!r}: {MIXES_GROUPS}")
             elif exact and not is_product(layer):

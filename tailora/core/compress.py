@@ -1,12 +1,12 @@
 """Adapters of a lower rank: shrinking an adapter by its singular values, and extracting one from a fully tuned model.
 
-Shrinking keeps the largest singular values of every update: up to a rank, a share of the energy (the squared singular
-values of a layer), or a limit of the measured loss. Extracting computes the best low-rank update for W_tuned - W_base.
+Shrinking keeps the largest singular values of every update, up to a rank or a share of the energy: the squared singular
+values of a layer. Extracting computes the best low-rank update for W_tuned - W_base.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -31,7 +31,7 @@ from tailora.core.quantization import dense_weight
 from tailora.core.targets import Selection, Target, select
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, TargetError, listing
 
-Ranks = Mapping[str, int]  # path -> rank per group; 0 removes the layer
+Ranks = Mapping[str, int]  # path -> rank per group
 Spectra = Mapping[str, low_rank.Spectrum]
 KEPT_SETTINGS = (
     *("lora_dropout", "fused_parts", "modules_to_save", "trainable_token_indices"),
@@ -39,24 +39,14 @@ KEPT_SETTINGS = (
 )
 
 
-def check(r: int | None, energy: float | None, loss: object = None, budget: float | None = None) -> None:
-    """Raises ConfigError unless exactly one of r, energy and loss is given, with valid values."""
-    methods = [name for name, value in (("r", r), ("energy", energy), ("loss", loss)) if value is not None]
-    problems = []
-    if len(methods) != 1:
-        problems.append(f"expected exactly one of r, energy and loss, got {' and '.join(methods) or 'none'}")
+def check(r: int | None, energy: float | None) -> None:
+    """Raises ConfigError unless either r or energy is given, with a valid value."""
+    if (r is None) == (energy is None):
+        raise ConfigError(f"expected either r or energy, got {'none' if r is None else 'both'}")
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        problems.append(f"expected an integer >= 1 for r, got {r!r}")
+        raise ConfigError(f"expected an integer >= 1 for r, got {r!r}")
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
-        problems.append(f"expected a share above 0 and at most 1 for energy, got {energy!r}")
-    if (loss is None) != (budget is None):
-        problems.append("loss (a function of the model) and budget (its maximum increase) must be used together")
-    if loss is not None and not callable(loss):
-        problems.append(f"expected a function for loss that takes the model and returns a number, got {loss!r}")
-    if budget is not None and not (is_number(budget) and budget >= 0):
-        problems.append(f"expected a number >= 0 (the maximum increase of the loss) for budget, got {budget!r}")
-    if problems:
-        raise ConfigError(listing(problems))
+        raise ConfigError(f"expected a share above 0 and at most 1 for energy, got {energy!r}")
 
 
 # ---- Selecting singular values
@@ -70,36 +60,6 @@ def spectra_of(adapter: Adapter) -> dict[str, low_rank.Spectrum]:
     return {
         path: low_rank.product_spectrum(factors_of(layer, strength=False)) for path, layer in adapter.low_rank.items()
     }
-
-
-def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float], budget: float) -> dict[str, int]:
-    """Returns the ranks with the fewest singular values within the loss budget, found by bisection.
-
-    loss: of the model with this adapter; may exceed the loss with all singular values by `budget`. The result is
-        minimal if every additional value lowers the loss. Raises DivergedError unless it is finite.
-    """
-    values = [(float(S[:, j].norm()), path) for path, (_, S, _) in spectra.items() for j in range(S.shape[1])]
-    values.sort(key=lambda value: -value[0])
-
-    def ranks_with(count: int) -> dict[str, int]:
-        ranks = dict.fromkeys(spectra, 0)
-        for _, path in values[:count]:
-            ranks[path] += 1
-        return ranks
-
-    def loss_with(count: int) -> float:
-        with leading_only(adapter, spectra, ranks_with(count)):
-            value = float(loss())
-        if not math.isfinite(value):
-            raise DivergedError(f"expected a finite loss with {count} of {len(values)} singular values, got {value}")
-        return value
-
-    low, high = 1, len(values)
-    limit = loss_with(high) + budget
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if loss_with(middle) <= limit else (middle + 1, high)
-    return ranks_with(high)
 
 
 @contextmanager
@@ -128,36 +88,17 @@ def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[N
 # ---- Shrinking
 
 
-def shrink(
-    adapter: Adapter,
-    base_model: nn.Module,
-    r: int | None,
-    energy: float | None,
-    loss: Callable[[], float] | None,
-    budget: float | None,
-) -> tuple[Adapter, Truncation]:
-    """Returns the adapter truncated to rank r, to this share of every layer's energy, or as far as the loss allows.
+def shrink(adapter: Adapter, base_model: nn.Module, r: int | None, energy: float | None) -> tuple[Adapter, Truncation]:
+    """Returns the adapter truncated to rank r, or to this share of every layer's energy. Everything else is copied.
 
-    Everything else is copied. A layer with rank 0 is no longer adapted; it keeps one rank of zeros if it has a
-    magnitude or a bias, or if files need both of its factors. loss: of the model with this adapter.
-    Raises AdapterError, DivergedError.
+    Raises AdapterError.
     """
-    spectra = spectra_of(adapter)
+    spectra, layers = spectra_of(adapter), adapter.low_rank
     if r is not None:
-        layers = adapter.low_rank
         ranks = {path: min(rank_per_group(r, layers[path]), S.shape[1]) for path, (_, S, _) in spectra.items()}
-    elif loss is not None and budget is not None:
-        ranks = ranks_by_loss(adapter, spectra, loss, budget)
     else:
         ranks = {path: low_rank.rank_for_energy(S, energy or 1.0) for path, (_, S, _) in spectra.items()}
-    factors: dict[str, low_rank.Factors] = {
-        path: low_rank.truncated(spectra[path], k) for path, k in ranks.items() if k
-    }
-    for path in ranks:
-        layer = adapter.low_rank[path]
-        if path not in factors and (not layer.is_plain or layer.layer_type.replaces_forward):
-            leading = low_rank.truncated(spectra[path], 1)
-            factors[path] = low_rank.Factors(torch.zeros_like(leading.B), torch.zeros_like(leading.A))
+    factors = {path: low_rank.truncated(spectra[path], k) for path, k in ranks.items()}
     settings = {name: getattr(adapter.config, name) for name in KEPT_SETTINGS}
     smaller = build_adapter(factors, base_model, saved=copy.deepcopy(adapter.saved), **settings)
     smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))
@@ -168,10 +109,8 @@ def shrink(
             for slot, scale in (("lora_magnitude_vector", 1), ("bias", 1), ("lora_bias", source.scaling)):
                 if (value := getattr(source, slot)) is not None:
                     getattr(layer, slot).copy_(value * scale)
-    sizes = {path: smaller.low_rank[path].r if k else 0 for path, k in ranks.items()}
-    return smaller, Truncation(
-        sizes, {path: low_rank.truncation_error(spectra[path].S, k) for path, k in ranks.items()}
-    )
+    errors = {path: low_rank.truncation_error(spectra[path].S, k) for path, k in ranks.items()}
+    return smaller, Truncation({path: layer.r for path, layer in smaller.low_rank.items()}, errors)
 
 
 # ---- Extracting an adapter from a fully tuned model

@@ -92,40 +92,6 @@ def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path) -> No
     )
 
 
-@pytest.mark.slow
-def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path) -> None:
-    out = adapters / "small"
-    budget = ["--max-loss-increase", 0.01, "--data", chats]
-    code, said, told = call("shrink", "--adapter", adapters / "one", *budget, "--output-dir", out, "--json")
-    assert code == 0
-    found = json.loads(said)
-    assert found["loss_after"] <= found["loss_before"] + 0.01
-    assert sum(each["rank"] for each in found["layers"].values()) < 14 * 4
-    assert told.count("loss ") >= 5
-    assert (out / "adapter_model.safetensors").stat().st_size < (
-        adapters / "one/adapter_model.safetensors"
-    ).stat().st_size
-
-
-@pytest.mark.slow
-def test_shrinking_reads_data_with_the_columns_of_the_call(adapters: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapters / "one", tmp_path / "run" / "adapter")
-    settings = {"field": {"prompt": "question", "completion": "reply"}, "system": "be brief"}
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
-    (tmp_path / "rows.jsonl").write_text('{"question": "What colour is thing 1?", "reply": "It is red."}\n' * 2)
-    flags = ["--field", "prompt=question,completion=reply", "--system", "be brief"]
-
-    def loss(adapter: Path, *words: str) -> float:
-        data = ["--max-loss-increase", 0.01, "--data", tmp_path / "rows.jsonl", "--overwrite"]
-        line = ["shrink", "--adapter", adapter, *words, *data, "--output-dir", tmp_path / "small", "--json"]
-        code, said, told = call(*line)
-        assert code == 0, told
-        assert ("using the column names from training" in told) == (not words)
-        return float(json.loads(said)["loss_before"])
-
-    assert loss(tmp_path / "run") == loss(adapters / "one", *flags) != loss(adapters / "one", *flags[:2])
-
-
 def test_extracting_says_what_the_adapter_cannot_hold(tiny_model: Path, adapters: Path) -> None:
     tuned = LoRAModel.from_pretrained(base(tiny_model), adapters / "one").merge_and_unload()
     with torch.no_grad():
@@ -152,9 +118,8 @@ def test_extracting_says_what_the_adapter_cannot_hold(tiny_model: Path, adapters
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "no way": (["shrink", "--adapter", "ONE"], "expected exactly one of r, energy and loss, got none"),
-    "two ways": (["shrink", "--adapter", "ONE", "--r", "2", "--energy", ".9"], "got r and energy"),
-    "half a budget": (["shrink", "--adapter", "ONE", "--data", "demo"], "set both, or remove both"),
+    "no way": (["shrink", "--adapter", "ONE"], "expected either r or energy, got none"),
+    "two ways": (["shrink", "--adapter", "ONE", "--r", "2", "--energy", ".9"], "expected either r or energy, got both"),
     "not an adapter": (["shrink", "--adapter", "BASE", "--r", "2"], "adapter_config.json"),
     "unknown weight": (["combine", "--adapter", "ONE", "--weight", "on=1"], "available names: one; did you mean one"),
     "weight": (

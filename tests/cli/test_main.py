@@ -78,7 +78,6 @@ WRONG = {
     "plan --device 'RTX 4900'": "unknown graphics card 'RTX 4900'; did you mean rtx 4090",
     "inspect out --model chats.jsonl": "model 'chats.jsonl' is a file; use a folder, a GGUF file, a Hub id",
     "eval outt --data chats.jsonl": "outt is not a folder; did you mean out?\nexpected the folder of a run",
-    "shrink --adapter out --data nope.jsonl --max-loss-increase 1 --output-dir new": "data nope.jsonl: no such file",
     "extract --model ./nomodel --tuned demo --output-dir new": "model './nomodel' is not a local folder",
     "chat --max-new-tokens x": '--max-new-tokens: unable to convert "x" into int. Run `tailora chat --help-all`',
     "chat --top-p 2": 'Invalid value "2.0" for --top-p. Must be <= 1',

@@ -255,10 +255,6 @@ def test_an_adapter_for_labels_is_shrunk_exported_and_inspected(folder: Path, tm
     ("line", "cause"),
     [
         (["inspect", "RUN", "--data", "ROWS"], "remove --data and --forgetting-data"),
-        (
-            ["shrink", "--adapter", "RUN", "--data", "ROWS", "--max-loss-increase", "0.1", "--output-dir", "OUT"],
-            "--r or",
-        ),
         (["chat", "--adapter", "RUN"], "cannot generate text"),
         (
             ["predict", "RUN", "--prompt", "a", "--ignore-chat-template"],

@@ -59,7 +59,7 @@ COMMANDS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
         "{top}/run --model {top}/model --data {top}/chats.jsonl",
         lambda result: [module["singular_values"][0] for module in result["modules"]],
     ),
-    "shrink": ("{top}/run --data {top}/chats.jsonl --max-loss-increase 0.01 --output-dir {top}/small-{device}", layers),
+    "shrink": ("--adapter {top}/run --energy 0.5 --output-dir {top}/small-{device}", layers),
     "combine": ("--adapter a={top}/run --method svd --output-dir {top}/one-{device}", layers),
     "extract": ("--model {top}/model --tuned {top}/merged --r 2 --output-dir {top}/out-{device}", layers),
     "export": (
