@@ -56,37 +56,23 @@ def test_base_answers_with_and_without_the_adapter_and_the_conversation_goes_on_
     assert answers("hello", "/base", "which colour?", "hello") == [first, first, base, second, third]
 
 
-def test_the_conversation_is_remembered_until_reset(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert talk(["hello", "hello", "/reset", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
-    first, second, third = capsys.readouterr().out.split("\n")[:3]
-    assert first == third != second
+MISTAKES = {
+    "/adapter rum": "did you mean run",
+    "/adapter": "available: run",
+    "/adapter run nan": "STRENGTH: expected one number such as 0.7",
+    "/adapter run 1 2": "STRENGTH: expected one number such as 0.7",
+    "/adpater run": "did you mean /adapter",
+    "/help": "/base",
+    "/base": "/base answers the last message again; send a message first",
+}
 
 
-@pytest.mark.parametrize(
-    ("line", "hint"),
-    [
-        ("/adapter rum", "did you mean run"),
-        ("/adapter", "available: run"),
-        ("/adapter run nan", "STRENGTH: expected one number such as 0.7"),
-        ("/adapter run 1 2", "STRENGTH: expected one number such as 0.7"),
-        ("/adpater run", "did you mean /adapter"),
-        ("/help", "/base"),
-        ("/base", "/base answers the last message again; send a message first"),
-    ],
-)
 def test_a_mistaken_command_is_told_and_the_chat_goes_on(
-    line: str,
-    hint: str,
-    tiny_model: Path,
-    adapter: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert talk([line, "hello"], ["--model", str(tiny_model), "--adapter", str(adapter)], monkeypatch) == 0
+    assert talk([*MISTAKES, "hello"], ["--model", str(tiny_model), "--adapter", str(adapter)], monkeypatch) == 0
     shown = capsys.readouterr()
-    assert hint in shown.err
+    assert [hint for hint in MISTAKES.values() if hint not in shown.err] == []
     assert shown.out.strip()
 
 
@@ -119,11 +105,10 @@ def test_a_chat_goes_on_when_memory_ends(
     assert len(shown.out.splitlines()) == 1
 
 
-@pytest.mark.parametrize("line", ["/exit", "/quit"])
 def test_the_chat_ends_before_the_rest_is_read(
-    line: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert talk(["/base", line, "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
+    assert talk(["/base", "/exit", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "no adapter is loaded; restart with --adapter FOLDER" in shown.err
@@ -223,18 +208,11 @@ def test_predict_continues_a_text_without_the_chat_template(tiny_model: Path) ->
     assert call(*tokens)[1] != answer
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("prompts.txt", "hello\n\nwhat colour?\n"),
-        ("prompts.jsonl", '{"prompt": "hello"}\n{"prompt": "what colour?", "id": 3}\n'),
-    ],
-)
-def test_prompts_of_a_file_are_answered_into_a_file(name: str, text: str, tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text)
+def test_prompts_of_a_file_are_answered_into_a_file(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("hello\n\nwhat colour?\n")
     output = tmp_path / "out" / "answers.jsonl"
     tokens = ["predict", "--model", tiny_model, "--max-new-tokens", 4]
-    to_file = [*tokens, "--data", tmp_path / name, "--output", output]
+    to_file = [*tokens, "--data", tmp_path / "prompts.txt", "--output", output]
     code, out, err = call(*to_file)
     assert (code, out) == (0, "")
     assert f"2 predictions written to {output}" in err
@@ -266,18 +244,11 @@ def test_prompts_that_cannot_be_read_are_refused_before_the_model_is_loaded(
     assert not output.parent.exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(torch.OutOfMemoryError("CUDA out of memory"), 1), (KeyboardInterrupt(), 130)]
-)
 def test_answers_so_far_stay_in_a_partial_file(
-    error: BaseException,
-    code: int,
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate, calls = LlamaForCausalLM.generate, iter([None, None, error, error])
+    memory = torch.OutOfMemoryError("CUDA out of memory")
+    generate, calls = LlamaForCausalLM.generate, iter([None, None, KeyboardInterrupt(), memory])
 
     def fails_later(*arguments: Any, **named: Any) -> Any:
         if (problem := next(calls, None)) is not None:
@@ -289,13 +260,13 @@ def test_answers_so_far_stay_in_a_partial_file(
     partial = tmp_path / "answers.jsonl.partial"
     prompts = [part for text in "abc" for part in ("--prompt", text)]
     tokens = ["predict", "--model", str(tiny_model), "--max-new-tokens", "4", *prompts, "--output", str(output)]
-    assert main(tokens) == code
+    assert main(tokens) == 130
     said = capsys.readouterr().err
     assert f"the answers so far are in {partial}" in said
     assert "Traceback" not in said
     assert [json.loads(line)["prompt"] for line in partial.read_text().splitlines()] == ["a", "b"]
     check_refused(f"{partial} already exists; use a different file, or --overwrite", *tokens)
-    assert main([*tokens, "--overwrite"]) == code  # the first prompt fails: there is nothing to keep
+    assert main([*tokens, "--overwrite"]) == 1  # the first prompt fails: there is nothing to keep
     assert list(tmp_path.iterdir()) == []
     assert main(tokens) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import check_refused
 from report.contents import CONTENTS
 from rich.table import Table
@@ -176,32 +175,22 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report_and_json_ends_stdout_wi
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("error", "cause"),
-    [
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes\nmore"), "[enforce fail]"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB."), "CUDA out of memory."),
-        (MemoryError(), "MemoryError"),
-    ],
-    ids=["cpu", "cuda", "python"],
-)
 def test_out_of_memory_anywhere_is_a_message_with_what_helps(
-    error: Exception, cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_much() -> None:
-        raise error
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes\nmore")
 
     monkeypatch.setattr("tailora.cli.doctor.collect_facts", too_much)
     assert main(["doctor", "--json"]) == 1
     shown = capsys.readouterr()
-    assert f"out of memory: {cause}" in shown.err
+    assert "out of memory: [enforce fail]" in shown.err
     assert "try a smaller --model" in shown.err
     assert "Traceback" not in shown.err
     assert json.loads(shown.out)["error"]["type"] == "MemoryLimitError"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-@pytest.mark.parametrize("flags", [["--json"], []], ids=["json", "table"])
+@pytest.mark.parametrize(("encoding", "flags"), [("ascii", ["--json"]), ("cp1252", [])])
 def test_any_text_can_be_shown_in_any_encoding(
     encoding: str, flags: list[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,16 +284,6 @@ def test_a_message_shows_brackets_as_they_were_typed(
         check_refused(text, *(part.replace("TEXT", text) for part in line.split()))
 
 
-@pytest.mark.parametrize("text", BRACKETS)
-def test_no_console_reads_markup(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    table = Table(text, title=text)
-    table.add_row(text)
-    for console in (stdout(), stderr()):
-        console.print(text, table)
-    shown = capsys.readouterr()
-    assert shown.out.count(text) == shown.err.count(text) == 4
-
-
 def test_a_warning_of_tailora_is_a_note_and_those_of_others_stay_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings_as_notes():
         warnings.simplefilter("always")
@@ -350,12 +329,6 @@ def command(*_, **__):
     elif case == "in a destructor":
         InDestructor()
         print("went on")
-    elif case == "another while cleaning up":
-        try:
-            send("SIGINT")
-        finally:
-            send("SIGTERM")
-            print("cleaned up", flush=True)
     elif case == "the same while cleaning up":
         try:
             send("SIGTERM")
@@ -388,7 +361,6 @@ program.run()
         ("importing", "", 130),
         ("ignored by a library", "", 130),
         ("in a destructor", "", 130),
-        ("another while cleaning up", "cleaned up\n", 130),
         ("the same while cleaning up", "", 130),
         ("hangups while cleaning up", "cleaned up\n", 130),
         ("at the end", "", 4),
@@ -405,7 +377,6 @@ def test_signals_end_the_program_with_a_message_and_no_traceback(case: str, out:
 ANSI = re.compile(r"\x1b\[[\d;]*m")
 
 
-@pytest.mark.parametrize("width", [80, pytest.param(100, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "tokens",
     [
@@ -417,14 +388,13 @@ ANSI = re.compile(r"\x1b\[[\d;]*m")
 )
 def test_a_terminal_gets_the_words_of_a_pipe_in_lines_that_fit(
     tokens: list[str],
-    width: int,
     tiny_model: Path,
     chats: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(chats.parent)
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("COLUMNS", "80")
     Path("model").symlink_to(tiny_model)
     monkeypatch.setattr("tailora.cli.doctor.conclusions", lambda _: [" ".join(["conclusion"] * 40)])
     shown = {}
@@ -437,6 +407,6 @@ def test_a_terminal_gets_the_words_of_a_pipe_in_lines_that_fit(
         shown[name] = ANSI.sub("", captured.out + captured.err)
     assert not [line for line in shown["pipe"].splitlines() if line != line.rstrip()]
     lines = shown["terminal"].splitlines()
-    assert not [line for line in lines if len(line) > width and not line.startswith("tailora ")]
+    assert not [line for line in lines if len(line) > 80 and not line.startswith("tailora ")]
     if tokens[0] != "doctor":  # which tells how much memory is free now
         assert shown["terminal"].split() == shown["pipe"].split()

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     word_tokenizer(row["text"] for row in ROWS).save_pretrained(folder / "model")
     random_model("BertModel", vocab_size=300).save_pretrained(folder / "model")
     write(folder / "rows.jsonl", ROWS)
-    code, out, err = call(*training(folder), "--output-dir", folder / "run", "--max-steps", 40, "--json")
+    code, out, err = call(*training(folder), "--output-dir", folder / "run", "--max-steps", 20, "--json")
     assert code == 0, err
     (folder / "result.json").write_text(out.splitlines()[-1])
     return folder
@@ -59,7 +59,7 @@ def test_train_says_the_accuracy_before_and_after(folder: Path) -> None:
     assert "new, randomly initialized head" in report["verdict"]
     assert "always predicting" in report["verdict"]
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 41)]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 21)]
     page = (folder / "run" / "report.html").read_text()
     assert "Confusion matrix" in page
     assert "calibration" in page
@@ -187,11 +187,6 @@ def test_plan_reads_the_labels(folder: Path) -> None:
     line = ["--task", "sequence-classification", "--model", folder / "model"]
     assert found("plan", *line, "--data", folder / "rows.jsonl")["memory"]
     check_refused("--data", "plan", *line)
-
-
-def test_data_of_another_task_is_explained(folder: Path, tmp_path: Path) -> None:
-    rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    check_refused("tokens, tags", *training(folder, "token-classification", rows), "--output-dir", tmp_path / "run")
 
 
 @pytest.mark.slow

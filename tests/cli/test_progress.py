@@ -2,7 +2,6 @@
 
 import io
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -39,9 +38,6 @@ HEADER: dict[str, Any] = {
     "total_parameters": 100_000_000,
     "max_steps": 12,
 }
-
-
-COPIES = {"data": {**HEADER["data"], "eval_copies": 4}}
 
 
 class Terminal(io.StringIO):
@@ -86,24 +82,30 @@ def test_evaluations_and_notes_are_always_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "part"),
+    ("changes", "parts"),
     [
-        ({}, "model m, 99M parameters, bfloat16 device"),
-        ({"settings": {**HEADER["settings"], "model": "demo"}}, "model demo (SmolLM2-135M-Instruct), 99M"),
-        ({}, "device cuda:0, NVIDIA T4"),
-        ({}, "210 layers, 1,000,000 trainable parameters (1.00%)"),
-        ({"start": "pissa"}, "init pissa"),
-        ({}, "data a.jsonl: 90 examples, 10 held out; format: messages"),
-        ({"settings": {**HEADER["settings"], "data": ["a.jsonl", "b.txt=2"]}}, "data a.jsonl, b.txt=2: 90 examples"),
-        ({}, "12 steps of 8 examples"),
-        ({"processes": 2, "max_steps": 1}, "1 step of 16 examples"),
-        ({"data": None}, "a.jsonl: streamed, none held out"),
-        (COPIES, "90 examples, 10 held out; format"),
-        (COPIES, "copies 4 held-out rows are duplicates and are evaluated only once"),
+        (
+            {},
+            [
+                "model m, 99M parameters, bfloat16 device cuda:0, NVIDIA T4",
+                "210 layers, 1,000,000 trainable parameters (1.00%)",
+                "data a.jsonl: 90 examples, 10 held out; format: messages",
+                "12 steps of 8 examples",
+            ],
+        ),
+        ({"settings": {**HEADER["settings"], "model": "demo"}}, ["model demo (SmolLM2-135M-Instruct), 99M"]),
+        ({"settings": {**HEADER["settings"], "data": ["a.jsonl", "b.txt=2"]}}, ["data a.jsonl, b.txt=2: 90 examples"]),
+        ({"processes": 2, "max_steps": 1, "start": "pissa"}, ["init pissa", "1 step of 16 examples"]),
+        ({"data": None}, ["a.jsonl: streamed, none held out"]),
+        (
+            {"data": {**HEADER["data"], "eval_copies": 4}},
+            ["10 held out; format", "copies 4 held-out rows are duplicates and are evaluated only once"],
+        ),
     ],
 )
-def test_the_header_shows_what_is_trained_on_what(changes: dict[str, object], part: str) -> None:
-    assert part in " ".join(format_header({**HEADER, **changes}).split())
+def test_the_header_shows_what_is_trained_on_what(changes: dict[str, object], parts: list[str]) -> None:
+    shown = " ".join(format_header({**HEADER, **changes}).split())
+    assert [part for part in parts if part not in shown] == []
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,6 @@ def test_the_header_shows_what_is_trained_on_what(changes: dict[str, object], pa
         ({}, "precision bfloat16, the fastest dtype on this machine"),
         ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16, set by --dtype"),
         ({"packed": False}, "batches padded"),
-        ({}, "decoder layers those of transformers, because --fast off asks for them"),
-        ({}, "loss from the model's own logits"),
         ({"kernels": HEADER["kernels"].replace("asks for them", "does; so")}, "because --fast off does; so attention"),
     ],
 )
@@ -123,24 +123,20 @@ def test_only_a_verbose_header_shows_how_it_is_computed(changes: dict[str, objec
     assert part not in " ".join(format_header(header).split())
 
 
-@pytest.mark.parametrize(
-    ("key", "line"),
-    [
-        ("truncated", "truncated 1,234 examples are longer than --max-length"),
-        ("cut_away", "no targets 1,234 examples"),
-        ("split_rows", "split 1,234 conversations became 9,000 examples"),
-        ("repeated", "repeated 1,234 training rows"),
-        ("duplicates", "LEAKAGE 1,234 held-out rows are also in the training data"),
-    ],
-)
-def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: str, line: str) -> None:
-    dropped = {**HEADER, "data": {**HEADER["data"], key: 1234}}
+def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else() -> None:
+    counts = {"truncated": 1234, "split_rows": 12, "duplicates": 5}
+    dropped = {**HEADER, "data": {**HEADER["data"], **counts}}
     before, after = (
         [" ".join(each.split()) for each in format_header(header).splitlines()] for header in (HEADER, dropped)
     )
-    (added,) = [each for each in after if each not in before]
-    assert added.startswith(line)
-    assert len(after) == len(before) + 1
+    added = [each for each in after if each not in before]
+    assert len(added) == len(after) - len(before) == 3
+    for line in (
+        "truncated 1,234 examples are longer than --max-length",
+        "split 12 conversations became 9,000 examples",
+        "LEAKAGE 5 held-out rows are also in the training data",
+    ):
+        assert any(each.startswith(line) for each in added)
 
 
 def test_the_header_says_what_an_epoch_has_of_each_source() -> None:
@@ -152,10 +148,9 @@ def test_the_header_says_what_an_epoch_has_of_each_source() -> None:
     assert format_header({**HEADER, "data": one}) == format_header(HEADER)
 
 
-@pytest.mark.parametrize("width", [60, 80, 100])
-def test_the_header_breaks_lines_between_words_only(width: int) -> None:
-    lines = format_header(HEADER, width, verbose=True).splitlines()
-    assert max(map(len, lines)) <= width
+def test_the_header_breaks_lines_between_words_only() -> None:
+    lines = format_header(HEADER, 60, verbose=True).splitlines()
+    assert max(map(len, lines)) <= 60
     assert " ".join(" ".join(lines).split()) == " ".join(format_header(HEADER, 1000, verbose=True).split())
     assert [line.split()[0] for line in lines if not line.startswith(" ")][-3:] == ["decoder", "attention", "loss"]
 
@@ -217,8 +212,3 @@ def test_a_trial_that_has_failed_leaves_the_line() -> None:
     progress.end(worker=1)
     assert "  2: step 1/9  loss 3.500" in file.getvalue().split("\r")[-2]
     assert "step 3/9" not in file.getvalue().split("\r")[-2]
-
-
-def test_progress_needs_no_torch() -> None:
-    code = "import sys, tailora.cli.train; print({'torch', 'transformers', 'accelerate'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
