@@ -71,14 +71,13 @@ def test_predict_and_export_take_the_quantization_of_the_run(
     assert main([*asked, "--quantize", "nf5"]) == 2
     assert "did you mean nf4" in capfd.readouterr().err
 
-    changes = []  # a merge is into the base that the run had; other exports leave the base out
-    for quantize in ([], ["--quantize", "none"], ["--quantize", "int8"]):
+    changes = []  # a merge is into the base that the run had
+    for quantize in ([], ["--quantize", "none"]):
         folder = str(tmp_path / f"merged{len(changes)}")
-        assert main(["export", str(out), "--to", "merged", "--output", folder, "--json", *quantize]) == 0
+        merge = ["export", str(out), "--to", "merged", "--output", folder, "--no-verification-file", "--json"]
+        assert main([*merge, *quantize]) == 0
         changes.append(json.loads(capfd.readouterr().out)["changes"])
-    assert list(map(len, changes)) == [2, 1, 2]
-    assert main(["export", str(out), "--to", "portable", "--output", str(tmp_path / "p"), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["logits"]["tolerance"] == 1e-4
+    assert list(map(len, changes)) == [2, 1]
 
 
 def test_the_demo_is_called_demo_where_tailora_takes_the_name_and_has_its_path_elsewhere(
@@ -174,15 +173,13 @@ COMMANDS_WITH_A_DEVICE = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS_WITH_A_DEVICE)
 def test_a_device_that_is_not_here_is_refused_before_anything_is_written(
-    command: str, tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, chats: Path, tmp_path: Path
 ) -> None:
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=2)).save_adapter(adapter)
     paths = {"model": tiny_model, "data": chats, "adapter": adapter, "out": out}
-    arguments = [argument.format(**paths) for argument in COMMANDS_WITH_A_DEVICE[command]]
-    assert main([command, *arguments, "--device", "xpu:7"]) == 2
-    error = capsys.readouterr().err
-    assert "no device 'xpu:7' on this machine; torch" in error
-    assert not out.exists() or not list(out.rglob("*.*"))
+    for command, words in COMMANDS_WITH_A_DEVICE.items():
+        arguments = [word.format(**paths) for word in words]
+        check_refused("no device 'xpu:7' on this machine; torch", command, *arguments, "--device", "xpu:7")
+        assert not out.exists() or not list(out.rglob("*.*"))
