@@ -232,10 +232,8 @@ def evaluate_finalists(
                 **fields_of_runs,
             )
         )
-    good = [  # the best, and those that are worse by less than the margin or not significantly worse
-        finalist
-        for finalist in finalists
-        if (difference := finalist.difference) is None or difference.high < margin or difference.low <= 0
+    good = [  # the best, and those that are shown to be worse by less than the margin, or better
+        finalist for finalist in finalists if finalist.difference is None or finalist.difference.high < margin
     ]
     cheapest = min(good, key=lambda finalist: finalist.trainable_parameters)
     return SearchResult(
@@ -332,30 +330,32 @@ def search_verdict(
     use_best = f"Use trial {best.number}: {value} (95% interval {low:.3f} to {high:.3f})."
     if len(finalists) == 1:
         return f"{use_best} {_no_smaller_finalist(best, trials, margin)}"
-    compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
-    difference = compared.difference
-    assert difference is not None  # only the best has none
+    others = [(finalist, finalist.difference) for finalist in finalists if finalist.difference is not None]
+    if cheapest is best:  # the smaller trials are worse, or their intervals are too wide
+        others = [pair for pair in others if pair[1].low <= 0] or others
+    else:
+        others = [pair for pair in others if pair[0] is cheapest]
+    compared, difference = min(others, key=lambda pair: pair[0].eval_loss)
     words = format_difference(difference, unit)
     times = best.trainable_parameters / max(compared.trainable_parameters, 1)
     fewer = f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
+    numbers = f"trial {compared.number} - trial {best.number} = {words}"
+    both = f"trial {compared.number} or trial {best.number}"
     if cheapest is best and difference.seeds == 1:
-        numbers = f"trial {compared.number} - trial {best.number} = {words}"
-        return f"{use_best} {one_seed(f'trial {compared.number} or trial {best.number}', numbers)}"
+        return f"{use_best} {one_seed(both, numbers)}"
+    if cheapest is best and difference.low <= 0:
+        return f"{use_best} {unclear(both, difference, numbers, margin, unit)} Trial {compared.number} has {fewer}."
     if cheapest is best:
         return (
             f"{use_best} The smaller trials are worse: the closest, trial {compared.number} with {fewer}, differs by "
             f"{words}."
         )
-    numbers = f"trial {cheapest.number} - trial {best.number} = {words}"
-    both = f"trial {cheapest.number} or trial {best.number}"
     use = f"Use trial {cheapest.number}: it has {fewer} than trial {best.number}, the best of the search,"
     if difference.seeds == 1:
         return one_seed(both, numbers)
     if difference.high < 0:
         return f"{use} and did better when both were repeated ({numbers})."
-    if difference.high < margin:
-        return f"{use} and is at most {difference.high:.3f} {unit} worse ({numbers})."
-    return f"{unclear(both, difference, numbers, margin, unit)} Trial {cheapest.number} has {fewer}."
+    return f"{use} and is at most {difference.high:.3f} {unit} worse ({numbers})."
 
 
 def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate], margin: float) -> str:
