@@ -67,6 +67,8 @@ def main(
     path = (QUICK if options.quick else RESULTS) / f"{name}.json"
     listed = cells(options.quick)
     wanted = [cell for cell in listed if matches(cell, options.only)]
+    others = {} if not path.exists() else json.loads(path.read_text())  # results of other scripts stay
+    others = {key: value for key, value in others.items() if key not in ("machine", "cells")}
     results = [
         result
         for result in previous_results(path)
@@ -81,7 +83,7 @@ def main(
             break
         log(f"{number}/{len(wanted)} {cell}")
         results.append(measure_cell(cell))
-        write(path, {"cells": results})
+        write(path, {"cells": results, **others})
     if table is not None:
         print(table(json.loads(path.read_text())))
     print(path)

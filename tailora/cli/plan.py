@@ -59,7 +59,7 @@ def plan(
     from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run
 
-    report = run(settings, measure, memory=available, nproc=nproc, output_dir=output_dir, log=log)
+    report = run(settings, measure, full=True, memory=available, nproc=nproc, output_dir=output_dir, log=log)
     if json:
         print_json(report.to_dict())
     else:

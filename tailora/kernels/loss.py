@@ -298,6 +298,7 @@ class LossForm(StrEnum):
 
 
 FROZEN, RECOMPUTED, OWN, WHOLE, HEAD = LossForm
+CHUNKED = {FROZEN, RECOMPUTED}
 FORMS: dict[LossForm, Callable[[Model, Batch], Tensor]] = {  # -> losses, (supervised,), float32 at least
     FROZEN: _frozen,
     RECOMPUTED: _recomputed,

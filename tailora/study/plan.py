@@ -1,19 +1,22 @@
 """Plans a run without training: what would be trained, whether it fits into memory, how long it takes.
 
 plan -> Plan          (study/plan_result.py)
-  place_of            the device: one of this machine, or a graphics card by name
-  read_batches        the batches: from the data, or examples of max_length tokens
-  train.memory_estimate  the run's adapter and kernels on the model without weights -> memory, operations
-  checkpointing, quantization   settings that need less memory
-  full_fine_tuning    the same for full fine-tuning of this model
+  read_run            the model's shape, and
+    place_of          the device: one of this machine, or a graphics card by name
+    read_batches      the batches: from the data, or examples of max_length tokens
+  simulate            the run's adapter and kernels on the model without weights -> memory, operations
+    checkpointing, quantization   settings that need less memory
+  full_fine_tuning    the same for full fine-tuning of this model, if asked for
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
 
 import math
+import time
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from tailora.core.device import choose_device
+from tailora.core.device import HALF, choose_device, synchronize
 from tailora.data.dataset import Example, Examples, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.schemas import FEEDBACK, PREFERENCE
@@ -38,7 +41,7 @@ from tailora.train.dataloader import TrainingData, epoch_steps, largest_forward,
 from tailora.train.defaults import RunConfig, with_numbers
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
 from tailora.train.loss import CAUSAL_LM, Task
-from tailora.train.measure_steps import measure_steps
+from tailora.train.measure_steps import StepsMeasured, measure_steps
 from tailora.train.memory import available_bytes, format_bytes, used_bytes
 from tailora.train.memory_estimate import CHECKPOINTING, QUANTIZATION, Memory
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images
@@ -54,6 +57,7 @@ def plan(
     config: TrainConfig,
     measure: bool = False,
     *,
+    full: bool = False,
     memory: int | None = None,
     nproc: int = 1,
     output_dir: Path | None = None,
@@ -63,90 +67,112 @@ def plan(
 
     config: its device may also be the name of a graphics card, such as "H100 80GB".
     measure: also run a few real steps, in a separate process.
+    full: also estimate the memory of full fine-tuning.
     memory: limit in bytes; default: the free memory.
     nproc: number of processes of the run.
     output_dir: folder for report.json; nothing is written without it.
 
     Raises ConfigError, TargetError, DataError, FormatError; with `measure` any error of a run.
     """
-    place = replace(place_of(config), shards=nproc if config.fsdp else 1)
+    run = read_run(config, memory, nproc, measure=measure)
+    simulated = simulate(run)
+    comparison = full_fine_tuning(run, simulated.fake.notes) if full else None
+    measured = None
+    if measure:
+        log("measuring a few real steps")
+        measured = measure_steps(run.config, with_data="data" in config.model_fields_set)
+    result = plan_of(run, simulated, comparison, measured)
+    if output_dir is not None:
+        write_report(output_dir, "plan", result.to_dict())
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRun:
+    """A run with the shape of its model, its device and its batches."""
+
+    config: RunConfig
+    shape: PretrainedConfig
+    place: "Place"
+    batches: "Batches"
+    available: int  # bytes that a process may use
+    nproc: int
+
+    def memory_of(self, config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost) -> Memory:
+        return estimate.estimate_memory(config, fake, step, self.place.process, self.nproc if config.fsdp else 1)
+
+
+def read_run(config: TrainConfig, memory: int | None, nproc: int, *, measure: bool) -> PlannedRun:
+    """Reads what the run would read, except for the weights. Arguments and errors are described in `plan`."""
+    place = place_of(config)
     check_can_be_planned(config, place, nproc, measure=measure)
-    in_one = {**WITHOUT_FSDP, "report_to": [], **({"device": "cpu"} if place.is_absent else {})}
+    device = "cpu" if isinstance(place.device, estimate.AbsentDevice) else config.device
+    in_one = {"fsdp": False, "fsdp_offload_params": False, "report_to": [], "device": device}
     accelerator = start_accelerator(config.replaced(**in_one))
-    is_shared = nproc > 1 and place.device == torch.device("cpu")
-    available = (place.available if memory is None else memory) // (nproc if is_shared else 1)
+    available = place.available if memory is None else memory
+    if nproc > 1 and place.device == torch.device("cpu"):
+        available //= nproc
+        place.notes.append(f"the {nproc} processes share this machine's free memory equally")
     shape, labels = read_shape(config)
     if config.fsdp:
         check_can_be_sharded(shape, config.model, config.quantize)
     batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc, labels)
-    config = batches.config
-    with estimate.fake_model(config, shape, place.device, batches.task) as fake:
-        trained = what_is_trained(fake)
-        step = estimate.largest_step(config, fake, batches.largest)
-        needed = place.memory_of(config, fake, step)
-        alternatives = {AS_SET: needed, **checkpointing(config, fake, step, batches, place)}
-    alternatives |= quantization(config, shape, step, batches, place)
-    dequantized = dequantization_note(shape, config.model)
-    notes = [*([dequantized] if dequantized else []), *place.notes, *batches.notes, *fake.notes]
-    if batches.prompts is not None:
-        cache = format_bytes(batches.prompts.cache_bytes(shape, fake.base.dtype))
-        notes.append(f"sampling needs a cache of {cache} between the steps")
-        notes.append("the time excludes sampling and evaluations, which usually take longer than the steps")
-    if is_shared:
-        notes.append(f"the {nproc} processes share this machine's free memory equally")
-    full = None
-    if config.method != FULL and not stays_quantized(shape, config.model):
-        full = full_fine_tuning(config, shape, batches, place, available)
-        if full is None:
-            notes.append("full fine-tuning is not shown, because it does not support all of these settings")
-    notes += split_note(batches)
+    return PlannedRun(batches.config, shape, place, batches, available, nproc)
 
-    basis = {
-        "memory": f"estimated from the shapes, plus {place.process_basis}",
-        "time": "not estimated, because this machine does not have the device",
-    }
-    seconds_per_step: float | None = None
-    measured = None
-    if measure:
-        log("measuring a few real steps")
-        measured = measure_steps(config, with_data="data" in config.model_fields_set)
-        needed, trained["kernels"] = needed.with_total(measured.peak_bytes), measured.kernels
-        seconds_per_step = measured.seconds_per_token * batches.tokens_per_step
-        basis = dict.fromkeys(basis, f"measured in {measured.steps} steps")
-    elif isinstance(place.device, torch.device):
-        seconds_per_step, basis["time"] = time_here(shape, batches, step, fake.base.dtype, place.device)
 
-    batch_size, steps = batch_size_that_fits(available, needed, batches), batches.steps
-    can_shard = nproc > 1 and not config.fsdp
-    result = Plan(
+@dataclass(frozen=True, eq=False)
+class Simulated:
+    """What the largest step shows on the model without weights."""
+
+    fake: estimate.FakeModel
+    step: estimate.StepCost
+    memory: dict[str, Memory]  # settings -> of the run with them; first as they are
+
+
+def simulate(run: PlannedRun) -> Simulated:
+    """Returns the memory of the run, and of the run with settings that need less."""
+    config = run.config
+    with estimate.fake_model(config, run.shape, run.place.device, run.batches.task) as fake:
+        step = estimate.largest_step(config, fake, run.batches.largest)
+        memory = {AS_SET: run.memory_of(config, fake, step), **checkpointing(run, fake, step)}
+    return Simulated(fake, step, memory | quantization(run, step))
+
+
+def plan_of(run: PlannedRun, simulated: Simulated, full: FullFineTuning | None, measured: StepsMeasured | None) -> Plan:
+    config, batches, memory = run.config, run.batches, simulated.memory[AS_SET]
+    trained = what_is_trained(simulated.fake)
+    basis = {"memory": "estimated from the shapes"}
+    if measured is not None:
+        memory, trained["kernels"] = memory.with_total(measured.peak_bytes), measured.kernels
+        basis["memory"] = f"measured in {measured.steps} steps"
+    seconds_per_step, basis["time"] = time_of_step(run, simulated, measured)
+    batch_size, steps = batch_size_that_fits(run.available, memory, batches), batches.steps
+    fits, can_shard = memory.total <= run.available, run.nproc > 1 and not config.fsdp
+    helps = [] if fits else estimate.remedies(config, run.shape, batch_size, run.place.device, can_shard=can_shard)
+    return Plan(
         model=config.model,
         method=config.method,
-        device=place.name,
+        device=run.place.name,
         **trained,
-        memory=needed,
-        available_bytes=available,
+        memory=memory,
+        available_bytes=run.available,
         batch_size=config.per_device_train_batch_size,
         batch_size_that_fits=batch_size,
-        options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
-        remedies=estimate.remedies(config, shape, batch_size, place.device, can_shard=can_shard)
-        if needed.total > available
-        else [],
+        options=[option(run, settings, needed) for settings, needed in simulated.memory.items()],
+        remedies=helps,
         largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
         examples=None if batches.examples is None else len(batches.examples),
-        tokens=None if steps is None else round(nproc * batches.tokens_per_step * steps),
+        tokens=None if steps is None else round(run.nproc * batches.tokens_per_step * steps),
         steps=steps,
         seconds_per_step=seconds_per_step,
         seconds=None if steps is None or seconds_per_step is None else seconds_per_step * steps,
         basis=basis,
         full=full,
         measured=measured,
-        ranks=Ranks(nproc, config.fsdp) if nproc > 1 else None,
-        notes=notes,
+        ranks=Ranks(run.nproc, config.fsdp) if run.nproc > 1 else None,
+        notes=notes_of(run, simulated.fake, is_measured=measured is not None),
         settings=config.model_dump(mode="json", exclude_unset=True),
     )
-    if output_dir is not None:
-        write_report(output_dir, "plan", result.to_dict())
-    return result
 
 
 def read_shape(config: TrainConfig) -> tuple[PretrainedConfig, Labels | None]:
@@ -167,7 +193,7 @@ def check_can_be_planned(config: TrainConfig, place: "Place", nproc: int, *, mea
         raise ConfigError("--fsdp shards the base model across processes; set their number with --nproc")
     if not measure:
         return
-    if place.is_absent:
+    if isinstance(place.device, estimate.AbsentDevice):
         raise ConfigError(
             f"--measure runs real steps, but this machine has no {place.name}; remove --measure or --device"
         )
@@ -205,17 +231,8 @@ class Place:
     name: str
     device: torch.device | estimate.AbsentDevice
     process: int  # bytes that a process uses before it loads the model
-    process_basis: str  # where that number comes from
     available: int  # bytes that a run may use
     notes: list[str] = field(default_factory=list)
-    shards: int = 1  # number of ranks that the base is sharded over
-
-    @property
-    def is_absent(self) -> bool:
-        return isinstance(self.device, estimate.AbsentDevice)
-
-    def memory_of(self, config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost) -> Memory:
-        return estimate.estimate_memory(config, fake, step, self.process, self.shards)
 
 
 def place_of(config: TrainConfig) -> Place:
@@ -230,7 +247,7 @@ def place_of(config: TrainConfig) -> Place:
             raise ConfigError(f"{error}; {unknown}") from unknown
     process = used_bytes(device)
     available = available_bytes(device) + process
-    return Place(str(device), device, process, "the current memory of this process", available)
+    return Place(str(device), device, process, available)
 
 
 def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
@@ -241,23 +258,51 @@ def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
         notes.append(f"assuming {card.name}; similar names: {', '.join(others[:5])}")
     auto = torch.bfloat16 if card.has_bfloat16 else torch.float16
     precision = auto if config.dtype == "auto" else getattr(torch, config.dtype)
-    basis = f"{format_bytes(CONTEXT)} for the card's context"
     absent = estimate.AbsentDevice(card.device, precision)
-    return Place(card.name, absent, CONTEXT, basis, card.available_bytes, notes)
+    return Place(card.name, absent, CONTEXT, card.available_bytes, notes)
 
 
 # ---- Time
 
+SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/memory/plan.py
+TIME_RATIOS = (0.7, 6.6)  # least and most time of a step over its estimate, in benchmarks/results/plan.json
+REPEATS = 3
+MOST_ROWS, MOST_COLUMNS = 256, 8192  # larger products are not faster
 
-def time_here(
-    shape: PretrainedConfig, batches: "Batches", step: estimate.StepCost, dtype: torch.dtype, device: torch.device
-) -> tuple[float, str]:
-    """Returns the seconds per step, from the speed of matrix products on this device, and a description of the rule."""
-    text, tokens = shape.get_text_config(), tokens_of(batches.largest)
+
+def products_per_second(tokens: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Returns the operations a second of (tokens, width) x (width, inner); on a CPU, in the faster precision."""
+    tokens, width, inner = min(tokens, MOST_ROWS), min(width, MOST_COLUMNS), min(inner, MOST_COLUMNS)
+    both = device.type == "cpu" and dtype in HALF
+    medians = []
+    for precision in (dtype, torch.float32) if both else (dtype,):
+        x = torch.ones(tokens, width, dtype=precision, device=device)
+        weight = torch.ones(inner, width, dtype=precision, device=device)
+        seconds = []
+        for _ in range(1 + REPEATS):
+            started = time.perf_counter()
+            torch.mm(x, weight.T)
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        medians.append(median(seconds[1:]))
+    return 2.0 * tokens * width * inner / min(medians)
+
+
+def time_of_step(run: PlannedRun, simulated: Simulated, measured: StepsMeasured | None) -> tuple[float | None, str]:
+    """Returns the seconds of a step, None if unknown, and where they come from."""
+    batches, device = run.batches, run.place.device
+    if measured is not None:  # completions are as long as in the measured steps
+        tokens = batches.tokens_per_step if batches.prompts is None else measured.tokens_per_step
+        return measured.seconds_per_token * tokens, f"measured in {measured.steps} steps"
+    if isinstance(device, estimate.AbsentDevice):
+        return None, "not estimated, because this machine does not have the device"
+    text, tokens = run.shape.get_text_config(), tokens_of(batches.largest)
     width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    speed = estimate.SHARE * estimate.products_per_second(tokens, width, inner, dtype, device)  # operations per second
-    rule = f"a rough estimate: {step.flops / tokens / 1e9:.2g} GFLOP per token at {speed / 1e9:,.0f} GFLOP/s"
-    return step.flops / tokens / speed * batches.tokens_per_step, rule
+    products = products_per_second(tokens, width, inner, simulated.fake.base.dtype, device)
+    speed, flops = SHARE * products, simulated.step.flops / tokens  # per second, and per token
+    rule = f"a rough estimate: {flops / 1e9:.2g} GFLOP per token at {speed / 1e9:,.0f} GFLOP/s"
+    shortest, longest = TIME_RATIOS
+    return flops / speed * batches.tokens_per_step, f"{rule}; our runs took {shortest} to {longest} times as long"
 
 
 # ---- Batches
@@ -298,16 +343,12 @@ def read_batches(
     shape: PretrainedConfig,
     accelerator: Accelerator,
     limit: int | None,
-    nproc: int = 1,
-    labels: Labels | None = None,
+    nproc: int,
+    labels: Labels | None,
 ) -> Batches:
-    """Returns batches of the data, or without data, of examples with max_length tokens.
+    """Returns batches of the data, or without data, of examples with max_length tokens. Raises DataError.
 
     limit: tokens that go through the model at once on the planned device.
-    nproc: number of ranks.
-    labels: the classes of the model.
-
-    Raises DataError with all problems of the data.
     """
     if "data" not in config.model_fields_set:
         run = with_numbers(config, None)
@@ -382,78 +423,83 @@ def tokens_of(examples: list[Example]) -> int:
     return sum(len(example.input_ids) for example in examples)
 
 
-def split_note(batches: Batches) -> list[str]:
-    """Returns a note if not all examples go through the model at once."""
+def notes_of(run: PlannedRun, fake: estimate.FakeModel, *, is_measured: bool) -> list[str]:
+    """Returns all notes, also on sampling, and on examples that do not go through the model at once."""
+    batches, dequantized = run.batches, dequantization_note(run.shape, run.config.model)
+    notes = [*([dequantized] if dequantized else []), *run.place.notes, *batches.notes, *fake.notes]
+    if batches.prompts is not None:
+        cache = format_bytes(batches.prompts.cache_bytes(run.shape, fake.base.dtype))
+        notes.append(f"sampling needs a cache of {cache} between the steps")
+        sampling = "" if is_measured else "sampling and "
+        notes.append(f"the time excludes {sampling}evaluations, which usually take longer than the steps")
     largest = batches.at(batches.most)
-    if len(largest) == batches.most:
-        return []
-    tokens = f"{tokens_of(largest):,} tokens"
-    return [f"larger batches are split into passes of at most {tokens}, so they need little more memory than this one"]
+    if len(largest) < batches.most:
+        passes = f"passes of at most {tokens_of(largest):,} tokens"
+        notes.append(f"larger batches are split into {passes}, so they need little more memory than this one")
+    return notes
 
 
 # ---- Memory
 
 
-def full_fine_tuning(
-    config: TrainConfig, shape: PretrainedConfig, batches: Batches, place: Place, available: int
-) -> FullFineTuning | None:
+def full_fine_tuning(run: PlannedRun, notes: list[str]) -> FullFineTuning | None:
     """Returns the plan of the same run with all weights trained (without offloading, which needs frozen weights).
 
-    None if the run has settings that need an adapter.
+    None if the run does so itself, if its weights cannot be trained, or with a note if its settings need an adapter.
     """
+    config = run.config
+    if config.method == FULL or stays_quantized(run.shape, config.model):
+        return None
     settings = config.model_dump(exclude_unset=True, exclude={*ADAPTER_SETTINGS, "fsdp_offload_params"})
     try:
         full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     except ConfigError:
+        notes.append("full fine-tuning is not shown, because it does not support all of these settings")
         return None
-    with estimate.fake_model(full, shape, place.device, batches.task) as fake:
-        memory = place.memory_of(full, fake, estimate.largest_step(full, fake, batches.largest))
+    with estimate.fake_model(full, run.shape, run.place.device, run.batches.task) as fake:
+        memory = run.memory_of(full, fake, estimate.largest_step(full, fake, run.batches.largest))
         parameters = fake.model.summary().trainable_parameters
-    return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
+    return FullFineTuning(parameters, memory, batch_size_that_fits(run.available, memory, run.batches))
 
 
-WITHOUT_FSDP = {"fsdp": False, "fsdp_offload_params": False}
 AS_SET = "as set"
 
 
-def checkpointing(
-    config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, batches: Batches, place: Place
-) -> dict[str, Memory]:
+def checkpointing(run: PlannedRun, fake: estimate.FakeModel, step: estimate.StepCost) -> dict[str, Memory]:
     """Returns the memory with checkpointing, where the run allows it."""
-    if not estimate.can_checkpoint(config):
+    if not estimate.can_checkpoint(run.config):
         return {}
-    cheaper = estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)
-    return {CHECKPOINTING: place.memory_of(config, fake, cheaper)}
+    cheaper = estimate.with_less_memory(step, fake, tokens_of(run.batches.largest), checkpointed=True)
+    return {CHECKPOINTING: run.memory_of(run.config, fake, cheaper)}
 
 
-def quantization(
-    config: TrainConfig, shape: PretrainedConfig, step: estimate.StepCost, batches: Batches, place: Place
-) -> dict[str, Memory]:
+def quantization(run: PlannedRun, step: estimate.StepCost) -> dict[str, Memory]:
     """Returns the memory with a 4-bit base, without and with checkpointing, where the run allows it."""
-    if not estimate.can_quantize(config, shape):
+    config = run.config
+    if not estimate.can_quantize(config, run.shape):
         return {}
-    with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device, batches.task) as fake:
+    with estimate.fake_model(config.replaced(quantize="nf4"), run.shape, run.place.device, run.batches.task) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
-        memory = {QUANTIZATION: place.memory_of(config, fake, cheaper)}
-        for settings, both in checkpointing(config, fake, step, batches, place).items():
+        memory = {QUANTIZATION: run.memory_of(config, fake, cheaper)}
+        for settings, both in checkpointing(run, fake, step).items():
             memory[f"{QUANTIZATION} {settings}"] = both
     return memory
 
 
-def option(settings: str, memory: Memory, batches: Batches, shape: PretrainedConfig, available: int) -> Option:
-    """Returns the option with its longest example: activations grow with its tokens, up to the model's positions."""
-    growth = (available - memory.total) / max(memory.activations, 1)
-    longest = max(int(tokens_of(batches.largest) * (1 + growth)), 0)
-    positions = getattr(shape.get_text_config(), "max_position_embeddings", None) or longest
-    batch_size = batch_size_that_fits(available, memory, batches)
+def option(run: PlannedRun, settings: str, memory: Memory) -> Option:
+    """Returns the option with its longest example, up to the model's positions."""
+    growth = (run.available - memory.total) / max(memory.growing, 1)
+    longest = max(int(tokens_of(run.batches.largest) * (1 + growth)), 0)
+    positions = getattr(run.shape.get_text_config(), "max_position_embeddings", None) or longest
+    batch_size = batch_size_that_fits(run.available, memory, run.batches)
     return Option(settings, memory.total, batch_size, min(longest, positions))
 
 
 def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> int:
-    """Returns the largest batch that fits, 0 if not even one example does. Activations grow with the tokens."""
+    """Returns the largest batch that fits, 0 if not even one example does."""
 
     def needed(batch_size: int) -> int:
         tokens = tokens_of(batches.largest)
-        return memory.total + memory.activations * (tokens_of(batches.at(batch_size)) - tokens) // tokens
+        return memory.total + memory.growing * (tokens_of(batches.at(batch_size)) - tokens) // tokens
 
     return bisect_right(range(1, batches.most + 1), available, key=needed)

@@ -27,7 +27,7 @@ from tailora.core.layer_types import layer_path_of
 from tailora.data.collate import collate_packed, collate_padded
 from tailora.errors import ConfigError, FormatError, TailoraWarning
 from tailora.kernels.attention import packed_rows
-from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, Batch, LossForm
+from tailora.kernels.loss import CHUNKED, FORMS, OWN, Batch, LossForm
 from tailora.model import LoRAModel
 from tailora.patches import attention_of
 from tailora.train.kernel_choice import choose_form, choose_packing
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 SPARE = "read from the checkpoint"
 REFERENCE = "{}_reference"  # the adapter that keeps the values that the one of this name starts from
 MASKED = {"sdpa", "eager"}  # attention that keeps packed documents apart by a mask of all pairs of tokens
-CHUNKED = {FROZEN, RECOMPUTED}
 OF_TEXT = {"input_ids", "attention_mask", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k"}
 OF_TEXT |= {"max_length_q", "max_length_k"}
 LOADS_REFERENCE = {"GRPOTrainer", "RLOOTrainer"}  # have no argument `ref_model`, and load one if beta is not 0

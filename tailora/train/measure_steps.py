@@ -1,16 +1,19 @@
 """A few real steps of a run in a separate process, to measure their memory and time.
 
 The largest forward comes first and again at the end; between them are the first steps of the run. So the peak
-matches the run's, except for its many other lengths. Nothing is written outside of the temporary folder.
+matches the run's, except for its many other lengths. The time covers the run's steps, including the sampling
+of completions. Nothing is written outside of the temporary folder.
 """
 
 import json
+import math
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from statistics import mean
 
 from tailora.errors import TailoraError
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
@@ -18,14 +21,14 @@ from tailora.train.child_process import ChildProcess, command_of, connection_to_
 from tailora.train.config import TrainConfig
 from tailora.train.failures import Failure
 
-STEPS = 3  # between the two steps of the largest forward
+STEPS = 3  # at least, between the two steps of the largest forward
 
 
 @dataclass(frozen=True)
 class StepsMeasured:
     peak_bytes: int
-    start_seconds: float  # until the first step: imports, weights, data, checks
-    seconds_per_token: float  # of the steps after the first
+    seconds_per_token: float  # of the run's steps
+    tokens_per_step: float  # likewise
     steps: int
     kernels: str
 
@@ -54,7 +57,6 @@ def measure(folder: str, settings: str, *data: str) -> None:
 
 def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMeasured:
     """Sets up a run and takes a few of its steps. On a CPU, the peak includes everything in this process."""
-    started = time.perf_counter()
     from tailora.train.dataloader import random_data, read_data  # torch from here on
     from tailora.train.kernel_choice import use_kernels
     from tailora.train.memory import explain_out_of_memory, peak_bytes
@@ -71,18 +73,19 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
         base, layout, kernels = trainer.run.base, trainer.run.layout, trainer.run.kernels
         stack.enter_context(use_kernels(base, layout, kernels, checkpointed=config.gradient_checkpointing))
         largest = Step.of([data.largest], data.largest, task)
-        start_seconds = time.perf_counter() - started
-        seconds, tokens = [], []
-        for step in [largest, *islice(data.steps(0), STEPS), largest]:
-            began = time.perf_counter()
+        # completions are sampled once for num_iterations steps
+        count = math.ceil(STEPS / config.num_iterations) * config.num_iterations
+        seconds, tokens, began = [], [], time.perf_counter()
+        for step in chain([largest], islice(data.steps(0), count), [largest]):
             trainer.step(trainer.collated(step), began)
             trainer.read_last_step()
             tokens.append(step.tokens)
             seconds.append(time.perf_counter() - began)
+            began = time.perf_counter()
         return StepsMeasured(
             peak_bytes=peak_bytes(trainer.run.accelerator.device),
-            start_seconds=start_seconds,
-            seconds_per_token=sum(seconds[1:]) / sum(tokens[1:]),
+            seconds_per_token=sum(seconds[1:-1]) / sum(tokens[1:-1]),
+            tokens_per_step=mean(tokens[1:-1]),
             steps=len(seconds),
             kernels=trainer.run.kernels.description,
         )

@@ -4,19 +4,16 @@
     largest_step          its largest forward and backward, under a MemoryTracker -> StepCost: activations, logits
     estimate_memory       the memory of the whole run, part by part; of the process itself by measured constants
     check_fits            raises an error if such a step needs more than is free, which `train` calls before the first
-    products_per_second   how fast this machine multiplies, for the time of a step
 
 A process needs most memory either while it reads the weights, in a step, or while it reads back what was saved.
 """
 
 import copy
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from statistics import median
 from typing import Any, cast
 
 import torch
@@ -27,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tailora.core.adapter import adapter_dtype
-from tailora.core.device import HALF, device_name, synchronize
+from tailora.core.device import device_name
 from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
@@ -38,6 +35,7 @@ from tailora.formats.hub import local_folder
 from tailora.formats.load import lora_config_of, read_any_format
 from tailora.kernels.attention import CPU
 from tailora.kernels.compiled_layers import decoder_layers
+from tailora.kernels.loss import CHUNKED
 from tailora.model import LoRAModel
 from tailora.train.classification import label_task
 from tailora.train.config import TASK_TYPES, TrainConfig
@@ -308,18 +306,23 @@ class Memory:
     logits: int  # at that moment
     process: int  # interpreter, libraries, a card's context, and what the allocator keeps beyond what is allocated
     gathered: int = 0  # of sharded weights, what a rank has whole while it computes with them
+    growing: int = 0  # of activations and logits, what grows with the tokens of a forward; logits in chunks do not
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(asdict(replace(self, growing=0)).values())
 
     def with_total(self, total: int) -> "Memory":
         """Returns the same with another total: `process` gets the difference, and below zero the activations."""
         rest = self.process + total - self.total
-        return replace(self, process=max(rest, 0), activations=self.activations + min(rest, 0))
+        less = min(rest, 0)
+        activations, growing = self.activations + less, self.growing + less
+        return replace(self, process=max(rest, 0), activations=activations, growing=growing)
 
     def to_dict(self) -> dict[str, int]:
-        return {**asdict(self), "total": self.total}
+        parts = asdict(self)
+        del parts["growing"]
+        return {**parts, "total": self.total}
 
 
 @dataclass(frozen=True)
@@ -555,6 +558,7 @@ def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process
         logits=step.logits,
         process=process,
         gathered=gathered,
+        growing=step.activations + (0 if fake.layout.loss in CHUNKED else step.logits),
     )
 
 
@@ -570,26 +574,3 @@ def memory_of_loading(fake: FakeModel, process: int, shards: int = 1) -> int:
         stored = weights.on_rank(shards)
         while_read = while_read * stored // weights.stored
     return process + stored + (while_read if fake.base.device.type == "cpu" else weights.dense)
-
-
-SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/memory/plan.py
-REPEATS = 3
-MOST_ROWS, MOST_COLUMNS = 256, 8192  # larger products are not faster
-
-
-def products_per_second(tokens: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Returns the operations a second of (tokens, width) x (width, inner); on a CPU, in the faster precision."""
-    tokens, width, inner = min(tokens, MOST_ROWS), min(width, MOST_COLUMNS), min(inner, MOST_COLUMNS)
-    both = device.type == "cpu" and dtype in HALF
-    medians = []
-    for precision in (dtype, torch.float32) if both else (dtype,):
-        x = torch.ones(tokens, width, dtype=precision, device=device)
-        weight = torch.ones(inner, width, dtype=precision, device=device)
-        seconds = []
-        for _ in range(1 + REPEATS):
-            started = time.perf_counter()
-            torch.mm(x, weight.T)
-            synchronize(device)
-            seconds.append(time.perf_counter() - started)
-        medians.append(median(seconds[1:]))
-    return 2.0 * tokens * width * inner / min(medians)

@@ -44,7 +44,7 @@ def read_model_config(source: str, name: str) -> PretrainedConfig:
             problems = [" ".join(str(error).split())]
         else:
             configs = (config, *(getattr(config, name, None) for name in PARTS))
-            problems = _problems([_with_common_names(part) for part in configs if isinstance(part, PretrainedConfig)])
+            problems = _problems([_sizes(part) for part in configs if isinstance(part, PretrainedConfig)])
     if problems:
         raise ConfigError(
             f"config.json of model {name!r} is invalid: {listing(problems)}; use the file of the original model"
@@ -52,13 +52,9 @@ def read_model_config(source: str, name: str) -> PretrainedConfig:
     return config
 
 
-def _with_common_names(config: PretrainedConfig) -> dict[str, Any]:
-    """Returns the values, also under the common names of fields that the architecture names differently.
-
-    Attributes are not read. Some raise an error if the model's layers differ.
-    """
-    values = vars(config)
-    return {**values, **{common: values.get(own) for common, own in config.attribute_map.items()}}
+def _sizes(config: PretrainedConfig) -> dict[str, Any]:
+    """Returns fields by their common names, not from attributes: some raise an error if the model's layers differ."""
+    return {field: vars(config).get(config.attribute_map.get(field, field)) for field in LIMITS}
 
 
 def _problems(parts: list[dict[str, Any]]) -> list[str]:

@@ -11,22 +11,25 @@ import numpy as np
 import pytest
 import torch
 from runs import changed, run_and_collect
+from tiny_run import write_rows
 from tiny_vision import save_image, save_tiny_llava, tiny_llava
-from transformers import LlamaForCausalLM
+from transformers import Gemma2Config, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.report.pages.plan import plan_page
-from tailora.study.plan import batch_size_that_fits, plan, quantization
+from tailora.study.plan import TIME_RATIOS, batch_size_that_fits, place_of, plan, quantization, time_of_step
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train.config import TrainConfig
 from tailora.train.events import Prepared
 from tailora.train.image_text_to_text import ImageTextToText
-from tailora.train.loss import CAUSAL_LM
+from tailora.train.measure_steps import take_steps
 from tailora.train.memory import fake_tensors
-from tailora.train.memory_estimate import FakeModel, Memory, fake_trainable, largest_step
+from tailora.train.memory_estimate import AbsentDevice, FakeModel, Memory, fake_trainable, largest_step
 from tailora.train.model_loading import read_config
+from tailora.train.rollouts import Rollouts
+from tailora.train.step import Step
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +45,46 @@ def test_counts_steps_and_forward_are_those_of_the_run(planned: Plan, small_run:
     assert planned.total_parameters == header["total_parameters"]
     assert len(planned.modules) == header["adapted_layers"]
     assert planned.steps == header["max_steps"]
+    assert planned.full is None  # unless asked for
     assert planned.largest_forward["tokens"] == header["largest_forward_tokens"]
     assert planned.memory.weights == header["base_bytes"]
     assert planned.kernels.split(";")[-1] == header["kernels"].split(";")[-1]
 
 
-def test_what_a_plan_of_reinforcement_learning_excludes_is_named(small_run: TrainConfig, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(f'{{"prompt": "Count to {number}."}}\n' for number in range(9)))
-    changes = {"data": str(file), "task": "grpo", "reward": ["max_length:9"], "max_completion_length": 8}
-    planned = plan(small_run.replaced(**changes, beta=0.04))
+@pytest.fixture
+def prompts_run(small_run: TrainConfig, tmp_path: Path) -> TrainConfig:
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Count to {number}."} for number in range(9)])
+    changes = {"data": str(data), "task": "grpo", "reward": ["max_length:9"], "max_completion_length": 8}
+    return small_run.replaced(**changes, beta=0.04, num_iterations=2)
+
+
+def test_what_a_plan_of_reinforcement_learning_excludes_is_named(prompts_run: TrainConfig) -> None:
+    planned = plan(prompts_run, full=True)
     assert any(note.startswith("sampling needs a cache of ") for note in planned.notes)
     assert "the time excludes sampling and evaluations, which usually take longer than the steps" in planned.notes
     assert planned.full is None
     assert any(note.startswith("full fine-tuning is not shown") for note in planned.notes)
     with pytest.raises(ConfigError, match="--task grpo needs the prompts of the data; add --data"):
-        plan(TrainConfig(model=small_run.model, task="grpo", reward=["max_length:9"]))
+        plan(TrainConfig(model=prompts_run.model, task="grpo", reward=["max_length:9"]))
+
+
+def test_measured_steps_of_reinforcement_learning_include_sampling(
+    prompts_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, sampled = 0.0, Rollouts._sampled_step
+
+    def sampled_in_ten_seconds(self: Rollouts, number: int) -> Step:
+        nonlocal seconds
+        seconds += 10
+        return sampled(self, number)
+
+    monkeypatch.setattr(Rollouts, "_sampled_step", sampled_in_ten_seconds)
+    monkeypatch.setattr("tailora.train.measure_steps.time", SimpleNamespace(perf_counter=lambda: seconds))
+    measured = take_steps(prompts_run, tmp_path, with_data=True)
+    assert measured.seconds_per_token * measured.tokens_per_step == pytest.approx(10 / 2)  # every second step samples
+    assumed: Any = SimpleNamespace(prompts=prompts_run, tokens_per_step=10**9)
+    run: Any = SimpleNamespace(batches=assumed, place=SimpleNamespace(device=None))
+    assert time_of_step(run, run, measured)[0] == pytest.approx(5)  # not of completions with the assumed length
 
 
 def test_trained_layers_are_grouped_whatever_is_trained(small_run: TrainConfig) -> None:
@@ -71,13 +98,38 @@ def test_trained_layers_are_grouped_whatever_is_trained(small_run: TrainConfig) 
     ]
 
 
+def test_a_card_without_bfloat16_is_planned_in_float16() -> None:
+    place = place_of(TrainConfig(device="T4"))
+    assert (place.name, place.device) == ("T4 16GB", AbsentDevice("cuda", torch.float16))
+
+
 @pytest.mark.parametrize(("room", "count"), [(109, 0), (110, 1), (119, 1), (120, 2), (200, 10), (10**9, 10)])
 def test_the_largest_batch_fills_the_room(room: int, count: int) -> None:
     example = Example.of_text(np.arange(4, dtype=np.int32))
     batches: Any = SimpleNamespace(at=lambda size: [example] * size, largest=[example] * 2, most=10)
     parts = dict.fromkeys(("adapters", "gradients", "optimizer", "logits", "process"), 0)
-    memory = Memory(weights=100, activations=20, **parts)  # 10 bytes for each example
+    memory = Memory(weights=100, activations=20, growing=20, **parts)  # 10 bytes for each example
     assert batch_size_that_fits(room, memory, batches) == count
+
+
+def test_logits_that_are_not_in_chunks_grow_with_the_batch(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=4096).save_pretrained(tmp_path)
+    config = TrainConfig(model=str(tmp_path), max_length=64, device="L4", per_device_train_batch_size=2)
+    room = plan(config.replaced(per_device_train_batch_size=8)).memory
+    planned = plan(config, memory=room.total)
+    assert room.logits == 4 * planned.memory.logits > room.activations
+    assert planned.batch_size_that_fits == planned.options[0].batch_size == 8
+    assert planned.options[0].tokens == pytest.approx(8 * 64, rel=0.1)
+
+
+def test_the_time_has_the_range_of_the_benchmark(planned: Plan) -> None:
+    results = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "plan.json").read_text())
+    cells = [cell["result"] for cell in results["cells"]]
+    ratios = [cell["true_seconds_per_token"] / cell["estimated_seconds_per_token"] for cell in cells]
+    assert (round(min(ratios), 1), round(max(ratios), 1)) == TIME_RATIOS
+    assert planned.basis["time"].endswith(f"our runs took {TIME_RATIOS[0]} to {TIME_RATIOS[1]} times as long")
+    assert max(results["large_model"]["cpu_seconds"]) <= 15
 
 
 @pytest.mark.slow
@@ -99,7 +151,8 @@ def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None
     config = TrainConfig(**{**settings, "max_steps": 5, "per_device_train_batch_size": 1})  # one forward a step
     base = LlamaForCausalLM(read_config(config.model))
     sizes = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in base.model.layers]
-    one, replicated, sharded = plan(config), plan(config, nproc=4), plan(config.replaced(fsdp=True), nproc=4)
+    one, replicated = plan(config, full=True), plan(config, nproc=4)
+    sharded = plan(config.replaced(fsdp=True), full=True, nproc=4)
     stored = one.memory.weights
     outside = stored - sum(sizes)
     assert one.ranks is None
@@ -127,15 +180,17 @@ def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None
         plan(config, measure=True, nproc=2)
 
 
-def test_weights_can_be_offloaded_from_a_card_alone(small_run: TrainConfig) -> None:
+def test_weights_can_be_offloaded_from_a_card_alone(planned: Plan, small_run: TrainConfig) -> None:
     settings = small_run.model_dump(exclude_unset=True, exclude={"data", "eval_data"})
-    config = TrainConfig(**{**settings, "max_steps": 5, "fsdp": True, "device": "h100"})
-    offloaded = config.replaced(fsdp_offload_params=True)
-    sharded, found = plan(config, nproc=4), plan(offloaded, nproc=4)
-    assert found.memory.weights < sharded.memory.weights
-    assert found.full == sharded.full
+    config = TrainConfig(**{**settings, "max_steps": 5, "fsdp": True, "device": "h100", "fsdp_offload_params": True})
+    model = LlamaForCausalLM(read_config(config.model))
+    offloaded = plan(config, full=True, nproc=4)
+    stays = planned.memory.weights - sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    assert offloaded.memory.weights == stays
+    assert offloaded.full is not None
+    assert offloaded.full.memory.weights > stays  # weights with gradients are on the card
     with pytest.raises(ConfigError, match="--fsdp-offload-params has no effect on a CPU"):
-        plan(offloaded.replaced(device="cpu"), nproc=4)
+        plan(config.replaced(device="cpu"), nproc=4)
 
 
 def test_ranks_share_the_steps_of_an_epoch(planned: Plan, small_run: TrainConfig) -> None:
@@ -158,16 +213,14 @@ def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainCo
     assert kto.memory.activations < 0.7 * pairs.memory.activations  # the other reply has no gradient
 
 
-@pytest.mark.parametrize("loss", ["ipo", "orpo"])
-def test_pairs_are_planned_as_they_are_trained(loss: str, small_run: TrainConfig, pairs: Path, tmp_path: Path) -> None:
-    config = small_run.replaced(data=str(pairs), loss=loss, max_steps=1, output_dir=str(tmp_path))
+def test_pairs_are_planned_as_they_are_trained(small_run: TrainConfig, pairs: Path, tmp_path: Path) -> None:
+    config = small_run.replaced(data=str(pairs), loss="ipo", max_steps=1, output_dir=str(tmp_path))
     planned = plan(config)
     _, (prepared,) = run_and_collect(config, Prepared)
     header = prepared.header
     assert planned.largest_forward["tokens"] == header["largest_forward_tokens"]
     assert planned.trainable_parameters == header["trainable_parameters"]
-    has_reference = any("log-probabilities of all replies" in note for note in planned.notes)
-    assert has_reference == (loss == "ipo")
+    assert any("log-probabilities of all replies" in note for note in planned.notes)
 
 
 def test_an_adapter_that_is_trained_further_is_planned(small_run: TrainConfig, tmp_path: Path) -> None:
@@ -180,9 +233,9 @@ def test_an_adapter_that_is_trained_further_is_planned(small_run: TrainConfig, t
 def test_a_language_model_that_is_quantized_gets_no_advice_to_quantize() -> None:
     shape = tiny_llava()[0].config
     shape.get_text_config().quantization_config = {"quant_method": "fp8"}
-    place: Any = SimpleNamespace(device=torch.device("cpu"))
-    anything: Any = SimpleNamespace(task=CAUSAL_LM)
-    assert quantization(TrainConfig(model="any"), shape, anything, anything, place) == {}
+    run: Any = SimpleNamespace(config=TrainConfig(model="any"), shape=shape)
+    nothing: Any = None
+    assert quantization(run, nothing) == {}
 
 
 def test_no_weights_are_drawn(small_run: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +289,8 @@ def test_a_model_for_images_names_its_parts_and_counts_the_tower_where_it_is_tra
         {"messages": [{"role": "user", "content": f"Which {number}?"}, reply], **({"image": image} if number else {})}
         for number in range(4)
     ]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"model": str(model), "data": str(tmp_path / "chats.jsonl"), "validation_split": 0}
+    data = write_rows(tmp_path / "chats.jsonl", rows)
+    settings = {"model": str(model), "data": str(data), "validation_split": 0}
     language, everything = plan(TrainConfig(**settings)), plan(TrainConfig(**settings, target_modules="all-linear"))
     assert language.parts == ["language model"]
     assert everything.parts == ["language model", "image tower", "projector"]
