@@ -7,7 +7,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from tiny import chat_model
@@ -129,12 +128,12 @@ def test_messages_name_pages_by_their_titles_on_the_site() -> None:
     assert not re.findall(r"(?<!/)docs/\w+\.md", source)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_files_named_in_documents_exist(document: Path) -> None:
-    targets = [str(token.attrGet("href") or token.attrGet("src") or "") for token in inline(document)]
-    links = [target.partition("#")[0] for target in targets if "://" not in target]
-    missing = [link for link in links if link and not (document.parent / link).exists()]
-    folders = (ROOT, ROOT / "tailora", ROOT / "benchmarks")
-    named = re.findall(r"`([\w/]+\.py)", document.read_text())
-    missing += [name for name in named if not any((folder / name).exists() for folder in folders)]
-    assert not missing, f"{document.name} names what is not there: {missing}"
+def test_links_and_files_named_in_documents_exist() -> None:
+    missing, folders = list[str](), (ROOT, ROOT / "tailora", ROOT / "benchmarks")
+    for document in DOCUMENTS:
+        targets = [str(token.attrGet("href") or token.attrGet("src") or "") for token in inline(document)]
+        links = [target.partition("#")[0] for target in targets if "://" not in target]
+        missing += [f"{document.name}: {link}" for link in links if link and not (document.parent / link).exists()]
+        named = re.findall(r"`([\w/]+\.py)", document.read_text())
+        missing += [f"{document.name}: {name}" for name in named if not any((at / name).exists() for at in folders)]
+    assert missing == []

@@ -55,12 +55,6 @@ def test_a_verdict_is_made_of_the_interval_and_the_margin(
     assert rules.equal(*numbers) == equal
 
 
-def test_a_range_holds_inside_and_fails_outside() -> None:
-    assert rules.inside(6.0, 19.0, 5.0, 20.0) == "holds"
-    assert rules.inside(2.0, 4.0, 5.0, 20.0) == rules.inside(21.0, 30.0, 5.0, 20.0) == "does not hold"
-    assert rules.inside(4.0, 6.0, 5.0, 20.0) == "cannot tell"
-
-
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
     [
@@ -91,18 +85,6 @@ def test_differences_are_first_minus_second_and_need_tuned_arms() -> None:
     assert not findings(dora={"sums": {"lora": [[1.0]]}, "report": {"arms": []}})  # one that failed
     untuned = findings(dora=result({"lora": 2.0, "dora": 1.9}, dora=arm("dora", best=0.02)))["dora"]
     assert (untuned.verdict, untuned.remark) == ("cannot tell", "the rate of dora is not tuned")
-
-
-@pytest.mark.parametrize(
-    ("of_rank_16", "verdict"), [(0.6, "holds"), (0.63, "holds"), (0.7, "does not hold"), (0.5, "holds")]
-)
-def test_rank_1_is_enough_if_nothing_is_better_by_the_margin(of_rank_16: float, verdict: str) -> None:
-    """Losses are minus the rewards, and the value is how much more reward rank 1 gets."""
-    of_arms = {"full": -0.6, "r16": -of_rank_16, "r1": -0.6}
-    parts = rules.findings({"markov": {"rewards": result(of_arms)}})
-    assert [part.verdict for part in parts] == [verdict, verdict]
-    assert [part.quantity for part in parts] == ["r1 - r16, reward", "r1 - full, reward"]
-    assert [part.value for part in parts] == pytest.approx([0.6 - of_rank_16, 0.0], abs=1e-2)
 
 
 def test_the_stored_findings_are_what_the_rules_make_of_the_stored_results(tmp_path: Path) -> None:

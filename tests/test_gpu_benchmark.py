@@ -35,7 +35,7 @@ def as_text(cell: dict[str, Any], result: dict[str, Any]) -> str:
     return str(device_tables.devices([{**contents, "cells": [{"cell": cell, "result": result}]}]))
 
 
-@pytest.mark.slow
+@pytest.mark.trainers
 def test_decoding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells.decode(torch.device("cpu"), folder, "tiny", rows=2, new_tokens=3)
     result = reported(capsys)

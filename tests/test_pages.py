@@ -122,15 +122,14 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).with_suffix("").as_posix()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_block_is_run_or_output_or_says_why_not(page: Path) -> None:
-    problems = [f"line {block.line}: {wrong}" for block in blocks(page) if (wrong := problem(block))]
-    assert not problems, f"{page.relative_to(ROOT)}:\n" + "\n".join(problems)
+def test_every_block_is_run_or_output_or_says_why_not() -> None:
+    assert [
+        f"{name(page)}:{block.line}: {wrong}" for page in PAGES for block in blocks(page) if (wrong := problem(block))
+    ] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_commands_within_the_text_have_these_flags(page: Path) -> None:
-    for code in (token.content for token in inline(page) if token.type == "code_inline"):
+def test_commands_within_the_text_have_these_flags() -> None:
+    for code in (token.content for page in PAGES for token in inline(page) if token.type == "code_inline"):
         if code.startswith("tailora "):
             command, *words = shlex.split(code)[1:]
             assert command in COMMANDS, code

@@ -15,9 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaForCausalLM,
     MistralConfig,
-    Phi3Config,
     PreTrainedTokenizerFast,
-    Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -64,8 +62,16 @@ def compared(model: Any, tokenizer: Any, samples: Any, new: int) -> list[Compare
 
 
 def test_base_and_tuned_each_say_their_own(tuned: LoRAModel, tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
-    questions = ["hello", "how are you today"]
-    for question, answer in zip(questions, compared(tuned, tokenizer, questions, 12), strict=True):
+    """The model is left as it was. A text is continued from its opening."""
+    tuned.train()
+    state, questions = torch.get_rng_state(), ["hello", "how are you today", Text("hello how are you " * 10)]
+    *answers, of_text = compared(tuned, tokenizer, questions, 12)
+    assert tuned.active_adapters == ("default",)
+    assert all(module.training for module in tuned.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert of_text.prompt == "hello how are you hello how are you hello how are you"
+    assert not of_text.reference
+    for question, answer in zip(["hello", "how are you today"], answers, strict=True):
         base = "".join(stream_reply(tiny(), tokenizer, asked(question), max_new_tokens=12)).strip()
         own = "".join(stream_reply(tuned, tokenizer, asked(question), max_new_tokens=12)).strip()
         assert (answer.prompt, answer.base, answer.tuned) == (question, base, own)
@@ -74,7 +80,7 @@ def test_base_and_tuned_each_say_their_own(tuned: LoRAModel, tiny: Make, tokeniz
         assert (answer.before.tokens, answer.before.is_cut) == (12, True)
 
 
-@pytest.mark.parametrize("config", [Gemma2Config, GPTNeoXConfig, MistralConfig, Phi3Config, Qwen3Config])
+@pytest.mark.parametrize("config", [Gemma2Config, GPTNeoXConfig, MistralConfig])
 def test_answers_are_those_of_generate(config: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
     sizes = {**GROUPED, "vocab_size": len(tokenizer), "initializer_range": 0.3, "pad_token_id": 0}
@@ -122,15 +128,6 @@ def test_an_encoder_decoder_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     assert 0 < answer.after.tokens <= 5
 
 
-def test_the_model_is_left_as_it_was(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    tuned.train()
-    state = torch.get_rng_state()
-    compared(tuned, tokenizer, ["hello"], 4)
-    assert tuned.active_adapters == ("default",)
-    assert all(module.training for module in tuned.modules())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_a_sample_is_asked_for_its_last_reply(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [*asked("hello"), REPLY, *asked("are you")]
     sample = Conversation([*turns, {"role": "assistant", "content": "never seen"}])
@@ -144,7 +141,6 @@ def test_a_sample_is_asked_for_its_last_reply(tuned: LoRAModel, tokenizer: PreTr
 
 def test_an_answer_that_ends_is_not_cut(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
     (question,) = questions_of(tuned, tokenizer, ["hello"])
-    (cut,) = compared(tuned, tokenizer, ["hello"], 12)
     with torch.no_grad():
         output = tuned.eval().generate(**generation_arguments(tuned, tokenizer, question.prompt, max_new_tokens=12))
     ids = output[0, len(question.prompt.ids) :].tolist()
@@ -153,23 +149,13 @@ def test_an_answer_that_ends_is_not_cut(tuned: LoRAModel, tokenizer: PreTrainedT
     assert whole.after is not None
     assert whole.after.tokens == 1 + ids.index(ids[3])
     assert not whole.after.is_cut
-    assert cut.tuned.startswith(whole.tuned)
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip().startswith(whole.tuned)
 
 
-@pytest.mark.parametrize("template", [True, False])
-def test_a_pair_is_asked_for_its_completion(
-    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, template: bool
-) -> None:
-    if not template:
-        tokenizer.chat_template = None
+def test_a_pair_is_asked_for_its_completion(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = None
     of_pair, of_text = compared(tuned, tokenizer, [Pair("hello", "never seen"), "hello"], 12)
     assert (of_pair.base, of_pair.tuned, of_pair.reference) == (of_text.base, of_text.tuned, "never seen")
-
-
-def test_a_text_is_continued_from_its_opening(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    (answer,) = compared(tuned, tokenizer, [Text("hello how are you " * 10)], 4)
-    assert answer.prompt == "hello how are you hello how are you hello how are you"
-    assert not answer.reference
 
 
 def test_a_prompt_without_room_for_an_answer_is_left_out(tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,7 +26,7 @@ def verdict(before: RewardsByName, after: RewardsByName) -> str:
     return describe_rewards(reward_changes(before, after), ["score"], ["answer"], "N prompts")
 
 
-@pytest.mark.parametrize("shares", [(0.3, 0.3), (0.3, 0.15), (0.0, 0.0)])
+@pytest.mark.parametrize("shares", [(0.3, 0.3), (0.0, 0.0)])
 def test_a_judge_that_does_not_rise_shows_a_reward_that_may_be_gamed(shares: tuple[float, float]) -> None:
     text = verdict(*judged(0.2, 0.8, judge=shares))
     assert text.startswith(
@@ -35,7 +35,7 @@ def test_a_judge_that_does_not_rise_shows_a_reward_that_may_be_gamed(shares: tup
     assert "The held-out reward rose by 0.5" in text
 
 
-@pytest.mark.parametrize("shares", [(0.2, 0.6), (0.2, 0.35), (0.0, 0.5)])
+@pytest.mark.parametrize("shares", [(0.2, 0.35), (0.0, 0.5)])
 def test_a_judge_that_rises_even_by_less_does_not(shares: tuple[float, float]) -> None:
     text = verdict(*judged(0.2, 0.8, judge=shares))
     assert "These rewards that only judge rose with it: answer 0." in text

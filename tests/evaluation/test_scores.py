@@ -65,18 +65,6 @@ def test_every_metric_is_computed_in_evaluation_mode(
         assert scores.base["loss"].value == pytest.approx(reference_loss(tuned, quiz, tokenizer), rel=1e-5)
 
 
-def test_the_loss_on_data_is_computed_in_evaluation_mode(
-    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, quiz: str
-) -> None:
-    rows = [{"prompt": row["prompt"], "completion": row["choices"][row["answer"]]} for row in QUIZ]  # type: ignore[index]
-    path = Path(quiz).with_name("pairs.jsonl")
-    write_rows(path, rows)
-    evaluate = loss_on_data(TrainConfig(data=str(path)), tuned, tokenizer, lambda _: None)
-    first = evaluate().sums.tolist()
-    assert evaluate().sums.tolist() == first
-    assert evaluate().loss == pytest.approx(reference_loss(tuned, quiz, tokenizer), rel=1e-5)
-
-
 def test_the_loss_on_pairs_of_replies_is_that_of_the_chosen_ones(
     tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

