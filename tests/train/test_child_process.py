@@ -58,8 +58,7 @@ def have_ended(pids: list[int]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("what", ["sleep", "compute"])
-@pytest.mark.parametrize("how", ["end", "the parent closes its pipe"])
+@pytest.mark.parametrize(("what", "how"), [("sleep", "end"), ("compute", "the parent closes its pipe")])
 def test_a_child_ends_with_all_that_it_started(
     what: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

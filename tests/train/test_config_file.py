@@ -1,7 +1,5 @@
 """Files of settings: YAML 1.2, limits for untrusted files, and what we write is read back by everyone."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +64,16 @@ def test_keys_may_have_dashes(tmp_path: Path) -> None:
         (b"seed: 1\nr: \xff", "line 2 is not valid UTF-8; save the file as UTF-8"),
         (b"seed: 1\nr: \x00", r"line 2 cannot be read as YAML: the character U\+0000 is not allowed"),
         (b'model: "\\ud800"', "line 1 .* half of a surrogate pair"),
-        (b'model: "\\UFFFFFFFF"', "cannot be read as YAML"),
         ("a: [" + "1," * (MAX_VALUES + 1) + "]", "more than 5,000 values"),
         ("seed: 1\n\tr: 2", "line 2 cannot be read as YAML: .*t' that cannot start"),
         ("1: a\n'1': b", "1 is set twice"),
         ("r: !!int 3", "line 1 cannot be read as YAML: tags"),
         ("r: !!python/object/apply:os.system [ls]", "tags"),
         ("r: 0x_", "cannot be read as YAML"),
-        ("? - a: 1\n: 3", "expected a setting's name, got a list or a mapping"),
         ("seed: 1\nr: *a", r"line 2 cannot be read as YAML: anchors and aliases \(a\) are not supported"),
-        ("r: &a [*a]", "line 1 .* anchors and aliases"),
         ("a: &a {r: 1}\nb: {<<: *a}", "line 1 .* anchors and aliases"),
         ("r: " + "[" * (MAX_DEPTH + 1), f"nested more than {MAX_DEPTH} levels"),
         ("[" * 5000, "nested more than"),
-        ("- " * 5000, "nested more than"),
         ("r: " + "9" * (MAX_SCALAR + 1), "a value has more than 3,000 characters"),
         ("#" * (MAX_BYTES + 1), "larger than 100,000 bytes"),
     ],
@@ -140,8 +134,3 @@ def test_yaml_1_1_reads_the_same(tmp_path: Path) -> None:
     """As PyYAML does, which is not a dependency: ruamel.yaml reads a file of version 1.1 by the rules of 1.1."""
     assert read(tmp_path, "%YAML 1.1\n---\n" + config_text(VALUES)) == VALUES
     assert read(tmp_path, "%YAML 1.1\n---\npacking: on\n") == {"packing": True}
-
-
-def test_it_needs_no_torch() -> None:
-    code = "import sys, tailora.train.config_file; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -85,7 +85,7 @@ def test_all_ranks_take_part_in_every_forward(world: int) -> None:
         assert {(step.tokens, step.supervised) for step in steps} == {(sum(sizes), sum(sizes) - len(sizes))}
 
 
-@pytest.mark.parametrize("start", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("start", [5, 6, 13])
 def test_steps_from_the_middle_are_those_of_the_whole(start: int) -> None:
     shape = StepShape(batch_size=2, accumulation=2, seed=3)
     for data in (DATA, MIXED):

@@ -32,7 +32,6 @@ from tailora.train.trainer import Trainer, run
     [
         ({"learning_rate": 1e38, "max_steps": 1, "validation_split": 0}, "the weights became NaN or infinite"),
         ({"learning_rate": 1e25, "eval_steps": 1, "max_steps": 2}, "held-out loss became nan"),
-        ({"learning_rate": 1e25, "max_steps": 1}, "held-out loss became nan"),
         ({"learning_rate": 1e20, "max_steps": 10, "max_grad_norm": 1}, r"step \d+ \(learning rate 1e\+20\).*layers\.0"),
     ],
 )
@@ -47,9 +46,8 @@ def test_the_last_good_adapter_is_kept(settings: Any, changes: dict[str, Any], c
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("limit", [1, 3])
-def test_the_last_good_checkpoint_is_kept_named_and_resumed_with_a_lower_rate(settings: Any, limit: int) -> None:
-    changes = {"max_steps": 3, "save_steps": 1, "save_total_limit": limit, "warmup_ratio": 0}
+def test_the_last_good_checkpoint_is_kept_named_and_resumed_with_a_lower_rate(settings: Any) -> None:
+    changes = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1, "warmup_ratio": 0}
     config = settings(lr_scheduler_type="constant", validation_split=0, **changes)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -51,7 +51,7 @@ def test_the_gradients_are_those_of_the_plain_model(model_folder: Path, dtype: s
         torch.testing.assert_close(master.grad, weight.grad.float(), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.exhaustive), "bfloat16"])
 def test_a_run_improves_the_model_and_leaves_a_folder_that_transformers_reads(
     full: Settings, model_folder: Path, dtype: str
 ) -> None:

@@ -148,6 +148,7 @@ def test_the_cause_is_said_if_the_compiler_fails(settings: Any, monkeypatch: pyt
         run(settings(max_steps=1, fast="compile"))
 
 
+@pytest.mark.exhaustive
 def test_layers_that_cannot_be_compiled_with_their_dropout_are_refused_before_the_run(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

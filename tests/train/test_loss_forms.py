@@ -100,11 +100,6 @@ def test_the_head_decides_between_the_chunked_forms(name: str, adapter: str) -> 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_gradients_of_full_logits(form: str) -> None:
-    assert_right(model_of("gpt2"), form, 1e-10)
-
-
-@pytest.mark.parametrize("form", FORMS)
 def test_temperature_divides_the_logits_also_their_bias(form: str) -> None:
     model = model_of("phi, head with a bias")
     nn.init.normal_(model.base_model.get_output_embeddings().bias)
@@ -112,7 +107,7 @@ def test_temperature_divides_the_logits_also_their_bias(form: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma2, soft cap", "cohere, logit scale", "granite, logit scale"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_model_that_changes_its_logits_keeps_them(name: str, dtype: torch.dtype) -> None:
     form, why = form_of(model_of(name, dtype=dtype))
     assert form == OWN

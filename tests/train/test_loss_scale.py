@@ -19,7 +19,7 @@ from tailora.data.dataset import Example
 from tailora.errors import DivergedError
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.flat_parameters import Group, flattened
-from tailora.kernels.loss import FORMS, FROZEN, RECOMPUTED
+from tailora.kernels.loss import FROZEN, RECOMPUTED
 from tailora.model import LoRAModel
 from tailora.report.files import write_page
 from tailora.report.pages.train import write_train_report
@@ -56,7 +56,7 @@ def gradient(model: LoRAModel, layout: BatchLayout, supervised: int, scale: Tens
     return flat if scale is None else flat / scale
 
 
-@pytest.mark.parametrize("form", [FROZEN, RECOMPUTED, *[form for form in FORMS if form not in (FROZEN, RECOMPUTED)]])
+@pytest.mark.parametrize("form", [FROZEN, RECOMPUTED])
 def test_gradients_of_64k_tokens_are_as_near_to_those_of_float32_as_those_of_500(form: str) -> None:
     half = LoRAModel(chat_model().half(), LoRAConfig(r=4))
     for layer in half.lora_layers.values():

@@ -398,13 +398,11 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([{"prompt": "a", "chosen": "b"}], {}, "match no known schema"),
         (
             [{"prompt": "a", "chosen": "b"}],
             {"task": "preference"},
             r"of --task preference(.|\n)*preference \(chosen, rej",
         ),
-        ([PAIR, {"prompt": "a", "chosen": "b"}], {}, "missing rejected"),
         ([{"prompt": "a", "chosen": " b", "rejected": " b"}], {}, "chosen and rejected are the same"),
         ([{"prompt": "a", "chosen": " b", "rejected": ""}], {}, "rejected is empty"),
         ([{"chosen": "one", "rejected": "two"}], {}, "do not begin with the same prompt"),
@@ -420,7 +418,6 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
             "needs rows with chosen and rejected",
         ),
         ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: only applies to preferences"),
-        ([{"prompt": "a", "completion": "b", "label": 3}], {"loss": "kto"}, "label .true or false."),
         ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "all rows have the same label; add others"),
         ([PAIR], {"streaming": True, "max_steps": 2}, "remove --streaming"),
     ],

@@ -76,7 +76,8 @@ def test_a_trained_adapter_is_evaluated_and_answers(tmp_path: Path) -> None:
     tiny_model("BartForConditionalGeneration", vocab_size=300, forced_eos_token_id=None, **IDS).save_pretrained(model)
     settings = ["--validation-split", 0.3, "--learning-rate", 1e-2, "--max-steps", 8, "--samples", 1]
     trained = found("train", "--task", "seq2seq", "--model", model, "--data", data, *settings, "--output-dir", run)
-    scores = found("eval", run, "--data", data, "--metric", "loss", "--metric", "exact_match", "--max-new-tokens", 4)
+    data_of_eval = ["--data", data, "--limit", 8]
+    scores = found("eval", run, *data_of_eval, "--metric", "loss", "--metric", "exact_match", "--max-new-tokens", 4)
     predictions = found("predict", run, "--data", data, "--limit", 2, "--max-new-tokens", 4)
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
     assert scores["change"]["loss"]["value"] < 0
