@@ -23,6 +23,7 @@ from benchmarks.site.tables import ranged
 from tailora.core.config import LoRAConfig
 from tailora.core.setting_names import OTHER_UNITS
 from tailora.train.config import TrainConfig
+from tailora.train.defaults import NAMES
 
 MACHINES = {"AMX": ".", "Zen 4": "zen4", "Zen 5": "zen5"}  # name -> folder of results
 TRAINER = "PEFT + Trainer, grouped by length"
@@ -206,7 +207,7 @@ def settings_of(tool: str) -> str:
     """The settings of another tool that tailora has too, with both defaults; those there are in results/peers.json."""
     there = read("peers")["tools"][tool]
     fields = TrainConfig.model_fields | (LoRAConfig.model_fields if tool == "PEFT" else {})
-    here = {name: str(field.default) for name, field in fields.items()}
+    here = {name: "auto" if name in NAMES else str(field.default) for name, field in fields.items()}
     rows = []
     order = list(here)
     for name, setting in sorted(there["settings"].items(), key=lambda item: order.index(item[1]["ours"].split()[0])):
