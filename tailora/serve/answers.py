@@ -211,12 +211,9 @@ def text_of_token(tokenizer: Any) -> Callable[[int], str]:
     return lambda token_id: str(tokenizer.decode([*letter, token_id]))[begin:]
 
 
-def completion_logprobs(tokenizer: Any, part: Answer | Piece, top: int, *, as_ids: bool) -> Json:
-    """Returns the log-probabilities in OpenAI's older form.
-
-    as_ids: name tokens token_id:ID.
-    """
-    tokens, name = part.tokens, "token_id:{}".format if as_ids else text_of_token(tokenizer)
+def completion_logprobs(tokenizer: Any, part: Answer | Piece, top: int) -> Json:
+    """Returns the log-probabilities in OpenAI's older form."""
+    tokens, name = part.tokens, text_of_token(tokenizer)
 
     def by_name(token: Token) -> dict[str, float]:
         logprobs: dict[str, float] = {}
@@ -368,8 +365,7 @@ class CompletionResponse:
     def choice(self, part: Answer | Piece) -> schemas.CompletionChoice:
         logprobs = None
         if (top := self.body.logprobs) is not None:
-            as_ids = bool(self.body.return_tokens_as_token_ids)
-            logprobs = completion_logprobs(self.tokenizer, part, top, as_ids=as_ids)
+            logprobs = completion_logprobs(self.tokenizer, part, top)
         return schemas.CompletionChoice(
             index=part.index, text=part.text, logprobs=logprobs, finish_reason=part.finish_reason
         )

@@ -232,9 +232,6 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    return_tokens_as_token_ids: bool | None = Field(
-        None, description="write tokens as token_id:ID in logprobs, because several tokens can have the same text"
-    )
     # Would change the answer, but not supported
     echo: Annotated[Literal[False] | None, only("false")] = None
     suffix: Annotated[Annotated[str, StringConstraints(max_length=0)] | None, only('""')] = None

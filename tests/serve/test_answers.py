@@ -68,16 +68,14 @@ def test_text_is_shown_up_to_the_first_stop_string(
 def test_log_probabilities_of_a_piece_of_a_completion() -> None:
     tokens = [Token(0, -0.5, ((0, -0.5), (6, -0.7), (5, -2.0))), Token(5, -1.0, ((5, -1.0), (0, -3.0), (6, -4.0)))]
     piece = Piece(0, "a d", tokens, offsets=[7, 8])
-    found = completion_logprobs(Tokenizer(), piece, 3, as_ids=False)
+    found = completion_logprobs(Tokenizer(), piece, 3)
     assert found == {
         "tokens": ["a", " d"],
         "token_logprobs": [-0.5, -1.0],
         "top_logprobs": [{"a": -0.5, " d": -2.0}, {" d": -1.0, "a": -3.0}],  # the likeliest of those with one text
         "text_offset": [7, 8],
     }
-    found = completion_logprobs(Tokenizer(), piece, 2, as_ids=True)
-    assert found["top_logprobs"][0] == {"token_id:0": -0.5, "token_id:6": -0.7}
-    assert completion_logprobs(Tokenizer(), Piece(0, "", ()), 2, as_ids=False)["text_offset"] == []
+    assert completion_logprobs(Tokenizer(), Piece(0, "", ()), 2)["text_offset"] == []
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
@@ -101,7 +99,7 @@ def test_tokens_keep_their_space_and_begin_where_their_text_does() -> None:
     answer = Answer(0, metaspace, Request("a", ids[:2], None, SamplingParams(99, 0.0)), ["there!"], frozenset())
     pieces = [answer.add(Token(token_id, -0.5, ())) for token_id in ids]
     pieces.append(answer.add(Finish("length")))
-    found = completion_logprobs(metaspace, answer, 0, as_ids=False)
+    found = completion_logprobs(metaspace, answer, 0)
     assert found["text_offset"] == [offset for piece in pieces for offset in piece.offsets]
     whole = [(name, at) for name, at in zip(found["tokens"], found["text_offset"], strict=True) if "\ufffd" not in name]
     assert len(whole) > 10
