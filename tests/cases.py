@@ -266,6 +266,8 @@ WITHOUT_BIAS = ("embedding", "linear without bias")
 def why_not(case: LayerCase, slot: str) -> str | None:
     """Returns why the pair makes no sense, in the words of its refusal; None if it does make sense."""
     special = case in SPECIAL_LAYERS
+    if "fused_parts" in case.names and "dora" in slot:
+        return "use_dora is not supported for this layer type and parts of layers"
     if special and (slot in BIASES or slot == "lora bias"):
         return "is not supported for parts of fused layers, attention or parameters"
     if case.name in WITHOUT_BIAS and slot in BIASES:

@@ -56,7 +56,6 @@ def dense_update(layer: LoRALayer, base: nn.Module) -> Tensor:
     if gain is None:
         return update
     W = layer.layer_type.matrix(base, dense_weight(base, layer.layer_type.weight_name)).to(update)
-    W = W if layer.output_slice is None else layer.output_slice.take(W.mT).mT
     gain = gain.detach().to(update).view(len(update), -1, 1)
     return gain * update + layer.strength * (gain - 1) * W
 

@@ -17,7 +17,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from tailora.core.device import wide_dtype
-from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer_types import LayerType, weight_of, whole_tensor
 from tailora.core.quantization import dense_weight, is_quantized, stored_weight
 
@@ -73,10 +72,8 @@ class RowNorms:
     squares: Tensor  # ||W||^2 (out,)
     has_zeros: bool  # whether W has rows of zeros: only their norms may be 0
 
-    def __init__(
-        self, layer: nn.Module, layer_type: LayerType, dtype: torch.dtype, output_slice: OutputSlice | None = None
-    ) -> None:
-        self.layer_type, self.output_slice = layer_type, output_slice
+    def __init__(self, layer: nn.Module, layer_type: LayerType, dtype: torch.dtype) -> None:
+        self.layer_type = layer_type
         self.dtype = torch.promote_types(dtype, torch.float32)
         self._weight: WeightState | None = None
         self.refresh(layer)
@@ -106,13 +103,10 @@ class RowNorms:
         return row_norms(weight, transposed, squares, *self.layer_type.factors(layer, A, B), self.has_zeros)
 
     def _dense(self, layer: nn.Module) -> Tensor:
-        """Returns the dense weight (groups, m, n), as in `LayerType.factors`; for a fused layer, only the slice."""
+        """Returns the dense weight (groups, m, n), as in `LayerType.factors`."""
         layer_type = self.layer_type
         name = layer_type.weight_name
         weight = dense_weight(layer, name) if self._is_quantized else whole_tensor(weight_of(layer, name).detach())
-        if self.output_slice is not None:
-            transposed = layer_type.is_transposed(layer)
-            weight = self.output_slice.take(weight) if transposed else self.output_slice.take(weight.mT).mT
         if layer_type.is_stacked:
             return weight.reshape(-1, *weight.shape[-2:])
         groups = layer_type.groups(layer)

@@ -18,7 +18,7 @@ from tailora.core.config import scaling_divisor
 from tailora.core.float32_products import adapted_linear
 from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, LayerType, Shape, qualified_name, whole_tensor
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, TargetError
 
 # ---- How a fresh A and B are filled. One of the two is zero, so that training starts at the base model.
 
@@ -311,9 +311,11 @@ class LoRALayer(nn.Module, AdapterPart):
     def add_dora(self, layer: nn.Module) -> None:
         """Gives every output row of the layer's W + s (B A - B0 A0) a trained norm m (arXiv:2402.09353, eq. 5).
 
-        m is initialized to ||W||.
+        m is initialized to ||W||. Raises TargetError for a part of a fused layer.
         """
-        self.row_norms = dora.RowNorms(layer, self.layer_type, self.lora_A.dtype, self.output_slice)
+        if self.output_slice is not None:
+            raise TargetError("use_dora is not supported for parts of fused layers; adapt the full layer")
+        self.row_norms = dora.RowNorms(layer, self.layer_type, self.lora_A.dtype)
         self.lora_magnitude_vector = nn.Parameter(self.row_norms.squares.sqrt().to(self.lora_A.dtype))
 
     def add_trained_bias(self, layer: nn.Module) -> None:
@@ -357,9 +359,8 @@ class LoRALayer(nn.Module, AdapterPart):
         return rescaling, shift
 
     def rescaling(self, gain: Tensor) -> Tensor:
-        """Returns (g - 1) times the strength for all outputs of the layer, (out,); zero outside `output_slice`."""
-        rescaling = gain - 1 if self.strength == 1 else self.strength * (gain - 1)
-        return rescaling if self.output_slice is None else self.output_slice.spread(rescaling)
+        """Returns (g - 1) times the strength, (out,)."""
+        return gain - 1 if self.strength == 1 else self.strength * (gain - 1)
 
     def bias_change(self, layer: nn.Module) -> Tensor | None:
         """Returns the change of the layer's bias, s lora_bias + (trained copy - b), (out,); None for no change."""

@@ -549,8 +549,8 @@ def _target_problems(targets: Sequence[Target], config: LoRAConfig) -> list[str]
                 f"{path}: {', '.join(biases)} is not supported for parts of fused layers, attention or parameters; "
                 "exclude it"
             )
-        if config.use_dora and not target.layer_type.supports_dora:
-            problems.append(f"{path}: use_dora is not supported for this layer type; exclude it")
+        if config.use_dora and (target.output_slice or not target.layer_type.supports_dora):
+            problems.append(f"{path}: use_dora is not supported for this layer type and parts of layers; exclude it")
         if config.lora_bias and target.layer_type is EMBEDDING:
             problems.append(f"{path}: lora_bias is not supported for an Embedding; exclude it, or remove lora_bias")
     for path, own_ranks in ranks.items():

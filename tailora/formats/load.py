@@ -7,7 +7,6 @@ restore             StoredAdapter + base model -> Adapter: finds the layers in t
 """
 
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -34,7 +33,7 @@ from tailora.core.targets import (
     target_at,
     target_of,
 )
-from tailora.errors import BaseMismatchError, ConfigError, FormatError, TailoraWarning, TargetError, listing
+from tailora.errors import BaseMismatchError, ConfigError, FormatError, TargetError, listing
 from tailora.formats import kohya_diffusers, mlx, peft, peft_config, peft_keys
 from tailora.formats.fingerprint import LayerFingerprint, fingerprint, fingerprint_differences
 from tailora.formats.fold_scale import unfold_learned_scales
@@ -165,8 +164,6 @@ def restore(
 def _select(stored: peft.StoredAdapter, base_model: nn.Module, modules: Modules, problems: list[str]) -> Selected:
     paths_in_file = _paths_with_factors(stored, modules)
     config, file_config = stored_configs(stored, paths_in_file)
-    if (stored.settings or {}).get("ensure_weight_tying"):
-        config = file_config = _with_tied_modules(file_config, base_model, modules, stored)
     candidates = selected_candidates(base_model, modules, config)
     targets = {path: target_of(candidate, config) for path, candidate in candidates.items()}
     empty: dict[str, LoRALayer] = {}
@@ -224,26 +221,6 @@ def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file:
             f"{stored.folder}: adapter_config.json differs from the settings that the weights were saved with: "
             f"{'; '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' settings"
         )
-
-
-def _with_tied_modules(
-    config: LoRAConfig, base_model: nn.Module, modules: Modules, stored: peft.StoredAdapter
-) -> LoRAConfig:
-    """Adds all tied layers to modules_to_save if one of them is there (`ensure_weight_tying`).
-
-    Their copies share the weight. Factors of tied layers are separate here, so this warns that training separates them.
-    """
-    _, embedding = input_embedding(base_model) or ("", None)
-    if embedding is None:
-        return config
-    tied = [path for path, module in modules.items() if module._parameters.get("weight") is embedding.weight]
-    if len({path for path, slot in map(peft_keys.path_and_slot, stored.tensors) if slot and path in tied}) > 1:
-        factors = f"the factors of {' and '.join(tied)}"
-        message = f"{stored.folder}: {factors} are tied (ensure_weight_tying), but training would separate them"
-        warnings.warn(message, TailoraWarning, stacklevel=2)
-    if not saved_modules(modules, config).keys() & set(tied):
-        return config
-    return config.replaced(modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *tied])))
 
 
 def _empty_layer(target: Target, config: LoRAConfig, stored: peft.StoredAdapter) -> LoRALayer:

@@ -19,7 +19,7 @@ from tailora.formats.peft_keys import PeftLayer
 # Settings that change the meaning of the tensors or their training. They are not supported unless they are OFF.
 UNSUPPORTED_SETTINGS = (
     *("alora_invocation_tokens", "use_qalora", "megatron_config", "layer_replication", "arrow_config"),
-    *("velora_config", "use_bdlora", "monteclora_config", "kasa_config"),
+    *("velora_config", "use_bdlora", "monteclora_config", "kasa_config", "ensure_weight_tying"),
 )
 OFF: tuple[Any, ...] = (None, False, [], {}, "")
 SETTINGS_WITHOUT_EFFECT = (  # in an adapter whose tensors exist
@@ -34,7 +34,7 @@ OTHER_SETTINGS = (  # in the order of the file
 SHARED_SETTINGS = ("r", "lora_alpha", "lora_dropout", *OTHER_SETTINGS)  # same name and meaning in LoRAConfig
 USED_SETTINGS = (
     *SHARED_SETTINGS,
-    *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "init_lora_weights", "ensure_weight_tying"),
+    *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "init_lora_weights"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
 )
 INITS_WITHOUT_EFFECT = ("true", "false", "none", "gaussian", "eva", "orthogonal")  # the tensors exist

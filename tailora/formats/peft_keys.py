@@ -5,7 +5,7 @@ not in it. Some matrices have a different path in PEFT than in tailora: fused pa
 
 our path                          prefix of PEFT's keys
 c_attn.q                          c_attn: rows of A and columns of B of the whole layer. B is zero in the outputs of
-                                  other parts, and the magnitude there is the norm of the base's weight
+                                  other parts
 attn.in_proj_weight               attn
 attn.out_proj                     attn.base_layer.out_proj
 experts.gate_up_proj, .down_proj  experts.base_layer, experts: nested wrappers, the first parameter is the innermost
@@ -15,14 +15,11 @@ PEFT also mistakes some layers for projections of experts with the same names. `
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tailora.core.dora import RowNorms
 from tailora.core.extras import ExtraTargets
-from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import find_layer
 from tailora.core.parameters import projections
@@ -57,7 +54,6 @@ class PeftLayer:
     layers: dict[str, LoRALayer]  # by path; several are parts of one fused layer, one after another in the rank
     scale: float  # that PEFT computes; the B of a part with a different scale is multiplied by the ratio
     is_parameter: bool = False  # whether PEFT finds it by `target_parameters`
-    row_norms: Tensor | None = None  # ||W|| of every output, (out,), if parts of it have DoRA magnitudes
 
     @property
     def r(self) -> int:
@@ -69,12 +65,6 @@ class PeftLayer:
             return torch.cat(list(tensors.values()), 0)
         if slot == "B":
             return torch.cat([self._spread(path, B) * self._scale_ratio(path) for path, B in tensors.items()], 1)
-        if slot == "magnitude" and self.row_norms is not None:
-            magnitudes = self.row_norms.clone()
-            index = torch.arange(len(magnitudes), device=magnitudes.device)
-            for path, magnitude in tensors.items():
-                magnitudes[self._output_slice(path).take(index)] = magnitude.to(magnitudes)
-            return magnitudes
         (tensor,) = tensors.values()
         return tensor
 
@@ -84,9 +74,6 @@ class PeftLayer:
             path = next(iter(self.layers))
             ratio = self._scale_ratio(path) if slot == "B" else 1
             return {path: tensor if ratio == 1 else tensor / ratio}
-        if slot == "magnitude":
-            fits = all(tensor.shape == (self._output_slice(path).total,) for path in self.layers)
-            return {path: self._output_slice(path).take(tensor) for path in self.layers} if fits else None
         ranks = [rank_factor * layer.r for layer in self.layers.values()]
         rank_dim = 0 if slot == "A" else 1
         if tensor.ndim != 2 or tensor.shape[rank_dim] != sum(ranks):
@@ -105,9 +92,6 @@ class PeftLayer:
 
     def _scale_ratio(self, path: str) -> float:
         return self.layers[path].configured_scaling / self.scale
-
-    def _output_slice(self, path: str) -> OutputSlice:
-        return cast(OutputSlice, self.layers[path].output_slice)
 
     def _spread(self, path: str, B: Tensor) -> Tensor:
         """B of a part -> B of the full layer, zero in all other outputs."""
@@ -143,10 +127,7 @@ def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, 
         if module_path.rpartition(".")[2] in expert_names and not is_parameter:
             is_parameter, pattern_path = True, f"{module_path}.weight"
         scale = scales.setdefault(pattern_path, layer.configured_scaling)
-        norms = None
-        if layer.output_slice is not None and layer.lora_magnitude_vector is not None:
-            norms = RowNorms(module, layer.layer_type, layer.lora_A.dtype).squares.sqrt()
-        result[prefix] = PeftLayer(prefix, pattern_path, {path: layer}, scale, is_parameter, norms)
+        result[prefix] = PeftLayer(prefix, pattern_path, {path: layer}, scale, is_parameter)
     return result
 
 

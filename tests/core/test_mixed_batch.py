@@ -242,7 +242,7 @@ def test_dropout_is_each_adapter_s_own() -> None:
 
 def test_adapters_on_a_fused_layer_and_on_parts_of_it() -> None:
     model = causal_lm("gpt2")
-    model.add_adapter("parts", LoRAConfig(r=4, target_modules=[r"c_attn.q", "c_attn.v"], use_dora=True))
+    model.add_adapter("parts", LoRAConfig(r=4, target_modules=["c_attn.q", "c_attn.v"]))
     model.set_adapter("parts")
     stir(model, 5)
     ids = torch.randint(1, 50, (4, 5), generator=torch.Generator(torch.get_default_device()).manual_seed(0))

@@ -142,6 +142,7 @@ def test_in_every_slot_shrinking_to_the_full_rank_changes_nothing(case: LayerCas
 
 @pairs
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*only tailora can load this adapter, not PEFT:UserWarning")
 def test_in_every_slot_what_was_combined_and_shrunk_survives_its_file(
     case: LayerCase, slot: str, tmp_path: Path
 ) -> None:

@@ -206,8 +206,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "the end of a name": (Blocks, {"target_modules": ["fc"], "modules_to_save": ["head"]}),
     "norms": (llama, {**Q, "modules_to_save": ["input_layernorm", "norm"]}),
     "target and saved": (llama, {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}),
-    "tied embedding and head": (tied, {**Q, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    "tied and not trained": (tied, {**Q, "ensure_weight_tying": True}),
     "classifier": (classifier, {**Q, "task_type": "SEQ_CLS"}),
     "classifier, head named": (classifier, {**Q, "modules_to_save": ["score"], "task_type": "SEQ_CLS"}),
     # embeddings and tokens
@@ -363,16 +361,6 @@ def test_a_setting_of_a_later_peft_is_noticed(tmp_path: Path) -> None:
     changed(tmp_path, use_new_thing=True, new_config=None, other={}, size=0.5)
     with pytest.warns(UserWarning, match=r"ignoring unknown settings .*: use_new_thing = True, size = 0\.5\. Compare"):
         LoRAModel.from_pretrained(fresh(llama), tmp_path)
-
-
-def test_tied_factors_warn_that_training_parts_them(tmp_path: Path) -> None:
-    settings = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
-    expected = written_by_peft(tied, settings, tmp_path)
-    with pytest.warns(
-        UserWarning, match=r"factors of model\.embed_tokens and lm_head are tied \(ensure_weight_tying\), but training"
-    ):
-        ours = LoRAModel.from_pretrained(fresh(tied), tmp_path)
-    torch.testing.assert_close(output(ours), expected, **TOLERANCE)
 
 
 SELECTING = ("all-linear", "exclude", "two patterns match", "one layer", "layers pattern", "a whole path beside layers")
