@@ -135,7 +135,8 @@ def simulate(run: PlannedRun) -> Simulated:
     with estimate.fake_model(config, run.shape, run.place.device, run.batches.task) as fake:
         step = estimate.largest_step(config, fake, run.batches.largest)
         memory = {AS_SET: run.memory_of(config, fake, step), **checkpointing(run, fake, step)}
-    return Simulated(fake, step, memory | quantization(run, step))
+        memory |= quantization(run, fake, step)
+    return Simulated(fake, step, memory)
 
 
 def plan_of(run: PlannedRun, simulated: Simulated, full: FullFineTuning | None, measured: StepsMeasured | None) -> Plan:
@@ -473,16 +474,16 @@ def checkpointing(run: PlannedRun, fake: estimate.FakeModel, step: estimate.Step
     return {CHECKPOINTING: run.memory_of(run.config, fake, cheaper)}
 
 
-def quantization(run: PlannedRun, step: estimate.StepCost) -> dict[str, Memory]:
+def quantization(run: PlannedRun, fake: estimate.FakeModel, step: estimate.StepCost) -> dict[str, Memory]:
     """Returns the memory with a 4-bit base, without and with checkpointing, where the run allows it."""
-    config = run.config
-    if not estimate.can_quantize(config, run.shape):
+    if not estimate.can_quantize(run.config, run.shape):
         return {}
-    with estimate.fake_model(config.replaced(quantize="nf4"), run.shape, run.place.device, run.batches.task) as fake:
-        cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
-        memory = {QUANTIZATION: run.memory_of(config, fake, cheaper)}
-        for settings, both in checkpointing(run, fake, step).items():
-            memory[f"{QUANTIZATION} {settings}"] = both
+    model, weights = estimate.fake_trainable(run.config.replaced(quantize="nf4"), run.shape, run.place.device)
+    quantized = replace(fake, model=model, weights=weights)
+    cheaper = estimate.with_less_memory(step, quantized, 0, checkpointed=False)
+    memory = {QUANTIZATION: run.memory_of(run.config, quantized, cheaper)}
+    for settings, both in checkpointing(run, quantized, step).items():
+        memory[f"{QUANTIZATION} {settings}"] = both
     return memory
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.report.pages.plan import plan_page
-from tailora.study.plan import TIME_RATIOS, batch_size_that_fits, place_of, plan, quantization, time_of_step
+from tailora.study.plan import TIME_RATIOS, batch_size_that_fits, place_of, plan, quantization
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train.config import TrainConfig
 from tailora.train.events import Prepared
@@ -51,26 +52,11 @@ def test_counts_steps_and_forward_are_those_of_the_run(planned: Plan, small_run:
     assert planned.kernels.split(";")[-1] == header["kernels"].split(";")[-1]
 
 
-@pytest.fixture
-def prompts_run(small_run: TrainConfig, tmp_path: Path) -> TrainConfig:
-    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Count to {number}."} for number in range(9)])
-    changes = {"data": str(data), "task": "grpo", "reward": ["max_length:9"], "max_completion_length": 8}
-    return small_run.replaced(**changes, beta=0.04, num_iterations=2)
-
-
-def test_what_a_plan_of_reinforcement_learning_excludes_is_named(prompts_run: TrainConfig) -> None:
-    planned = plan(prompts_run, full=True)
-    assert any(note.startswith("sampling needs a cache of ") for note in planned.notes)
-    assert "the time excludes sampling and evaluations, which usually take longer than the steps" in planned.notes
-    assert planned.full is None
-    assert any(note.startswith("full fine-tuning is not shown") for note in planned.notes)
-    with pytest.raises(ConfigError, match="--task grpo needs the prompts of the data; add --data"):
-        plan(TrainConfig(model=prompts_run.model, task="grpo", reward=["max_length:9"]))
-
-
 def test_measured_steps_of_reinforcement_learning_include_sampling(
-    prompts_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Count to {number}."} for number in range(9)])
+    changes = {"task": "grpo", "reward": ["max_length:9"], "max_completion_length": 8, "beta": 0.04}
     seconds, sampled = 0.0, Rollouts._sampled_step
 
     def sampled_in_ten_seconds(self: Rollouts, number: int) -> Step:
@@ -80,11 +66,17 @@ def test_measured_steps_of_reinforcement_learning_include_sampling(
 
     monkeypatch.setattr(Rollouts, "_sampled_step", sampled_in_ten_seconds)
     monkeypatch.setattr("tailora.train.measure_steps.time", SimpleNamespace(perf_counter=lambda: seconds))
-    measured = take_steps(prompts_run, tmp_path, with_data=True)
-    assert measured.seconds_per_token * measured.tokens_per_step == pytest.approx(10 / 2)  # every second step samples
-    assumed: Any = SimpleNamespace(prompts=prompts_run, tokens_per_step=10**9)
-    run: Any = SimpleNamespace(batches=assumed, place=SimpleNamespace(device=None))
-    assert time_of_step(run, run, measured)[0] == pytest.approx(5)  # not of completions with the assumed length
+    monkeypatch.setattr("tailora.study.plan.measure_steps", partial(take_steps, folder=tmp_path))
+    planned = plan(small_run.replaced(**changes, data=str(data), num_iterations=2), measure=True, full=True)
+    assert planned.seconds_per_step == pytest.approx(10 / 2)  # every second step samples
+    assert planned.measured is not None
+    assert planned.memory.total == planned.measured.peak_bytes
+    assert any(note.startswith("sampling needs a cache of ") for note in planned.notes)
+    assert "the time excludes evaluations, which usually take longer than the steps" in planned.notes
+    assert planned.full is None
+    assert any(note.startswith("full fine-tuning is not shown") for note in planned.notes)
+    with pytest.raises(ConfigError, match="--task grpo needs the prompts of the data; add --data"):
+        plan(TrainConfig(model=small_run.model, task="grpo", reward=["max_length:9"]))
 
 
 def test_trained_layers_are_grouped_whatever_is_trained(small_run: TrainConfig) -> None:
@@ -132,7 +124,7 @@ def test_the_time_has_the_range_of_the_benchmark(planned: Plan) -> None:
     assert max(results["large_model"]["cpu_seconds"]) <= 15
 
 
-@pytest.mark.slow
+@pytest.mark.ranks
 def test_a_few_real_steps_say_what_they_took(planned: Plan, small_run: TrainConfig) -> None:
     measured = plan(small_run, measure=True)
     took = measured.measured
@@ -235,7 +227,7 @@ def test_a_language_model_that_is_quantized_gets_no_advice_to_quantize() -> None
     shape.get_text_config().quantization_config = {"quant_method": "fp8"}
     run: Any = SimpleNamespace(config=TrainConfig(model="any"), shape=shape)
     nothing: Any = None
-    assert quantization(run, nothing) == {}
+    assert quantization(run, nothing, nothing) == {}
 
 
 def test_no_weights_are_drawn(small_run: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
