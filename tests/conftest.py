@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # processes that tests start would compile all modules each time, which nobody's installed package does
+os.environ["USE_HUB_KERNELS"] = "0"  # tests load models without tailora, too
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import limits

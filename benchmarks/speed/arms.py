@@ -105,6 +105,7 @@ def train_config(shape: Shape, folder: Path, output: Path, settings: dict[str, A
             "output_dir": str(output),
             "validation_split": 0,
             "max_length": shape.length,
+            "learning_rate": 3e-4,
             "per_device_train_batch_size": shape.rows,
             "max_steps": ENDLESS,
             **settings,

@@ -20,13 +20,14 @@ os.environ.update({**ENVIRONMENT, **os.environ})  # for both arms, before torch 
 
 
 def tailora() -> dict[str, float]:
+    from benchmarks.speed.trainers import SAME_WORK
     from tailora.cli.train import DEFAULTS
     from tailora.train.config import TrainConfig
     from tailora.train.trainer import run
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(TrainConfig(**{**DEFAULTS, "eval_data": "demo", "output_dir": f"{folder}/run"}))
+        result = run(TrainConfig(**{**DEFAULTS, **SAME_WORK, "eval_data": "demo", "output_dir": f"{folder}/run"}))
     return {
         "train_seconds": result.train_tokens / result.tokens_per_second,
         "train_tokens": result.train_tokens,
@@ -41,7 +42,7 @@ def tailora() -> dict[str, float]:
 def peft() -> dict[str, float]:
     import torch
 
-    from benchmarks.speed.trainers import Stopwatch, padded_losses, peft_loop
+    from benchmarks.speed.trainers import SAME_WORK, Stopwatch, padded_losses, peft_loop
     from tailora.cli.train import DEFAULTS
     from tailora.data.chat_template import DataSettings
     from tailora.data.demo import data_file, eval_file
@@ -50,7 +51,7 @@ def peft() -> dict[str, float]:
     from tailora.train.model_loading import load_base
 
     started = time.perf_counter()
-    config = TrainConfig(**DEFAULTS)
+    config = TrainConfig(**DEFAULTS, **SAME_WORK)
     base, tokenizer = load_base("demo", "auto")
     settings = DataSettings(max_length=config.max_length)
     data = prepare(str(data_file()), tokenizer, settings, eval_source=str(eval_file()))

@@ -49,7 +49,7 @@ from tailora.train.memory import keep_freed_memory
 from tailora.train.model_loading import load_base
 from tailora.train.trainer import run
 
-ONLY_TRAINING = {**DEFAULTS, "validation_split": 0, "samples": 0, "save_steps": 0}
+ONLY_TRAINING = {**DEFAULTS, **trainers.SAME_WORK, "validation_split": 0, "samples": 0, "save_steps": 0}
 LAYERS = 4  # of the model's 30, in training
 BATCHES, ROWS = 4, 8
 MAX_STEPS = 1000  # more than an arm has turns

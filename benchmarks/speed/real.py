@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.speed.trainers import ARMS, Stopwatch, packing_settings, padded_losses, tailora
+from benchmarks.speed.trainers import ARMS, SAME_WORK, Stopwatch, packing_settings, padded_losses, tailora
 from benchmarks.studies.snippets import snippets_folder
 
 STARTED = time.perf_counter()
@@ -63,7 +63,7 @@ def train(arm: str, watch: Stopwatch, files: tuple[Path, Path], folder: Path) ->
     from tailora.train.model_loading import load_base
 
     paths = {"data": str(files[0]), "output_dir": str(folder / "run"), "validation_split": 0}
-    config = TrainConfig(**{**DEFAULTS, **paths})
+    config = TrainConfig(**{**DEFAULTS, **SAME_WORK, **paths})
     function, settings = ARMS[arm]
     base, tokenizer = load_base(config.model)
     data = DataSettings(max_length=config.max_length, validation_split=0)

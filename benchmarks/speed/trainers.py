@@ -150,6 +150,10 @@ def packing_settings(examples: Examples) -> dict[str, Any]:
     return {"packing": True, "max_length": length, "per_device_train_batch_size": 1}
 
 
+# of the benchmarks, whatever the defaults are
+SAME_WORK: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 8}
+
+
 def common_settings(config: TrainConfig) -> dict[str, Any]:
     return {
         "output_dir": config.output_dir,

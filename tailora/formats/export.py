@@ -350,7 +350,9 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
     base: Any = source.base_model
     like_base = {"dtype": base.dtype, "device_map": {"": base.device}}
     like_base["attn_implementation"] = attention_of(base.config)
-    model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **like_base)
+    model, report = type(base).from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, use_kernels=False, **like_base
+    )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = [f"{kind}: {', '.join(sorted(report[kind])[:3])}" for kind in kinds if report[kind]]
     if source.tokenizer is not None:

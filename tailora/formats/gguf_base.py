@@ -72,6 +72,7 @@ def convert(file: Path, folder: Path) -> None:
                 gguf_file=file.name,
                 dtype=torch.bfloat16,
                 output_loading_info=True,
+                use_kernels=False,
                 ignore_mismatched_sizes=True,  # see below
             )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -188,6 +188,7 @@ def load_base(
                 device_map={"": device},
                 use_safetensors=True,
                 output_loading_info=True,
+                use_kernels=False,  # from the Hub; they replace forwards that adapters and our kernels build on
                 **more,
             )
     heads = [] if labels is None else finish_heads(model, report, seed, has_other_head=has_other_head)

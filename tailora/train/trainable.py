@@ -134,7 +134,11 @@ class FullModel(nn.Module):
         if not own:
             return []
         with quiet_transformers():  # which renames weights for files
-            read = type(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True).state_dict()
+            read = (
+                type(base)
+                .from_pretrained(folder, dtype=base.dtype, use_safetensors=True, use_kernels=False)
+                .state_dict()
+            )
         return [name for name, tensor in own.items() if not torch.equal(read[name].cpu(), tensor.cpu())]
 
     def _whole_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
