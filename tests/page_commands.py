@@ -46,7 +46,7 @@ FEWER = {  # command -> flags that make it short, whatever the page says
     "train": {"--max-steps": "2"},
     "compare": {"--max-steps": "2", "--seeds": "1", "--rate-tries": "1"},
     "search": {"--max-steps": "2", "--seeds": "1", "--trials": "2"},
-    "curve": {"--max-steps": "8", "--num-train-epochs": "1", "--seeds": "2"},
+    "curve": {"--max-steps": "8", "--per-device-train-batch-size": "8", "--num-train-epochs": "1", "--seeds": "2"},
 }
 GATE_NOT_MET, WORSE = 4, 5  # what a model of random weights does to a gate, and a few steps to the model
 
