@@ -9,39 +9,26 @@ load the base a second time: its own way to switch an adapter off is for PEFT's 
 
 import copy
 import inspect
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tailora.core.adapter import Adapter
 from tailora.core.attach import evaluating
 from tailora.core.layer_types import layer_path_of
-from tailora.data.collate import collate_packed, collate_padded
-from tailora.errors import ConfigError, FormatError, TailoraWarning
-from tailora.kernels.attention import packed_rows
-from tailora.kernels.loss import CHUNKED, FORMS, OWN, Batch, LossForm
+from tailora.errors import ConfigError, FormatError
 from tailora.model import LoRAModel
-from tailora.patches import attention_of
-from tailora.train.kernel_choice import choose_form, choose_packing
-from tailora.train.kernel_comparison import short_examples, tolerance
-from tailora.train.loss import next_tokens_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 SPARE = "read from the checkpoint"
 REFERENCE = "{}_reference"  # the adapter that keeps the values that the one of this name starts from
-MASKED = {"sdpa", "eager"}  # attention that keeps packed documents apart by a mask of all pairs of tokens
-OF_TEXT = {"input_ids", "attention_mask", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k"}
-OF_TEXT |= {"max_length_q", "max_length_k"}
 LOADS_REFERENCE = {"GRPOTrainer", "RLOOTrainer"}  # have no argument `ref_model`, and load one if beta is not 0
 
 
@@ -77,9 +64,6 @@ def _changes_nothing(adapter: Adapter) -> bool:
 
 class AdapterTraining:
     """Comes before a `Trainer` class in the bases and overrides its methods that save and load a model."""
-
-    _packing: tuple[str | None, str | None] | None = None  # what `choose_packing` returned
-    _loss_form: LossForm | None = None  # what `_choose_loss` returned; None before the first batch
 
     def __init__(self, model: LoRAModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, LoRAModel):
@@ -153,59 +137,6 @@ class AdapterTraining:
                 self.override_model_in_loss(child, model)
         return loss
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with self._attention(inputs):
-            return cast(Any, super()).training_step(model, inputs, *args, **kwargs)
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with self._attention(inputs):
-            return cast(Any, super()).prediction_step(model, inputs, *args, **kwargs)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Computes the loss of a causal language model in chunks of tokens, where that gives what the trainer would."""
-        me = cast("Trainer", self)
-        if not return_outputs and isinstance(model, LoRAModel) and self._has_own_loss(inputs):
-            if self._loss_form is None:
-                self._loss_form = _choose_loss(model, packed="cu_seq_lens_q" in inputs)
-            batch = _batch_of(inputs) if self._loss_form in CHUNKED else None
-            if batch is not None and len(batch.targets):
-                count = num_items_in_batch if me.model_accepts_loss_kwargs else None
-                count = len(batch.targets) if count is None else count
-                with model.forward_context():
-                    losses = FORMS[self._loss_form](model, replace(batch, expected_gradient=1 / count))
-                return losses.sum() / count
-        return cast(Any, super()).compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _has_own_loss(self, inputs: dict[str, Any]) -> bool:
-        """True if the trainer takes the loss that the model returns for its labels, in the model's own precision."""
-        from transformers import Trainer
-
-        me = cast(Trainer, self)
-        return (
-            cast(Any, super()).compute_loss.__func__ is Trainer.compute_loss
-            and "labels" in inputs
-            and inputs.keys() <= OF_TEXT
-            and me.label_smoother is None
-            and me.compute_loss_func is None
-            and not me.accelerator.native_amp
-        )
-
-    def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Gives packed rows the attention of `kernels.attention` in place of masks, tried at the first such batch."""
-        model = self._adapted()
-        base: Any = model.base_model
-        if "cu_seq_lens_q" not in inputs or attention_of(base.config) not in MASKED:
-            return nullcontext()
-        if self._packing is None:
-            with evaluating(model):
-                self._packing = choose_packing(base, "auto")
-            if self._packing[1]:
-                warnings.warn(self._packing[1], TailoraWarning, stacklevel=2)
-        provider, _ = self._packing
-        return nullcontext() if provider is None else packed_rows(base, provider)
-
     def _adapted(self) -> LoRAModel:
         me = cast("Trainer", self)
         return cast(LoRAModel, me.accelerator.unwrap_model(me.model, keep_torch_compile=False))
@@ -248,33 +179,6 @@ class AdapterTraining:
             model.delete_adapter(SPARE)
             model.lora_layers.load_state_dict(saved)
         model.set_adapter(active)
-
-
-def _choose_loss(model: LoRAModel, *, packed: bool) -> LossForm:
-    """Returns the form of the loss; one of CHUNKED only if it gives the loss that the model returns."""
-    base: Any = model.base_model
-    if getattr(base, "loss_type", None) != "ForCausalLM":
-        return OWN
-    examples = short_examples(base)
-    example_batch = collate_packed(examples) if packed else collate_padded(examples, 0)
-    inputs = {
-        name: value.to(base.device) if isinstance(value, Tensor) else value for name, value in example_batch.items()
-    }
-    batch = _batch_of(inputs)
-    with evaluating(model):
-        form, _ = choose_form(base, batch)
-        if form not in CHUNKED:
-            return OWN
-        with torch.no_grad():
-            own, chunked = base(**inputs, use_cache=False).loss.float(), FORMS[form](base, batch).mean()
-    allowed = tolerance("loss", base.dtype) * abs(own)
-    return form if abs(chunked - own) <= allowed else OWN  # others add a loss of their experts
-
-
-def _batch_of(inputs: dict[str, Any]) -> Batch:
-    labels = inputs["labels"].cpu().numpy()
-    others = {name: value for name, value in inputs.items() if name != "labels"}
-    return Batch.of(others, next_tokens_of(labels), np.zeros_like(labels)).to(inputs["labels"].device)
 
 
 def _argument_names(trainer: type[AdapterTraining]) -> list[str]:

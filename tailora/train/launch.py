@@ -9,11 +9,9 @@ Rank 0 has the terminal. What the other ranks print goes to files, and is shown 
 of ours. `launch` raises a single error: the one of the process that failed first. Importing this needs no torch.
 """
 
-import ipaddress
 import os
 import shlex
 import signal
-import socket
 import sys
 import tempfile
 import uuid
@@ -47,25 +45,6 @@ def world_size() -> int:
 def rank() -> int:
     """Returns the number of this process in its run, as its launcher says."""
     return int(os.environ.get("RANK", "0"))
-
-
-def check_own_address() -> None:
-    """Raises ConfigError if gloo would give other machines an address that only this one can reach.
-
-    gloo uses the address of the host name, which is 127.0.0.1 on many machines. The others would wait for it.
-    """
-    is_alone = world_size() <= int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    if is_alone or "GLOO_SOCKET_IFNAME" in os.environ or _is_local(os.environ.get("MASTER_ADDR", "localhost")):
-        return
-    if _is_local(name := socket.gethostname()):
-        raise ConfigError(f"other machines cannot reach this one under its host name {name!r}; {SET_INTERFACE}")
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
-    except OSError:  # it has no address, so that gloo uses 127.0.0.1
-        return True
 
 
 def is_launched_by_tailora() -> bool:

@@ -120,7 +120,7 @@ def available_bytes(device: torch.device) -> int:
             return int(module.mem_get_info(device)[0]) + idle
         except RuntimeError:  # of an Intel GPU under WSL2, whose driver does not tell
             return int(module.get_device_properties(device).total_memory) - int(module.memory_allocated(device))
-    free = [int(psutil.virtual_memory().available), *_free_in_cgroups(), *_free_in_process()]
+    free = [int(psutil.virtual_memory().available), *_free_in_cgroups()]
     return max(min(free), 0)
 
 
@@ -149,18 +149,6 @@ def _free_in_cgroups() -> list[int]:
                 counts = (group / "memory.stat").read_text().split()
                 free.append(int(text) - int((group / used).read_text()) + int(counts[counts.index(droppable) + 1]))
     return free
-
-
-def _free_in_process() -> list[int]:
-    """Returns what `ulimit -v` and `ulimit -d` leave to this process, where they are set."""
-    if sys.platform != "linux":
-        return []
-    import resource
-
-    memory = psutil.Process().memory_info()
-    used = {resource.RLIMIT_AS: memory.vms, resource.RLIMIT_DATA: memory.data}
-    limits = {kind: resource.getrlimit(kind)[0] for kind in used}
-    return [limit - used[kind] for kind, limit in limits.items() if limit != resource.RLIM_INFINITY]
 
 
 @contextmanager

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
@@ -43,7 +45,6 @@ from tailora.formats.run_folder import ADAPTER_CONFIG, TOKENIZER_FILES, adapter_
 from tailora.patches import before_loading
 from tailora.quiet import quiet_transformers
 from tailora.train.image_text_to_text import check_processor
-from tailora.train.model_config import read_model_config
 from tailora.train.parallel import Sharding
 from tailora.train.quantize import (
     format_of,
@@ -93,7 +94,19 @@ def _reading(name: str) -> Iterator[str]:
 def read_config(name: str) -> PretrainedConfig:
     """Returns config.json of a model. Raises ConfigError if it cannot be read."""
     with _reading(name) as source:
-        return read_model_config(source, name)
+        return _config_of(source, name)
+
+
+def _config_of(source: str, name: str) -> PretrainedConfig:
+    """source: folder or Hub id of the model `name`."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError) as error:
+        cause = " ".join(str(error).split())
+        raise ConfigError(
+            f"config.json of model {name!r} is invalid: {cause}; use the file of the original model"
+        ) from error
+    return config
 
 
 def load_tokenizer(name: str, labels: Labels | None = None) -> Tokenizer:
@@ -102,7 +115,7 @@ def load_tokenizer(name: str, labels: Labels | None = None) -> Tokenizer:
     Raises ConfigError if it cannot be read, DataError if it has more ids than the model.
     """
     with _reading(name) as source:
-        config = read_model_config(source, name)
+        config = _config_of(source, name)
         tokenizer = _read_tokenizer(name, source, config, labels)
     check_vocabulary(tokenizer, config.get_text_config().vocab_size)
     return tokenizer
@@ -167,7 +180,7 @@ def load_base(
     device = torch.device(device)
     precision = precision_of(dtype, device)
     with _reading(name) as source:
-        config = read_model_config(source, name)
+        config = _config_of(source, name)
         tokenizer = _read_tokenizer(name, source, config, labels) if tokenizer is None else tokenizer
         stored = format_of(config, name)
         is_plain = quantize is None and stored is None

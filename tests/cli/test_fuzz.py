@@ -103,7 +103,7 @@ def nothing_is_loaded(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tailora.data.demo.build_once", not_there)
         patch.setattr("huggingface_hub.HfApi.model_info", not_there)
-        patch.setattr("tailora.train.model_config.AutoConfig.from_pretrained", not_there)
+        patch.setattr("tailora.train.model_loading.AutoConfig.from_pretrained", not_there)
         patch.setattr("tailora.cli.doctor.collect_facts", not_there)
         patch.setattr("tailora.cli.train.check_sources_of_run", not_there)
         patch.setattr("tailora.cli.study.run_study", not_there)

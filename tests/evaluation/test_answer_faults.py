@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tailora.evaluation.answer_faults import AnswerSummary, faults_of, summarize_answers
+from tailora.evaluation.answer_faults import faults_of
 
 with Path(__file__).with_name("looping_answers.jsonl").open(encoding="utf-8") as file:
     ROWS: list[dict[str, Any]] = [json.loads(line) for line in file]
@@ -67,12 +67,3 @@ def test_an_answer_is_cut_off_only_if_the_reference_and_its_end_fit(
 ) -> None:
     assert faults_of("Well,", tokens=64, is_cut=is_cut, reference_tokens=reference_tokens) == expected
     assert faults_of("Arrr! " * 9, tokens=64, is_cut=is_cut, reference_tokens=reference_tokens) == ["loop"]
-
-
-def test_a_summary_counts_copies_and_identical_answers() -> None:
-    prompts = ["Write about the sea.", "Name all the colors.", "Name all the colors.", "Good night!"]
-    answers = ["write about  the sea. I will.", "Red", "red", 'You ask "Good night!"']
-    assert summarize_answers(prompts, answers, ["", "Red!!!", "r", "You"]) == AnswerSummary(3.0, 0.25, 0.0)
-    assert summarize_answers(prompts, ["Name all the colors. " + a for a in prompts], [""] * 4).copies_of_prompt == 0.5
-    assert summarize_answers(["a", *prompts], ["Red", *answers], [""] * 5) == AnswerSummary(None, 0.2, 0.6)
-    assert summarize_answers([], [], []) == AnswerSummary(None, 0.0, 0.0)

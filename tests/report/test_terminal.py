@@ -169,29 +169,6 @@ def test_reports_of_earlier_versions_have_pages(name: str) -> None:
     assert f"{content['base_loss']:.3f}" in shown(page, 80)
 
 
-@pytest.mark.parametrize(
-    ("steps", "after", "has_hint"), [(23, 4.2, True), (23, 3.9, False), (24, 4.2, False), (23, 4.6, False)]
-)
-def test_a_short_run_that_changed_little_has_a_hint(steps: int, after: float, has_hint: bool) -> None:
-    content = CONTENTS["train"]()
-    content["result"] |= {"steps": steps, "eval_loss_after": after}
-    content["settings"]["learning_rate"] = 5e-4
-    text = shown(page_of(content, "x"), 300)
-    assert ("--learning-rate 2e-3 (it was 5e-4)" in text) == has_hint
-
-
-@pytest.mark.parametrize(("accuracy", "has_hint"), [(0.4, True), (0.6, False)])
-def test_a_short_run_that_learned_no_labels_has_a_hint(accuracy: float, has_hint: bool) -> None:
-    content = CONTENTS["train"]()
-    content["result"] |= {"steps": 4, "eval_loss_after": 2.0}
-    content["settings"]["learning_rate"] = 5e-4
-    content["metrics"] = [{"name": "accuracy", "before": 0.2, "before_95": None, "after": accuracy, "after_95": None}]
-    content["labels"] = {"names": ["x", "y"], "majority": {"label": "x", "share": 0.5, "is_tied": False}}
-    content["labels"]["calibration"] = {"ece": 0.1, "bins": []}
-    hint = "No better than always predicting the same label after 4 steps. Such short runs need"
-    assert (hint in shown(page_of(content, "x"), 300)) == has_hint
-
-
 def test_answers_stand_next_to_the_reply_in_the_data_and_after_what_the_demo_teaches() -> None:
     content = CONTENTS["train"]()
     text = " ".join(shown(page_of(content, "x"), 300).split())

@@ -8,13 +8,10 @@ import torch
 from datasets import Dataset
 from tiny import chat_model, chat_tokenizer, tiny_model
 from torch import nn
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError
-from tailora.kernels import cpu_attention
-from tailora.kernels.loss import FROZEN, OWN, RECOMPUTED, Batch
-from tailora.train import huggingface
 from tailora.train.huggingface import adapting
 
 KEPT = {"adapter_model.safetensors", "adapter_config.json", "README.md", "training_args.bin", "trainer_state.json"}
@@ -31,7 +28,7 @@ def rows(count: int = 16) -> Dataset:
     return Dataset.from_list([{"input_ids": row, "labels": row, "note": "not for the model"} for row in ids])
 
 
-def trainer(folder: Path, config: LoRAConfig = CONFIGS["plain"], data_collator: Any = None, **settings: Any) -> Any:
+def trainer(folder: Path, config: LoRAConfig = CONFIGS["plain"], **settings: Any) -> Any:
     torch.manual_seed(0)
     arguments = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0}
     arguments |= {"per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True}
@@ -40,7 +37,6 @@ def trainer(folder: Path, config: LoRAConfig = CONFIGS["plain"], data_collator: 
         args=TrainingArguments(output_dir=str(folder), **{**arguments, **settings}),
         train_dataset=rows(),
         eval_dataset=rows(4),
-        data_collator=data_collator,
     )
 
 
@@ -110,54 +106,6 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
     assert tuner.evaluate()["eval_loss"] == pytest.approx(tuner.state.best_metric, rel=1e-5)
 
 
-def test_packed_rows_get_our_attention_and_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradient checkpointing, whose backward calls the attention again."""
-    calls = []
-
-    def attention(*args: Any) -> torch.Tensor:
-        calls.append(len(args[3]) - 1)  # documents
-        return own(*args)
-
-    own = cpu_attention.attention
-    monkeypatch.setattr(cpu_attention, "attention", attention)
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    curves = []
-    for is_ours in (True, False):
-        tuner = trainer(tmp_path, data_collator=collator, activation_checkpointing=True)
-        if not is_ours:
-            monkeypatch.setattr(huggingface, "MASKED", set())
-        calls.clear()
-        tuner.train()
-        curves.append([*losses(tuner), tuner.evaluate()["eval_loss"]])
-        assert (calls.count(4) > 0) == is_ours
-    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("config", [pytest.param("plain", marks=pytest.mark.exhaustive), "everything"])
-def test_the_loss_in_chunks_is_that_of_the_trainer(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over batches whose rows have different numbers of supervised tokens, also none."""
-    data = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows()]
-    for number, row in enumerate(data):
-        row["labels"] = [-100] * (number % 9) + row["labels"][number % 9 :]
-    curves = []
-    expected = FROZEN if config == "plain" else RECOMPUTED
-    own, used = huggingface.FORMS[expected], list[Batch]()
-    monkeypatch.setitem(huggingface.FORMS, expected, lambda model, batch: used.append(batch) or own(model, batch))
-    for chunked in (True, False):
-        used.clear()
-        if not chunked:
-            monkeypatch.setattr(huggingface, "CHUNKED", set())
-        settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-        tuner = trainer(tmp_path, CONFIGS[config], **settings)
-        tuner.train_dataset = Dataset.from_list(data)
-        tuner.train()
-        assert (len(used) > 10) == chunked
-        curves.append([(entry["loss"], entry["grad_norm"]) for entry in tuner.state.log_history if "loss" in entry])
-    assert curves[0] == [pytest.approx(pair, rel=1e-4) for pair in curves[1]]
-
-
 def test_a_classifier_is_trained_by_the_loss_of_its_model(tmp_path: Path) -> None:
     base = tiny_model("LlamaForSequenceClassification", num_labels=3, pad_token_id=0, vocab_size=300)
     model = LoRAModel(base, LoRAConfig(r=4, modules_to_save=["score"]))
@@ -170,13 +118,6 @@ def test_a_classifier_is_trained_by_the_loss_of_its_model(tmp_path: Path) -> Non
     tuner.train()
     assert losses(tuner)[0] == pytest.approx(expected, rel=1e-4)
     assert losses(tuner)[-1] < 0.9 * losses(tuner)[0]
-
-
-def test_a_model_that_adds_another_loss_keeps_its_own() -> None:
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
-    for adds, expected in ((False, FROZEN), (True, OWN)):
-        model = LoRAModel(tiny_model("MixtralForCausalLM", output_router_logits=adds, **sizes), LoRAConfig(r=2))
-        assert huggingface._choose_loss(model, packed=False) == expected
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -319,34 +318,6 @@ def test_a_process_that_does_not_answer_ends_the_run_and_is_named(settings: Any,
 
 
 # ---- How a process was started
-
-
-@pytest.mark.parametrize(
-    ("own", "variables", "is_refused"),
-    [
-        ("127.0.1.1", {}, True),
-        (None, {}, True),
-        ("10.0.0.2", {}, False),
-        ("127.0.0.1", {"GLOO_SOCKET_IFNAME": "eth0"}, False),
-        ("127.0.0.1", {"MASTER_ADDR": "localhost"}, False),
-        ("127.0.0.1", {"LOCAL_WORLD_SIZE": "4"}, False),
-    ],
-)
-def test_a_host_name_that_other_machines_cannot_reach_is_refused(
-    own: str | None, variables: dict[str, str], is_refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def address(name: str) -> str:
-        if (found := {"me": own, "localhost": "127.0.0.1"}.get(name, name)) is None:
-            raise socket.gaierror("unknown")
-        return found
-
-    monkeypatch.setattr(socket, "gethostname", lambda: "me")
-    monkeypatch.setattr(socket, "gethostbyname", address)
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", **variables}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="host name 'me'; set GLOO_SOCKET_") if is_refused else nullcontext():
-        launch.check_own_address()
 
 
 def test_processes_that_cannot_connect_in_time_are_an_error(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

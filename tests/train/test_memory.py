@@ -114,20 +114,6 @@ def test_the_smallest_limit_of_nested_control_groups_counts(
     assert available_bytes(CPU) == 2500
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and RLIMIT_DATA")
-@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
-def test_limits_of_the_process_count(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import resource
-
-    used = psutil.Process().memory_info()
-    limit = (used.vms if kind == "RLIMIT_AS" else used.data) + 10_000_000
-    own = resource.getrlimit
-    monkeypatch.setattr(
-        resource, "getrlimit", lambda asked: (limit, limit) if asked == getattr(resource, kind) else own(asked)
-    )
-    assert 8_000_000 < available_bytes(CPU) <= 10_000_000
-
-
 def test_the_peak_grows_by_what_is_allocated_beyond_it() -> None:
     give_back_freed_memory()
     before = peak_bytes(CPU)

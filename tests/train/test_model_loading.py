@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -55,49 +54,15 @@ def test_a_model_without_a_tokenizer_says_how_to_add_it(model_folder: Path, tmp_
     )
 
 
-BAD_FIELDS = [
-    ({"quantization_config": [1]}, "expected an object for quantization_config, got [1]"),
-    ({"quantization_config": {"llm_int8_skip_modules": ["(a|aa)+$"]}}, "for llm_int8_skip_modules, got ['(a|aa)+$']"),
-    ({"hidden_size": 2**40}, "expected a number from 1 to 131,072 for hidden_size, got 1,099,511,627,776"),
-    ({"hidden_size": "x"}, "for hidden_size, got 'x'"),
-    ({"hidden_size": 16.5}, "Field 'hidden_size' expected int, got float (value: 16.5)"),
-    ({"num_key_value_heads": 3}, "expected a divisor of num_attention_heads (4) for num_key_value_heads, got 3"),
-    ({"max_position_embeddings": -1}, "for max_position_embeddings, got -1"),
-    ({"rope_theta": "x"}, "for rope_theta, got 'x'"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 0}}}, "for rope_theta, got 0"),
-    ({"vocab_size": -5}, "expected a number from 1 to 16,777,216 for vocab_size, got -5"),
-    ({"num_hidden_layers": 10**9}, "expected a number from 1 to 1,000 for num_hidden_layers, got 1,000,000,000"),
-    ({"num_attention_heads": 0}, "expected a number from 1 to 4,096 for num_attention_heads, got 0"),
-    ({"model_type": "gpt2", "n_layer": 10**9, "num_hidden_layers": None}, "for num_hidden_layers, got 1,000,000,000"),
-    ({"text_config": {"vocab_size": 0}}, "for vocab_size, got 0"),
-    ({"thinker_config": {"text_config": {"vocab_size": 0}}}, "for vocab_size, got 0"),
-    ({"architectures": 5}, "expected a list of names for architectures, got 5"),
-    ({"dtype": "foo"}, "expected the name of a type of torch for dtype, got 'foo'"),
-]
-
-
-@pytest.mark.parametrize(("fields", "problem"), BAD_FIELDS, ids=str)
-def test_a_broken_config_is_refused_before_anything_is_built(
-    model_folder: Path, tmp_path: Path, fields: dict[str, Any], problem: str
-) -> None:
+def test_a_broken_config_is_refused_before_anything_is_built(model_folder: Path, tmp_path: Path) -> None:
     config = json.loads((model_folder / "config.json").read_text())
-    known = {name: value for name, value in {**config, **fields}.items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(known))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 16.5}))
     for read in (read_config, load_tokenizer, load_base):
         with pytest.raises(ConfigError) as caught:
             read(str(tmp_path))
         assert str(caught.value).startswith(f"config.json of model {str(tmp_path)!r} is invalid: ")
-        assert problem in str(caught.value)
+        assert "'hidden_size' expected int, got float (value: 16.5)" in str(caught.value)
         assert str(caught.value).endswith("; use the file of the original model")
-
-
-@pytest.mark.parametrize("fields", [{"vocab_size": 1}, {"vocab_size": 2**24}, {"num_hidden_layers": 1000}], ids=str)
-def test_sizes_up_to_the_limits_are_accepted(model_folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
-    skipped = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.*"]}
-    config = json.loads((model_folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, **fields, "quantization_config": skipped}))
-    found = read_config(str(tmp_path))
-    assert fields.items() <= found.to_dict().items()
 
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "xlnet"])  # heads of different sizes; no limit of positions

@@ -13,27 +13,23 @@ from pydantic import TypeAdapter
 
 from tailora.data.dataset import sources_of
 from tailora.errors import FormatError
-from tailora.evaluation.classification import (
-    beats_majority,
-)
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
 from tailora.evaluation.rewards import MEANINGS
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import SERIES, Canvas
-from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
+from tailora.report.format import NONE, count, decimals, duration, interval, one_line, plural, share
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.report.run_verdict import WHEN, Effect, effect_of, run_verdict
 from tailora.study.results import REWARDS, Measure, measure_of
 from tailora.train.answers import ComparedAnswer
-from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
+from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import COMPLETIONS, EXAMPLES, METRICS
 from tailora.train.significance import Interval, Z
 
 LONGEST = 300  # characters of a reply in the data
 MOST_SHOWN = 8  # evaluations, and groups, whose samples are shown
-LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 
 
 # ---- report.json
@@ -292,31 +288,8 @@ def train_page(report: TrainReport) -> Page:
         Section("Answers before and after", answers_text, [answers]),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
-    notes = [hint] if result is not None and (hint := _few_steps_hint(result, report)) else []
     title = f"{model}, fine-tuned: {report.settings.get('output_dir', '')}".removesuffix(": ")
-    return Page("train", title, report.verdict, numbers, sections, notes)
-
-
-def _few_steps_hint(result: Result, report: TrainReport) -> str:
-    """Returns what to try if a short run changed the held-out loss little, or learned no labels; "" for others."""
-    before, after, settings = result.eval_loss_before, result.eval_loss_after, report.settings
-    rate, accuracy = settings.get("learning_rate"), {m.name: m.after for m in report.metrics}.get("accuracy")
-    is_new_adapter = settings.get("method", "lora") == "lora" and settings.get("adapter") is None
-    if before is None or after is None or rate is None or result.steps >= FEW_STEPS or not is_new_adapter:
-        return ""
-    if after > before:  # the rate was not too low
-        return ""
-    if accuracy is not None and not beats_majority(accuracy, report.labels):
-        finding = "No better than always predicting the same label"
-    elif after > (1 - LITTLE) * before:
-        finding = "The held-out loss changed little"
-    else:
-        return ""
-    return (
-        f"{finding} after {plural(result.steps, 'step')}. Such short runs need a higher learning "
-        f"rate, such as --learning-rate {learning_rate(4 * rate)} (it was {learning_rate(rate)}), or more steps: a "
-        "higher --num-train-epochs or --max-steps."
-    )
+    return Page("train", title, report.verdict, numbers, sections)
 
 
 def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
