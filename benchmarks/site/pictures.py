@@ -3,8 +3,8 @@
     python -m benchmarks.site.pictures --run outputs/demo          all; outputs/demo is the folder of `tailora demo`
     python -m benchmarks.site.pictures compare compare-page        some, here the ones that need no run
 
-Terminals are SVG, 100 columns wide: `train` is benchmarks/results/demo.txt, and `compare` the terminal output for
-results/compare.json; `plan` and `inspect` run the command. Pages are PNG, rendered by Chromium: `compare-page` is the
+Terminals are SVG, 100 columns wide: `compare` is the terminal output for benchmarks/results/compare.json; the others
+run the command. Pages are PNG, rendered by Chromium: `compare-page` is the
 report.html of results/compare.json, `playground` is the page of a server that this script starts.
 """
 
@@ -52,7 +52,9 @@ FONTS = 'ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", mono
 
 
 def train(_: Path | None) -> tuple[str, str]:
-    return "tailora demo", (RESULTS / "demo.txt").read_text().split("\nWritten to ")[0]
+    words = ("--model", "demo", "--data", "examples/pirate.jsonl", "--output-dir", "outputs/pirate")
+    line, printed = command("train", *words)
+    return line, re.split(r"\n.*Written to ", printed)[0]
 
 
 def compare(_: Path | None) -> tuple[str, str]:
@@ -76,6 +78,7 @@ def command(*words: str, run: Path | None = None) -> tuple[str, str]:
     line = " ".join(["tailora", *(f'"{word}"' if " " in word else word for word in words)])
     terminal = {"COLUMNS": str(COLUMNS), "FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     with TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "examples", Path(folder) / "examples")
         if "outputs/demo" in words:
             shutil.copytree(checked(run), Path(folder) / "outputs" / "demo")
         process = subprocess.run(
