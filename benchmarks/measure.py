@@ -52,12 +52,8 @@ def main(
     description: str,
     cells: Callable[[bool], list[Cell]],
     measure: Callable[..., dict[str, Any]],
-    table: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Runs `measure(**cell)` for every cell of `cells(quick)`, each in its own process.
-
-    table: what is printed of the file's content at the end.
-    """
+    """Runs `measure(**cell)` for every cell of `cells(quick)`, each in its own process."""
     options = cell_arguments(description)
     if options.cell is not None:  # the process of one cell
         settings = json.loads(options.cell)
@@ -69,11 +65,7 @@ def main(
     wanted = [cell for cell in listed if matches(cell, options.only)]
     others = {} if not path.exists() else json.loads(path.read_text())  # results of other scripts stay
     others = {key: value for key, value in others.items() if key not in ("machine", "cells")}
-    results = [
-        result
-        for result in previous_results(path)
-        if result["cell"] in listed and not (options.fresh and result["cell"] in wanted)
-    ]
+    results = [result for result in previous_results(path) if result["cell"] in listed]
     started = time.perf_counter()
     for number, cell in enumerate(wanted, start=1):
         if any(result["cell"] == cell for result in results):
@@ -84,8 +76,6 @@ def main(
         log(f"{number}/{len(wanted)} {cell}")
         results.append(measure_cell(cell))
         write(path, {"cells": results, **others})
-    if table is not None:
-        print(table(json.loads(path.read_text())))
     print(path)
 
 
@@ -134,7 +124,6 @@ def matches(cell: Cell, only: Iterable[str]) -> bool:
 def cell_arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"a smoke run of less than a minute, written to {QUICK}")
-    parser.add_argument("--fresh", action="store_true", help="measure all cells again")
     parser.add_argument("--minutes", type=float, help="start no cell after this time; the same command continues")
     parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these settings")
     parser.add_argument("--cell", help=argparse.SUPPRESS)

@@ -268,18 +268,6 @@ def devices() -> str:
     return device_tables.devices([json.loads(path.read_text()) for path in paths])
 
 
-def preferences() -> str:
-    content = read("preferences")
-    rows = tables.preferences(content["cells"])
-    repeats = len({cell["cell"]["repeat"] for cell in content["cells"]})
-    text = (
-        f"Medians of {repeats} runs of six steps of 8 pairs on {tables.machine(content)}, one thread, in turn: "
-        "SmolLM2-135M-Instruct in bfloat16, r = 16 on every linear layer. The time includes the reference. "
-        f"{tables.load(content)} Commit a26e00f2 has the script."
-    )
-    return f"{rows}\n\n{text}"
-
-
 # ---- docs/serving.md
 
 
@@ -380,27 +368,6 @@ def verify_trials() -> str:
     return f"{tables.table(['server', 'base', 'trials', 'false alarms', 'their verdicts'], cells)}\n\n{text}"
 
 
-# ---- docs/how_it_works.md
-
-
-def attachment() -> str:
-    """One row per way to attach an update: what a call costs, and what stays as it was."""
-    content = read("attachment")
-    ways = {name: way for name, way in content["ways"].items() if "is a Linear" in way}
-    checks, tokens = (
-        [key for key, value in next(iter(ways.values())).items() if isinstance(value, dict) is is_ratio]
-        for is_ratio in (False, True)
-    )
-    rows = []
-    for name, way in ways.items():
-        times = [f"{way[count]['median']:.2f}" for count in tokens]
-        rows.append([name, *times, *("yes" if way[check] else "no" for check in checks)])
-    head = ["", *(f"{count} token{'' if count == '1' else 's'}" for count in tokens), *checks]
-    width, rank = content["width"], content["rank"]
-    text = f"Medians; a {width} x {width} layer in float32, r = {rank}, one thread of {tables.machine(content)}."
-    return f"{tables.table(head, rows)}\n\n{text}"
-
-
 # ---- docs/from_scratch.md
 
 
@@ -476,9 +443,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/experiments.md": {
         **{name: partial(evidence, name) for name in evidence_tables.PARTS},
         "evidence-arms": lambda: evidence_tables.rewards(read("evidence_rewards")),
-        "forecasts": lambda: evidence_tables.forecasts(read("scaling_first")["verdict"]),
-        "planted-recall": lambda: evidence_tables.found_rows(read("planted_rows")["verdict"]),
-        "planted-retraining": lambda: evidence_tables.retrained(read("planted_rows")["verdict"]),
         "defaults": lambda: evidence_tables.defaults(read("defaults")),
         "rate-rules": lambda: evidence_tables.rate_rules(read("learning_rate_rules")),
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
@@ -488,9 +452,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         name: partial(ended, name) for name in ("classification", "regression", "tags", "seq2seq", "labels")
     },
     "docs/plan.md": {"memory": plan},
-    "docs/how_it_works.md": {"attachment": attachment},
     "docs/from_scratch.md": {name: partial(page_output, name) for name in read("from_scratch")["outputs"]},
-    "docs/preferences.md": {"preferences": preferences, "dpo": partial(ended, "dpo")},
+    "docs/preferences.md": {"dpo": partial(ended, "dpo")},
     "docs/rewards.md": {"grpo": lambda: tables.grpo(read("grpo"))},
     "docs/devices.md": {"devices": devices},
     "docs/serving.md": {"serving": serving, "soak": soak},

@@ -179,53 +179,6 @@ def rate_regrets(content: Content, studies: Sequence[Content]) -> str:
     return text.replace("e-0", "e-")
 
 
-def forecasts(verdict: Content) -> str:
-    """The share of hidden losses inside the intervals of `curve`, by data set and in total."""
-    rows = [
-        [name, f"{count}", f"{inside / count:.0%}", "", ""]
-        for name, (inside, count) in verdict["inside"].items()
-        if count
-    ]
-    share = "{value:.0%} ({low:.0%} to {high:.0%})".format(**verdict["coverage"])
-    widths = [
-        "{value:.2f} ({low:.2f} to {high:.2f})".format(**verdict["ratios"][name]) for name in ("no change", "line")
-    ]
-    rows.append(["all", str(verdict["cases"]), share, *widths])
-    return table(["data set", "cases", "inside", "width / no change", "width / line"], rows)
-
-
-def found_rows(verdict: Content) -> str:
-    """The recall of planted rows by each ranking, for each kind, data set and share."""
-    recall = verdict["recall"]
-    names = [name for name in recall["all"] if not name.startswith("score - ")]
-    rows = [
-        [
-            f"{float(group):.0%}" if group[0].isdigit() else group,
-            *("{:.2f} ({:.2f} to {:.2f})".format(*of_group[name]) for name in names[:2]),
-            *(f"{of_group[name][0]:.2f}" for name in names[2:]),
-            "{:+.2f} ({:+.2f} to {:+.2f})".format(*of_group["score - loss"]),
-        ]
-        for group, of_group in recall.items()
-    ]
-    return table(["planted rows", *names, "score - loss"], rows)
-
-
-def retrained(verdict: Content) -> str:
-    """What planted rows cost, and how much of it is undone by training without the rows found."""
-    rows = [
-        [
-            f"{cell['data']}, {cell['kind']}",
-            "{:+.3f} ({:+.3f} to {:+.3f})".format(*cell["cost"]),
-            f"{cell['undone']:+.3f}",
-            f"{cell['recovered']:.0%}" if cell["counts"] else "does not count",
-        ]
-        for cell in verdict["retraining"]
-    ]
-    if verdict["recovered"]:
-        rows.append(["mean", "", "", "{:.0%} ({:.0%} to {:.0%})".format(*verdict["recovered"])])
-    return table(["planted rows", "cost", "undone", "recovered"], rows)
-
-
 def span(values: Sequence[float], form: str) -> str:
     low, high = f"{min(values):{form}}", f"{max(values):{form}}"
     return low if low == high else f"{low} to {high}"

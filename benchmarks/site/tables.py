@@ -180,15 +180,14 @@ def inference(cells: Cells) -> str:
     rows = []
     for cell in cells:
         setting = cell["cell"]
-        if setting["what"] == "decode":
-            runs = cell["result"]["runs"]
-            times = {arm.removesuffix(": next"): values for arm, values in runs.items() if arm.endswith(": next")}
-            shown = [
-                f"{1000 * spread(times[arm])['median']:.1f}"
-                for arm in ("base", OURS, f"{OURS}, merged", "PEFT", "PEFT, merged")
-            ]
-            slower = ranged(spread([peft / ours for peft, ours in zip(times["PEFT"], times[OURS], strict=True)]))
-            rows.append([f"{setting['machine']}, {setting['dtype']}, {setting['value']}", *shown, slower])
+        runs = cell["result"]["runs"]
+        times = {arm.removesuffix(": next"): values for arm, values in runs.items() if arm.endswith(": next")}
+        shown = [
+            f"{1000 * spread(times[arm])['median']:.1f}"
+            for arm in ("base", OURS, f"{OURS}, merged", "PEFT", "PEFT, merged")
+        ]
+        slower = ranged(spread([peft / ours for peft, ours in zip(times["PEFT"], times[OURS], strict=True)]))
+        rows.append([f"{setting['machine']}, {setting['dtype']}, {setting['value']}", *shown, slower])
     head = ["machine, precision, cache", "base", OURS, "merged", "PEFT", "PEFT, merged", f"PEFT / {OURS}"]
     return table(head, rows)
 
@@ -262,25 +261,6 @@ def plan(cells: Cells) -> str:
     head = ["configuration", "tokens of the largest forward", "peak, GB", "plan / peak", "plan --measure / peak"]
     head += ["step / plan", "step / plan --measure"]
     return table(head, rows, "Memory and time of a step, estimated and measured")
-
-
-def preferences(cells: Cells) -> str:
-    """Six steps on pairs of replies, compared with TRL."""
-    by_arm = {arm: [run["result"] for run in runs] for (arm,), runs in grouped(cells, "arm").items()}
-    ours = spread([run["cpu"] for run in by_arm[OURS]])["median"]
-    rows = []
-    for arm, runs in by_arm.items():
-        cpu = spread([run["cpu"] for run in runs])
-        rows.append(
-            [
-                arm,
-                ranged(cpu, "{:.0f}"),
-                f"{cpu['median'] / ours:.2f}",
-                f"{max(run['peak_bytes'] for run in runs) / 1e9:.2f}",
-            ]
-        )
-    head = ["arm", "CPU seconds", "relative", "peak GB"]
-    return table(head, rows)
 
 
 SPEED: dict[str, Callable[[Cells], str]] = {  # name of a result -> its table in docs/performance.md

@@ -1,6 +1,6 @@
 """What tailora gains on smaller processors: training, memory, losses and serving, with instructions restricted.
 
-    python -m benchmarks.speed.processors       writes benchmarks/results/processors.json, and prints its tables
+    python -m benchmarks.speed.processors       writes benchmarks/results/processors.json
     python -m benchmarks.speed.processors --only what=training instructions=AVX2
 
 ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY restrict the products and the pointwise kernels of a process, so that one
@@ -30,7 +30,6 @@ import torch
 
 from benchmarks import measure
 from benchmarks.serving.serve import engine_of, of_length, run_engine
-from benchmarks.site import tables
 from benchmarks.speed import trainers
 from benchmarks.speed.arm_processes import Turn, Turns, arms_in_processes
 from tailora.cli.models import load_model
@@ -230,4 +229,4 @@ def serving(rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    measure.main("processors", str(__doc__), cells, run_cell, tables.processors)
+    measure.main("processors", str(__doc__), cells, run_cell)

@@ -121,7 +121,6 @@ def test_the_time_has_the_range_of_the_benchmark(planned: Plan) -> None:
     ratios = [cell["true_seconds_per_token"] / cell["estimated_seconds_per_token"] for cell in cells]
     assert (round(min(ratios), 1), round(max(ratios), 1)) == TIME_RATIOS
     assert planned.basis["time"].endswith(f"our runs took {TIME_RATIOS[0]} to {TIME_RATIOS[1]} times as long")
-    assert max(results["large_model"]["cpu_seconds"]) <= 15
 
 
 @pytest.mark.ranks

@@ -8,7 +8,6 @@ import pytest
 from scipy import stats
 
 from benchmarks.studies import significance
-from benchmarks.studies.verdicts import CASES, simulate
 from tailora.train.significance import FEWEST, change_of, share_difference, sign_flip_test, t_975
 
 
@@ -112,24 +111,6 @@ def test_values_that_are_not_finite_decide_nothing(values: float) -> None:
 def test_clusters_without_answers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one cluster"):
         change_of([0.0], [0.0], [0])
-
-
-@pytest.mark.parametrize("prompts", [2, 6, 20])
-@pytest.mark.parametrize("case", CASES)
-def test_a_run_without_a_change_is_rarely_called_better_or_worse(case: str, prompts: int) -> None:
-    """benchmarks/results/verdicts.json has 10,000 runs of each, and more sizes."""
-    shares = simulate(CASES[case], prompts, 150, seed=prompts)
-    assert shares["disagree"] == 0
-    assert shares["exit code 5"] <= (0.06 if prompts > 2 else 0)
-    assert shares["exit code 5"] + shares["rose"] <= (0.1 if prompts > 2 else 0)
-    assert sum(shares.values()) == pytest.approx(1)
-
-
-def test_a_change_is_found() -> None:
-    shares = simulate(CASES["0/1, one completion"], 200, 100, shift=0.2)
-    assert shares["rose"] > 0.9
-    shares = simulate(CASES["0/1, one completion"], 200, 100, shift=-0.2)
-    assert shares["exit code 5"] > 0.9
 
 
 @pytest.mark.parametrize("runs", [300, pytest.param(2000, marks=pytest.mark.exhaustive)])
