@@ -327,10 +327,6 @@ def evidence(name: str) -> str:
     return evidence_tables.PARTS[name](read("evidence"))
 
 
-def rate_regrets() -> str:
-    return evidence_tables.rate_regrets(read("learning_rate_rules"), read("learning_rates")["studies"])
-
-
 # ---- docs/verify.md
 
 
@@ -444,7 +440,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         **{name: partial(evidence, name) for name in evidence_tables.PARTS},
         "evidence-arms": lambda: evidence_tables.rewards(read("evidence_rewards")),
         "defaults": lambda: evidence_tables.defaults(read("defaults")),
-        "rate-rules": lambda: evidence_tables.rate_rules(read("learning_rate_rules")),
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
     },
@@ -471,7 +466,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     },
     "docs/verify.md": {"faults": verify_faults, "trials": verify_trials},
     **tutorials(),
-    "docs/questions/learning_rate.md": {"rate-regrets": rate_regrets},
 }
 
 

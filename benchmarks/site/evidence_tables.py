@@ -1,14 +1,13 @@
-"""Tables of docs/experiments.md and docs/questions/learning_rate.md, from recorded results."""
+"""Tables of docs/experiments.md, from recorded results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from benchmarks.site.tables import table
 from benchmarks.studies.evidence_data import FULL, MODEL_OF, PLAIN
 from benchmarks.studies.evidence_rules import LESS, MARGIN, MORE_INTRUDERS, STATEMENTS, Finding, better, overall
-from benchmarks.studies.learning_rates import is_judged
 
 Content = Mapping[str, Any]  # of evidence.json
 HOLDS, FAILS, UNCLEAR, NO_GAIN, FALSE, EQUAL = "holds", "does not hold", "cannot tell", "no gain", "false", "equal"
@@ -145,43 +144,6 @@ def rewards(content: Content) -> str:
             rows.append([*names, f"{arm['trainable_parameters']:,}", rates, value, kl])
     head = ["where", "variant", "trained", "best learning rate (tried)", "reward (95% interval)", "forgetting, KL"]
     return f"{table(head, rows)}\n\n{source(content)}"
-
-
-def rate_rules(content: Content) -> str:
-    """One row for each rule for the learning rate, judged on networks that it was not fitted to."""
-    rows = []
-    for name, rule in content["rules"]["all"].items():
-        difference = f"{rule['difference']:+.3f} ({rule['low']:+.3f} to {rule['high']:+.3f})"
-        verdict = "better" if rule["beats"] else "not proven better"
-        compared = ["", ""] if name == "constant" else [difference, verdict]
-        rows.append([name.replace("_", " "), f"{rule['regret']:.3f}", *compared])
-    return table(["rule", "regret, nats per token", "difference to the constant (interval)", "verdict"], rows)
-
-
-def rate_regrets(content: Content, studies: Sequence[Content]) -> str:
-    """What each rate costs: the median over the networks of a group, and the worst of them."""
-    groups: dict[str, list[Content]] = {}
-    for row in filter(is_judged, studies):
-        size = "4096 and more" if row["width"] >= 4096 else "below 4096"
-        of_tinker = row["source"] == "tinker"
-        name = f"Tinker, width {size}" if of_tinker else f"ours, {row['network']}, width {row['width']}"
-        groups.setdefault(name, []).append(row)
-    rates = ["1e-04", "3e-04", "5e-04", "1e-03", "3e-03"]
-    rows = []
-    for name, group in sorted(groups.items(), key=lambda item: -item[1][0]["width"]):
-        networks = {row["network"] for row in group}
-        regrets = [sorted(content["fixed"][rate][network] for network in networks) for rate in rates]
-        cells = [tuple(f"{cost:.3f}" if cost < 1 else "> 1" for cost in (median(of), of[-1])) for of in regrets]
-        shown = [middle if middle == worst else f"{middle} ({worst})" for middle, worst in cells]
-        spans = [span([row["steps"] for row in group], "d"), span([row["best"] for row in group], ".0e")]
-        rows.append([name, str(len(networks)), *spans, *shown])
-    text = table(["studies", "models", "steps", "best rate", *rates], rows)
-    return text.replace("e-0", "e-")
-
-
-def span(values: Sequence[float], form: str) -> str:
-    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
-    return low if low == high else f"{low} to {high}"
 
 
 PARTS: dict[str, Callable[[Content], str]] = {  # name of a part of the page -> what makes it

@@ -34,14 +34,10 @@ def grouped(cells: Cells, *keys: str) -> dict[tuple[Any, ...], Cells]:
     return groups
 
 
-def ranged(value: Spread, form: str = "{:.2f}", unit: float = 1.0) -> str:
-    """Returns "median (low to high)", every number times `unit`; the median alone if all three look the same."""
-    median, low, high = (form.format(unit * value[key]) for key in ("median", "low", "high"))
+def ranged(value: Spread, form: str = "{:.2f}") -> str:
+    """Returns "median (low to high)"; the median alone if all three look the same."""
+    median, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
     return median if low == high else f"{median} ({low} to {high})"
-
-
-def milliseconds(value: Spread, form: str = "{:.0f}") -> str:
-    return ranged(value, form, unit=1000)
 
 
 def medians(seconds: dict[str, Spread], arms: Sequence[str], form: str = "{:.0f}") -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import measure
 from benchmarks.speed.arms import Stopped
 
-IMPORTED = ["benchmarks.speed.trainers", "peft", "trl.trainer.sft_trainer"]
+IMPORTED = ["benchmarks.speed.trainers", "peft"]
 Turn = dict[str, float]  # CPU seconds of a step, and bytes of the highest moment so far above the loaded model
 
 

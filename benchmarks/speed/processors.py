@@ -6,16 +6,9 @@
 ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY restrict the products and the pointwise kernels of a process, so that one
 machine stands for several. Arms have a process each and take turns, step by step, on the same batches: 8 chats of the
 demo, of similar length. All times are CPU time. To save time, training has the first LAYERS layers of SmolLM2-135M.
-
-Bound: the CPU time of the frozen products of a step alone, one by one, each with the weights and the number of tokens
-of the step. These are x W^T of every linear layer and of the output head, and dy W, except in the first layer's q, k
-and v, below which nothing is trained. Tokens with which a chat begins like the one before it count once, as tailora
-computes them once. The head has the supervised tokens only. The products take their turns like an arm, in bfloat16
-and in float32; for a bfloat16 model the faster of the two is the bound, for a float32 model float32.
 """
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,10 +28,7 @@ from benchmarks.speed.arm_processes import Turn, Turns, arms_in_processes
 from tailora.cli.models import load_model
 from tailora.cli.train import DEFAULTS
 from tailora.core.adapter_set import AdapterSet
-from tailora.core.device import has_bfloat16
 from tailora.data.chat_template import DataSettings
-from tailora.data.collate import shared_beginnings
-from tailora.data.dataset import Examples
 from tailora.data.demo import data_file, eval_file
 from tailora.data.prepare import prepare
 from tailora.train.config import TrainConfig
@@ -52,8 +42,6 @@ ONLY_TRAINING = {**DEFAULTS, **trainers.SAME_WORK, "validation_split": 0, "sampl
 LAYERS = 4  # of the model's 30, in training
 BATCHES, ROWS = 4, 8
 MAX_STEPS = 1000  # more than an arm has turns
-IN_EVERY_ROUND = ("tailora", "PEFT")  # the others take longest: once
-LONG = 5.0  # seconds
 STEPS, SEEDS = 50, 3  # of the losses
 LOSSES: dict[str, tuple[str, int | None]] = {  # name -> precision of the base; from how many tokens on its products
     "float32": ("float32", None),  # are computed in float32
@@ -74,9 +62,9 @@ def cells(quick: bool) -> list[measure.Cell]:
 
 
 def run_cell(what: str, rounds: int, threads: int, instructions: str = "", dtype: str = "") -> dict[str, Any]:
-    del threads  # set in the environment, as the instructions are
+    del threads, instructions  # set in the environment
     if what == "training":
-        return training(dtype, rounds, autocast=instructions == "all" and has_bfloat16())
+        return training(dtype, rounds)
     if what == "serving":
         return serving(rounds)
     return {name: losses(*precisions, steps=STEPS if rounds > 1 else 2) for name, precisions in LOSSES.items()}
@@ -85,57 +73,40 @@ def run_cell(what: str, rounds: int, threads: int, instructions: str = "", dtype
 # ---- Training
 
 
-def training(dtype: str, rounds: int, *, autocast: bool) -> dict[str, Any]:
-    """Returns CPU seconds and memory of the steps of all arms. autocast: of Trainer and TRL, for a bfloat16 model."""
+def training(dtype: str, rounds: int) -> dict[str, Any]:
+    """Returns CPU seconds and memory of the steps of both arms."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens = write_task(folder)
         paths = {"model": str(folder / "model"), "data": str(folder / "rows.jsonl"), "output_dir": str(folder / "run")}
         config = TrainConfig(**{**ONLY_TRAINING, **paths, "dtype": dtype, "max_steps": MAX_STEPS})
-        endless = {"max_steps": MAX_STEPS, "bf16": autocast and dtype == "bfloat16"}
-        grouped = {"train_sampling_strategy": "group_by_length", "max_length": None}
         arms: dict[str, Callable[[Turns], None]] = {
             "tailora": partial(trainers.tailora, config),
-            "PEFT": partial(run_on_rows, trainers.peft_loop, config, passes=MAX_STEPS),
-            "products, bfloat16": partial(frozen_products, config, "bfloat16"),
-            "products, float32": partial(frozen_products, config, "float32"),
-            "Trainer": partial(run_on_rows, trainers.trainer, config, **endless),
-            "TRL": partial(run_on_rows, trainers.trl, config, **endless, **grouped),
+            "PEFT": partial(peft_loop, config),
         }
         with arms_in_processes(arms) as steps:
             turns = in_turn(steps, rounds)
         header = json.loads((folder / "run" / "run.json").read_text())
-    return {"kernels": header["kernels"], **figures(turns, tokens, dtype)}
-
-
-def figures(turns: dict[str, list[Turn]], tokens: float, dtype: str) -> dict[str, Any]:
-    """Returns what the turns show of steps. tokens: of a step, the mean. dtype: of the model."""
     cpu = {name: [turn["cpu"] for turn in own] for name, own in turns.items()}
     above = {name: max(turn["above_bytes"] for turn in own) for name, own in turns.items()}
-    times = {name: statistics.median(cpu[f"products, {name}"]) for name in ("bfloat16", "float32")}
-    bound = times["float32"] if dtype == "float32" else min(times.values())
     return {
+        "kernels": header["kernels"],
         "tokens": tokens,
         "tokens_per_cpu_second": {name: measure.spread([tokens / value for value in cpu[name]]) for name in cpu},
         "x_peft": measure.spread([a / b for a, b in zip(cpu["PEFT"], cpu["tailora"], strict=True)]),
         "above_bytes": above,
         "memory_x_peft": measure.spread([above["tailora"] / above["PEFT"]]),
-        "bound_seconds": bound,
-        "x_bound": measure.spread([value / bound for value in cpu["tailora"]]),
-        "peft_x_bound": measure.spread([value / bound for value in cpu["PEFT"]]),
         "runs": cpu,
     }
 
 
 def in_turn(steps: dict[str, Callable[[], Turn]], rounds: int) -> dict[str, list[Turn]]:
-    """Runs the steps of the arms in turn. The first of each warms up; if it took LONG, it counts."""
-    first = {name: step() for name, step in steps.items()}
-    turns = {name: [turn] if turn["cpu"] > LONG else [] for name, turn in first.items()}
-    for _ in range(rounds):
+    """Runs the steps of the arms in turn. The first of each warms up."""
+    turns: dict[str, list[Turn]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
         for name, step in steps.items():
-            if len(turns[name]) < (rounds if name in IN_EVERY_ROUND else 1):
-                turns[name].append(step())
-    return turns
+            turns[name].append(step())
+    return {name: own[1:] for name, own in turns.items()}
 
 
 def write_task(folder: Path) -> float:
@@ -154,38 +125,11 @@ def write_task(folder: Path) -> float:
     return float(lengths[chosen].sum() / BATCHES)
 
 
-def examples_of(config: TrainConfig, tokenizer: Any) -> Examples:
-    return prepare(config.data, tokenizer, DataSettings(max_length=config.max_length, validation_split=0)).train
-
-
-def run_on_rows(function: Callable[..., None], config: TrainConfig, watch: Turns, **settings: Any) -> None:
+def peft_loop(config: TrainConfig, turns: Turns) -> None:
     base, tokenizer = load_base(config.model, config.dtype)
-    function(config, watch, base=base, tokenizer=tokenizer, examples=examples_of(config, tokenizer), **settings)
-
-
-def frozen_products(config: TrainConfig, dtype: str, turns: Turns) -> None:
-    """The products of a step with frozen weights; see the head of this file."""
-    base, tokenizer = load_base(config.model, dtype)
-    examples = examples_of(config, tokenizer)
-    batches = plan_batches(examples.lengths, batch_size=ROWS, seed=0, epoch=0)
-    repeated = sum(sum(shared_beginnings([examples[int(i)] for i in batch])) for batch in batches)
-    tokens = round((int(examples.lengths.sum()) - repeated) / BATCHES)
-    supervised = round(int(examples.supervised.sum()) / BATCHES)
-    untrained_below = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
-    made, into = [], {}
-    for name, layer in base.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            rows = supervised if layer is base.get_output_embeddings() else tokens
-            x, y = (torch.randn(rows, size, dtype=layer.weight.dtype) for size in layer.weight.shape[::-1])
-            made.append((layer.weight.detach(), x, y, name not in untrained_below))
-            into |= {x.shape: torch.empty_like(x), y.shape: torch.empty_like(y)}
-    turns.start()
-    for number in range(MAX_STEPS):
-        for weight, x, y, has_gradient in made:
-            torch.mm(x, weight.T, out=into[y.shape])
-            if has_gradient:
-                torch.mm(y, weight, out=into[x.shape])
-        turns.after_step(number, MAX_STEPS, print)
+    settings = DataSettings(max_length=config.max_length, validation_split=0)
+    examples = prepare(config.data, tokenizer, settings).train
+    trainers.peft_loop(config, turns, base=base, tokenizer=tokenizer, examples=examples, passes=MAX_STEPS)
 
 
 def losses(dtype: str, float32_from: int | None, steps: int) -> list[float]:
