@@ -105,6 +105,7 @@ REMOVED_SETTINGS: dict[str, tuple[Any, str]] = {  # name -> its default, and wha
     "lora_bias": (False, "use bias: lora_only to train the biases of the adapted layers"),
     "allow_remote_images": (False, "images must be files; download them, and name the files in the rows"),
     "lr_only": (False, "there is no range test; compare learning rates with --space learning_rate=1e-5..1e-2"),
+    "fsdp_offload_params": (False, "sharded weights stay on the devices; use more processes, or quantize nf4"),
     "fsdp_reshard_after_forward": (True, "gathered weights are always freed after the forward pass"),
     "eval_reward": ([], "use metric, which judges held-out completions and answers"),
     "normalize": ("strip", "use --metric exact_match:ignore=case+punctuation+space"),

@@ -48,7 +48,7 @@ from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, re
 from tailora.train.preference import preference_task
 from tailora.train.quantize import dequantization_note, stays_quantized
 from tailora.train.rollouts import Prompts
-from tailora.train.setup import check_can_be_offloaded, find_labels, shape_of, start_accelerator
+from tailora.train.setup import find_labels, shape_of, start_accelerator
 from tailora.train.step import StepShape, split_by_tokens, step_shape, token_limit
 from tailora.train.trainable import trained_parts
 
@@ -107,7 +107,7 @@ def read_run(config: TrainConfig, memory: int | None, nproc: int, *, measure: bo
     place = place_of(config)
     check_can_be_planned(config, place, nproc, measure=measure)
     device = "cpu" if isinstance(place.device, estimate.AbsentDevice) else config.device
-    in_one = {"fsdp": False, "fsdp_offload_params": False, "report_to": [], "device": device}
+    in_one = {"fsdp": False, "report_to": [], "device": device}
     accelerator = start_accelerator(config.replaced(**in_one))
     available = place.available if memory is None else memory
     if nproc > 1 and place.device == torch.device("cpu"):
@@ -189,7 +189,6 @@ def read_shape(config: TrainConfig) -> tuple[PretrainedConfig, Labels | None]:
 
 def check_can_be_planned(config: TrainConfig, place: "Place", nproc: int, *, measure: bool) -> None:
     """Raises ConfigError for settings that exclude each other, and if this machine cannot run the steps to measure."""
-    check_can_be_offloaded(config, place.device.type)
     if config.fsdp and nproc == 1:
         raise ConfigError("--fsdp shards the base model across processes; set their number with --nproc")
     if not measure:
@@ -444,14 +443,14 @@ def notes_of(run: PlannedRun, fake: estimate.FakeModel, *, is_measured: bool) ->
 
 
 def full_fine_tuning(run: PlannedRun, notes: list[str]) -> FullFineTuning | None:
-    """Returns the plan of the same run with all weights trained (without offloading, which needs frozen weights).
+    """Returns the plan of the same run with all weights trained.
 
     None if the run does so itself, if its weights cannot be trained, or with a note if its settings need an adapter.
     """
     config = run.config
     if config.method == FULL or stays_quantized(run.shape, config.model):
         return None
-    settings = config.model_dump(exclude_unset=True, exclude={*ADAPTER_SETTINGS, "fsdp_offload_params"})
+    settings = config.model_dump(exclude_unset=True, exclude=ADAPTER_SETTINGS)
     try:
         full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     except ConfigError:

@@ -146,7 +146,6 @@ FREE = {
     "output_dir",
     "device",  # only the device type is compared
     "fsdp",
-    "fsdp_offload_params",
     "ddp_timeout",
     "resume_from_checkpoint",
     "report_to",

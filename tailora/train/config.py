@@ -65,7 +65,6 @@ COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ..
     (("skip_bad_rows",), "streaming", False),
     (("early_stopping_patience", "metric_for_best_model"), "eval_steps", True),
     (("metric_for_best_model",), "metric", True),
-    (("fsdp_offload_params",), "fsdp", True),
 )
 
 
@@ -252,9 +251,6 @@ class TrainConfig(StrictModel):
     quantize: Quantize | None = Field(None, description="quantization method for the base model")
     device: str = Field("auto", description="device: auto (a GPU if available), cpu, cuda, cuda:1, mps, xpu")
     fsdp: bool = Field(False, description="shard the base model across processes (FSDP2)")
-    fsdp_offload_params: bool = Field(
-        False, description="FSDP2: keep sharded weights in host memory and copy each layer to the device when it runs"
-    )
     ddp_timeout: PositiveInt = Field(
         600, description="several processes: seconds to wait for each other, for example for a checkpoint"
     )
@@ -339,10 +335,6 @@ class TrainConfig(StrictModel):
             (
                 self.optim == "adamw_8bit" and self.fsdp and full,
                 "--optim adamw_8bit does not support --fsdp, which would split its quantization blocks; remove --optim",
-            ),
-            (
-                self.fsdp_offload_params and (full or self.quantize),
-                "--fsdp-offload-params requires frozen, unquantized weights; remove it",
             ),
             (adapter_settings, f"the adapter in --adapter already defines {adapter_settings}; remove these settings"),
         ]

@@ -440,7 +440,7 @@ def can_checkpoint(config: TrainConfig) -> bool:
 
 def can_quantize(config: TrainConfig, shape: PretrainedConfig) -> bool:
     """Returns whether a run with a 4-bit base is an alternative."""
-    return not (config.method == "full" or config.quantize or stored_quantization(shape) or config.fsdp_offload_params)
+    return not (config.method == "full" or config.quantize or stored_quantization(shape))
 
 
 def saves_memory(
@@ -536,7 +536,7 @@ def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process
     adapters = sum(parameter.nbytes for parameter in parameters if id(parameter) not in of_base)
     gradients, stored, gathered, fragmentation = step.gradients, weights.stored, 0, FRAGMENTATION
     if shards > 1:
-        stored = weights.outside if config.fsdp_offload_params else weights.on_rank(shards)
+        stored = weights.on_rank(shards)
         gathered = (3 if is_on_cpu else 2) * weights.largest_layer
         fragmentation = FRAGMENTATION_SHARDED if is_on_cpu else FRAGMENTATION
         if isinstance(fake.model, FullModel):

@@ -208,9 +208,7 @@ def load_base(
     check_complete(model, name, report, heads)
     if not is_plain and (problems := quantization_problems(model, report["unexpected_keys"])):
         raise ConfigError(f"model {name!r} cannot be used with this quantization: {listing(problems)}")
-    if sharding is not None and is_plain:
-        sharding.offload(model)
-    elif sharding is not None:
+    if sharding is not None and not is_plain:
         sharding.shard(model)
     return model, tokenizer
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
@@ -115,7 +115,6 @@ class Sharding:
     """
 
     device: torch.device  # of this rank
-    offload_params: bool = False  # keeps the rank's parts in pinned host memory, and copies a layer when it computes
 
     def shard(self, base: PreTrainedModel) -> None:
         """Shards a base on `device`, or on meta before its weights are loaded. Raises ConfigError."""
@@ -131,7 +130,6 @@ class Sharding:
             fully_shard(
                 layer,
                 mesh=mesh,
-                offload_policy=CPUOffloadPolicy() if self.offload_params else OffloadPolicy(),
                 mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
                 ignored_params={parameter for parameter in layer.parameters() if parameter.ndim == 0},
             )
@@ -141,15 +139,6 @@ class Sharding:
         root.register_forward_hook(_copy_views)  # before FSDP2's own
         # without weights, it lets the layers prefetch each other and ends a forward and a backward pass
         fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if not isinstance(p, DTensor)})
-
-    def offload(self, base: PreTrainedModel) -> None:
-        """Moves this rank's parts of a loaded base to host memory, if that was asked for."""
-        if not self.offload_params:
-            return
-        for module in base.modules():
-            for name, parameter in module._parameters.items():
-                if isinstance(parameter, DTensor):
-                    module._parameters[name] = nn.Parameter(parameter.detach().cpu(), parameter.requires_grad)
 
 
 def check_every_rank_has_experts(layers: Iterable[nn.Module], ranks: int) -> None:

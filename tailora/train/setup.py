@@ -175,7 +175,7 @@ def set_up(
     stack.enter_context(seeded(config.seed))
     with explain_out_of_memory("loading", partial(loading_advice, config, device)):
         labels, has_new_head = find_labels(config)
-        sharding = Sharding(device, config.fsdp_offload_params) if config.fsdp else None
+        sharding = Sharding(device) if config.fsdp else None
         place = (config.model, config.dtype, device, config.quantize)
         tokenizer = load_tokenizer(config.model, labels)
         shape = shape_of(config, labels, tokenizer)
@@ -374,16 +374,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             "--fsdp shards the base model across processes, but only one runs; start several with --nproc-per-node"
         )
-    check_can_be_offloaded(config, accelerator.device.type)
     return accelerator
-
-
-def check_can_be_offloaded(config: TrainConfig, device_type: str) -> None:
-    """Raises ConfigError if the settings offload weights from a CPU."""
-    if config.fsdp_offload_params and device_type == "cpu":
-        raise ConfigError(
-            "--fsdp-offload-params has no effect on a CPU, where the weights are already in host memory; remove it"
-        )
 
 
 def start_on_device(name: str, seconds: int = 600) -> torch.device:

@@ -161,10 +161,6 @@ def test_full_fine_tuning_takes_nothing_of_the_adapters_and_their_frozen_base(sm
     assert TrainConfig(**of_full).quantize is None
     of_lora = TrainConfig(**arm_settings(train, SMALL, "r4"))
     assert {name: getattr(of_lora, name) for name in asked} == asked
-    sharded = small_run.replaced(fsdp=True, fsdp_offload_params=True)
-    of_full, of_lora = (TrainConfig(**arm_settings(sharded, SMALL, arm, learning_rate=1e-4)) for arm in ("full", "r4"))
-    assert (of_full.fsdp, of_full.fsdp_offload_params) == (True, False)
-    assert (of_lora.fsdp, of_lora.fsdp_offload_params) == (True, True)
 
 
 def test_a_step_chosen_by_the_examples_that_judge_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:

@@ -171,19 +171,6 @@ def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None
         plan(config, measure=True, nproc=2)
 
 
-def test_weights_can_be_offloaded_from_a_card_alone(planned: Plan, small_run: TrainConfig) -> None:
-    settings = small_run.model_dump(exclude_unset=True, exclude={"data", "eval_data"})
-    config = TrainConfig(**{**settings, "max_steps": 5, "fsdp": True, "device": "h100", "fsdp_offload_params": True})
-    model = LlamaForCausalLM(read_config(config.model))
-    offloaded = plan(config, full=True, nproc=4)
-    stays = planned.memory.weights - sum(parameter.nbytes for parameter in model.model.layers.parameters())
-    assert offloaded.memory.weights == stays
-    assert offloaded.full is not None
-    assert offloaded.full.memory.weights > stays  # weights with gradients are on the card
-    with pytest.raises(ConfigError, match="--fsdp-offload-params has no effect on a CPU"):
-        plan(config.replaced(device="cpu"), nproc=4)
-
-
 def test_ranks_share_the_steps_of_an_epoch(planned: Plan, small_run: TrainConfig) -> None:
     one, two = planned, plan(small_run, nproc=2)
     assert (one.steps, two.steps) == (22, 12)  # the last step of each epoch is short

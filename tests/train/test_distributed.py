@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from runs import changed
 from safetensors.torch import load_file
 from tiny import tiny_model
@@ -469,14 +468,6 @@ def test_engines_that_accelerate_would_bring_are_refused(
     monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
     with pytest.raises(ConfigError, match=f"launch without --use_{engine}"):
         start_accelerator(settings())
-
-
-def test_a_cpu_has_nothing_to_offload(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(
-        ConfigError, match="--fsdp-offload-params has no effect on a CPU, where the weights are already in host memory"
-    ):
-        start_accelerator(settings(device="cpu", fsdp=True, fsdp_offload_params=True))
 
 
 def test_one_process_has_nothing_to_shard(settings: Any) -> None:

@@ -26,8 +26,6 @@ LABELS = {"task": "sequence-classification"}
         ({**FULL, "quantize": "nf4"}, "remove quantize"),
         ({"method": "full"}, "needs an explicit --learning-rate"),
         # sharding
-        ({"fsdp_offload_params": True}, "requires --fsdp"),
-        ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "unquantized weights; remove it"),
         ({"fsdp": True, "quantize": "int8"}, "--fsdp does not support --quantize int8"),
         # labels
         ({**LABELS, "streaming": True, "max_steps": 2}, "streaming"),
