@@ -17,7 +17,7 @@ from tailora.report.pages.train import Metric, TrainReport
 from tailora.train.config import NATS_PER_TOKEN
 
 TRAINING = (  # settings of a run that the card shows, in this order
-    *("learning_rate", "lr_scheduler_type", "warmup_ratio", "optim", "weight_decay", "loraplus_lr_ratio"),
+    *("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "loraplus_lr_ratio"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_length", "loss", "beta"),
     *("quantize", "seed"),
 )

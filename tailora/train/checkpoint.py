@@ -243,16 +243,7 @@ def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer]) -> dict[str, Tensor]:
-    """Returns the optimizer's tensors as `parameter|key`; the step count of a buffer goes to each of its parameters.
-
-    Moments of one byte have scales for blocks of a buffer: these tensors are `buffer-INDEX|key`.
-    """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return {
-            f"buffer-{i}|{key}": torch.as_tensor(value).clone()
-            for i, buffer in enumerate(buffers)
-            for key, value in optimizer.state.get(buffer.parameter, {}).items()
-        }
+    """Returns the optimizer's tensors as `parameter|key`; the step count of a buffer goes to each of its parameters."""
     return {
         f"{name}|{key}": tensor.clone() if key == STEP else buffer.view(name, tensor)
         for buffer in buffers
@@ -262,12 +253,6 @@ def moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer]) -> 
 
 
 def set_moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer], tensors: Mapping[str, Tensor]) -> None:
-    if not isinstance(optimizer, torch.optim.AdamW):
-        for full_name, tensor in tensors.items():
-            name, key = full_name.rsplit("|", 1)
-            parameter = buffers[int(name.removeprefix("buffer-"))].parameter
-            optimizer.state[parameter][key] = int(tensor) if key == STEP else tensor.to(parameter.device)
-        return
     states = {}
     for i, buffer in enumerate(buffers):
         state: dict[str, Tensor] = {}

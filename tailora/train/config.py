@@ -222,9 +222,6 @@ class TrainConfig(StrictModel):
         "cosine", description="learning rate schedule after warm-up"
     )
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="fraction of the steps used for warm-up")
-    optim: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="optimizer; adamw_8bit is bitsandbytes' AdamW with 8-bit states, for --method full"
-    )
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient to this norm")
     max_steps: int | None = Field(
@@ -331,10 +328,6 @@ class TrainConfig(StrictModel):
             (
                 self.fsdp and self.quantize not in (None, "nf4"),  # FSDP2 would lose the scales of the others
                 f"--fsdp does not support --quantize {self.quantize}, because its scales would be lost; use nf4",
-            ),
-            (
-                self.optim == "adamw_8bit" and self.fsdp and full,
-                "--optim adamw_8bit does not support --fsdp, which would split its quantization blocks; remove --optim",
             ),
             (adapter_settings, f"the adapter in --adapter already defines {adapter_settings}; remove these settings"),
         ]

@@ -280,10 +280,6 @@ def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{cls.__name__}", (_QuantizedLinear, cls), {"__module__": __name__})
 
 
-MOMENTS = {  # optimizer -> float32 numbers for each parameter; 8 bits have a scale for 256 of them
-    "adamw": 2.0,
-    "adamw_8bit": 2 * (1 + 4 / 256) / 4,
-}
 # Of a process on a CPU, on top of what torch allocates; benchmarks/memory/plan.py compares the sums with whole runs:
 LIBRARIES = 130 * 10**6  # code that is loaded when it is first called, threads, caches; holes left by loading
 LIBRARIES_16_BIT = 40 * 10**6  # code that oneDNN compiles for 16-bit products, at most 64 of them
@@ -553,7 +549,7 @@ def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process
         weights=stored,
         adapters=adapters,
         gradients=trained + gradients,
-        optimizer=int(trained * (MOMENTS[config.optim] + (2 if config.eval_steps else 1))),
+        optimizer=trained * (4 if config.eval_steps else 3),
         activations=step.activations,
         logits=step.logits,
         process=process,

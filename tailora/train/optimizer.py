@@ -6,15 +6,12 @@ needs no scheduler state.
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.layer import names_with_higher_lr
-from tailora.errors import ConfigError
 from tailora.kernels.flat_parameters import FlatBuffer, Group
-from tailora.quiet import quiet_loggers
 from tailora.train.config import TrainConfig
 from tailora.train.parallel import gradient_norm_over_ranks
 
@@ -32,38 +29,16 @@ def parameter_groups(module: nn.Module, config: TrainConfig, sharded: Container[
     ]
 
 
-def _buffer_groups(buffers: Sequence[FlatBuffer]) -> list[dict[str, Any]]:
-    return [
-        {"params": [buffer.parameter], "rate_factor": buffer.rate_factor, "weight_decay": buffer.weight_decay}
-        for buffer in buffers
-    ]
-
-
 def adamw(buffers: Sequence[FlatBuffer]) -> torch.optim.AdamW:
     """Returns AdamW (arXiv:1711.05101, alg. 2) with one fused pass per buffer; `optimizer_step` sets its learning rate.
 
     The gradient of a parameter that a step does not use is zero: its moments and weight decay still change it.
     """
-    return torch.optim.AdamW(_buffer_groups(buffers), lr=0.0, fused=True)
-
-
-def adamw_8bit(buffers: Sequence[FlatBuffer]) -> torch.optim.Optimizer:
-    """Returns bitsandbytes' AdamW with moments of one byte (arXiv:2110.02861). Raises ConfigError if not installed."""
-    try:
-        with quiet_loggers("bitsandbytes"):
-            from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ConfigError(
-            f"--optim adamw_8bit needs bitsandbytes ({error}): pip install 'tailora[quantize]'"
-        ) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(_buffer_groups(buffers), lr=0.0)
-    return optimizer
-
-
-OPTIMIZERS: dict[str, Callable[[Sequence[FlatBuffer]], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "adamw_8bit": adamw_8bit,
-}
+    groups = [
+        {"params": [buffer.parameter], "rate_factor": buffer.rate_factor, "weight_decay": buffer.weight_decay}
+        for buffer in buffers
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -71,8 +46,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-    ignores = not isinstance(optimizer, torch.optim.AdamW) or (found_inf is not None and found_inf.device.type == "mps")
-    if found_inf is not None and ignores and found_inf:  # the host waits for it
+    if found_inf is not None and found_inf.device.type == "mps" and found_inf:  # which ignores it; the host waits
         return
     optimizer.step()
 

@@ -59,7 +59,7 @@ from tailora.train.model_loading import (
     read_config,
     set_labels,
 )
-from tailora.train.optimizer import OPTIMIZERS, LossScale, parameter_groups
+from tailora.train.optimizer import LossScale, adamw, parameter_groups
 from tailora.train.parallel import Sharding, forget_forward, own_process_group, send_from_first_rank
 from tailora.train.quantize import check_full_training, dequantization_note, stored_quantization
 from tailora.train.rollouts import Rollouts
@@ -300,7 +300,7 @@ def start_updates(config: TrainConfig, model: Trainable, device: torch.device, s
     buffers = stack.enter_context(flattened(parameter_groups(trained_module(model), config, sharded_names(model))))
     send_from_first_rank(buffers, trained_module(model))
     loss_scale = LossScale(device) if model.base_model.dtype == torch.float16 else None
-    return FiniteUpdates(OPTIMIZERS[config.optim](buffers), buffers, loss_scale)
+    return FiniteUpdates(adamw(buffers), buffers, loss_scale)
 
 
 def resume(run: Run, saved: Checkpoint) -> TrainState:
