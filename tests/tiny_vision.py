@@ -1,5 +1,8 @@
 """Small random vision-language models of many families with their processors, and images to train them on."""
 
+import base64
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +81,20 @@ def save_image(path: Path, color: Any, size: tuple[int, int] = (SIDE, SIDE), see
         image = PIL.Image.fromarray((np.asarray(image) // 2 + noise).astype(np.uint8))
     image.save(path)
     return path.name
+
+
+def data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Returns a PNG file that claims this size and has no pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 # ---- Families

@@ -329,15 +329,6 @@ def test_paths_that_a_slash_makes_alike_keep_their_own_entries() -> None:
     assert len(LoRAModel(base, LoRAConfig(r=2)).lora_layers) == 2
 
 
-def test_an_embedding_that_looks_up_something_else_is_refused() -> None:
-    class Positions(nn.Embedding):
-        def forward(self, mask: Tensor) -> Tensor:
-            return super().forward(mask.cumsum(-1))
-
-    with pytest.raises(TargetError, match="Positions overrides forward"):
-        LoRAModel(nn.Sequential(Positions(8, 4)), LoRAConfig(r=2, target_modules=["0"]))
-
-
 def test_a_subclass_with_a_forward_of_its_own_is_not_adapted() -> None:
     class Clamped(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

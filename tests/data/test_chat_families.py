@@ -1,7 +1,7 @@
 """What is trained under the chat templates of the model families, whose formats stand in chat_templates/ as Jinja.
 
-Learned spans are in [[ ]]. They are checked twice: against the formats as they are written here, and token by token
-against the prompt that generation would begin with.
+Learned spans are in [[ ]]. They are checked twice: against the formats as they are written here, and for each family
+token by token against the prompt that generation would begin with.
 """
 
 import contextlib
@@ -153,24 +153,17 @@ def assistant(content: str | None, **keys: Any) -> dict[str, Any]:
 
 CHAT = row(system("s"), user("a"), assistant("b"), user("c"), assistant("d"))
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-ROLE = "<|start_of_role|>{}<|end_of_role|>"
-TURN = "<|START_OF_TURN_TOKEN|>"
-END = "<|END_OF_TURN_TOKEN|>"
 GPT_OSS = (
     "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
     "Reasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message."
 )
 FINAL = "<|channel|>final<|message|>"
-SEVERAL_TURNS = {  # the text of CHAT, or a text for each of its two replies
+SEVERAL_TURNS = {  # of families that differ in form: the text of CHAT, or a text for each of its two replies
     "llama3": (
         "<|begin_of_text|>" + HEADER.format("system") + "Cutting Knowledge Date: December 2023\n"
         "Today Date: 26 Jul 2024\n\ns<|eot_id|>"
         + HEADER.format("user") + "a<|eot_id|>" + HEADER.format("assistant") + "[[b<|eot_id|>]]"
         + HEADER.format("user") + "c<|eot_id|>" + HEADER.format("assistant") + "[[d<|eot_id|>]]",
-    ),
-    "qwen2_5": (
-        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
     ),
     "qwen3": (  # as a last reply, b has an empty thought
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
@@ -190,26 +183,9 @@ SEVERAL_TURNS = {  # the text of CHAT, or a text for each of its two replies
         "<|system|>\ns<|end|>\n<|user|>\na<|end|>\n<|assistant|>\n[[b<|end|>]]\n"
         "<|user|>\nc<|end|>\n<|assistant|>\n[[d<|end|>\n<|endoftext|>]]",
     ),
-    "deepseek_v3": (
-        "<｜begin▁of▁sentence｜>s<｜User｜>a<｜Assistant｜>[[b<｜end▁of▁sentence｜>]]"
-        "<｜User｜>c<｜Assistant｜>[[d<｜end▁of▁sentence｜>]]",
-    ),
-    "smollm2": (
-        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
-    ),
     "glm4_5": (  # the next role ends a reply
         "[gMASK]<sop><|system|>\ns<|user|>\na<|assistant|>[[\n<think></think>\nb<|user|>]]\n"
         "c<|assistant|>[[\n<think></think>\nd]][[EOS]]",
-    ),
-    "granite3_3": (
-        ROLE.format("system") + "s<|end_of_text|>\n"
-        + ROLE.format("user") + "a<|end_of_text|>\n" + ROLE.format("assistant") + "[[b<|end_of_text|>]]\n"
-        + ROLE.format("user") + "c<|end_of_text|>\n" + ROLE.format("assistant") + "[[d<|end_of_text|>]]",
-    ),
-    "cohere": (
-        f"<BOS_TOKEN>{TURN}<|SYSTEM_TOKEN|>s{END}{TURN}<|USER_TOKEN|>a{END}{TURN}<|CHATBOT_TOKEN|>[[b{END}]]"
-        f"{TURN}<|USER_TOKEN|>c{END}{TURN}<|CHATBOT_TOKEN|>[[d{END}]]",
     ),
     "gpt_oss": (  # generation ends with <|return|>, which the rest of a chat does not have: <|end|> is not trained
         f"{GPT_OSS}<|end|><|start|>developer<|message|># Instructions\n\ns\n\n<|end|><|start|>user<|message|>a<|end|>"
@@ -219,7 +195,7 @@ SEVERAL_TURNS = {  # the text of CHAT, or a text for each of its two replies
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SEVERAL_TURNS)
 def test_replies_of_several_turns_and_their_ends_are_trained(tokenizer_of, name: str) -> None:
     rendered = render_sample(CHAT, ChatTokenizer.of(tokenizer_of(name)))
     assert tuple(map(with_brackets, rendered)) == SEVERAL_TURNS[name]

@@ -4,10 +4,8 @@ import base64
 import json
 import os
 import re
-import struct
 import time
 import tracemalloc
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -24,7 +22,7 @@ import PIL.ImageOps
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_vision import COLORS, SIDE, save_image, tiny_llava, tiny_vlm
+from tiny_vision import COLORS, SIDE, data_url, png_header, save_image, tiny_llava, tiny_vlm
 from transformers import ProcessorMixin
 
 from tailora.data.chat_template import ChatTokenizer, DataSettings
@@ -58,10 +56,6 @@ def content_of(image: PIL.Image.Image, format: str = "PNG", **options: Any) -> b
     file = BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
-
-
-def data_url(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 RED = content_of(PIL.Image.new("RGB", (SIDE, SIDE), COLORS["red"]))
@@ -286,15 +280,6 @@ def problems(source: str, processor: ProcessorMixin, **settings: Any) -> list[st
     return str(caught.value).splitlines()
 
 
-def chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-def png_header(width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 def animation(format: str) -> bytes:
     frames = [PIL.Image.new("RGB", (8, 8), color) for color in COLORS.values()]
     return content_of(frames[0], format, save_all=True, append_images=frames[1:])
@@ -338,9 +323,8 @@ def test_at_most_two_images_are_decoded_at_a_time(monkeypatch: pytest.MonkeyPatc
         return load(image)
 
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", slow)
-    url = f"data:image/png;base64,{base64.b64encode(RED).decode()}"
     with ThreadPoolExecutor(6) as pool:
-        images = pool.map(lambda _: read_data_url(url, ["PNG"], 10**6).load(), range(12))
+        images = pool.map(lambda _: read_data_url(RED_URL, ["PNG"], 10**6).load(), range(12))
         assert {image.size for image in images} == {(SIDE, SIDE)}
     assert max(counts) == 2
 

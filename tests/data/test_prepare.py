@@ -36,14 +36,6 @@ def test_a_part_is_held_out_and_all_is_reported(bytes_tokenizer, jsonl) -> None:
     assert json.loads(json.dumps(report.to_dict()))["supervised_share"] == report.supervised_tokens / report.tokens
 
 
-def test_the_held_out_samples_are_those_of_the_held_out_examples(bytes_tokenizer, jsonl) -> None:
-    tokenizer = bytes_tokenizer()
-    prepared = prepare(jsonl(PAIRS), tokenizer, validation_split=0.2)
-    for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):
-        assert sample == Pair(**PAIRS[example.source_index])
-        assert tokenizer.decode(example.input_ids.tolist()) == f"{sample.prompt}{sample.completion}<|im_end|>"
-
-
 REPLIES = [{"chosen": chat_row("a", text)["messages"], "rejected": chat_row("a", "no")["messages"]} for text in "bcde"]
 
 

@@ -58,20 +58,6 @@ def only(values: dict[str, Any]) -> Any:
 
 
 @product_pairs
-@pytest.mark.parametrize("weights", [{"a": 0.7, "b": 0.3}, {"a": -0.5, "b": 2}])
-def test_concatenation_and_svd_of_full_rank_are_the_sum_of_the_updates(
-    case: LayerCase, slot: str, weights: dict[str, float]
-) -> None:
-    model = pair(case, slot)
-    expected = sum(weight * update(model, name) for name, weight in weights.items())
-    assert model.combine(weights, name="mix").worst == 0
-    assert model.combine(weights, "full", "svd", r=1000).worst < 1e-12
-    for name in ("mix", "full"):
-        torch.testing.assert_close(update(model, name), expected, **EXACT)
-    assert model.active_adapters == ("b",)
-
-
-@product_pairs
 def test_one_adapter_with_weight_one_is_itself(case: LayerCase, slot: str) -> None:
     model = pair(case, slot)
     for method, settings in {"cat": {}, "svd": {}, "ties": {"density": 1.0}, "dare": {"drop": 0.0}}.items():

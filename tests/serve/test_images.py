@@ -1,12 +1,9 @@
 """Images in requests to the server: the same answers as from transformers, and what hostile clients get."""
 
-import base64
 import io
 import json
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +16,18 @@ import PIL.Image
 import pytest
 from tiny import stir
 from tiny_server import Running, chat, held_forwards, running, started, write_adapters
-from tiny_vision import COLORS, FAMILIES, SIDE, outspoken_llava, plain_answer, plain_inputs, save_image, tiny_vlm
+from tiny_vision import (
+    COLORS,
+    FAMILIES,
+    SIDE,
+    data_url,
+    outspoken_llava,
+    plain_answer,
+    plain_inputs,
+    png_header,
+    save_image,
+    tiny_vlm,
+)
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.serve import ServerFlags, server_settings
@@ -59,10 +67,6 @@ def server(root: Path) -> Iterator[Running]:
     model, processor = outspoken_llava()
     with running(root, base=model, tokenizer=processor, adapters=["text", "tower"]) as server:
         yield server
-
-
-def data_url(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def of_file(path: Path) -> str:
@@ -247,16 +251,6 @@ def test_rows_of_a_batch_are_those_of_transformers_in_every_family(family: str, 
 
 
 # ---- Hostile clients
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG file that claims this size and has no pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def square(side: int = SIDE, color: str = "red") -> PIL.Image.Image:
