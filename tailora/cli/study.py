@@ -216,8 +216,6 @@ def run_study(
 
     if world_size() > 1:
         raise ConfigError("each process of a launcher would run the whole study; use --nproc-per-node instead")
-    if train.judges and not isinstance(study, RowsConfig):  # which only reads the settings of a run
-        raise ConfigError("--metric judge:URL: a judge never chooses settings; use it with tailora train, or remove it")
     processes = 1 if nproc_per_node is None else count_processes(nproc_per_node, train.device)
     fetch_sources(train.model)
     console = stderr()

@@ -13,8 +13,7 @@ from tailora.errors import ConfigError, FormatError, listing, require_packages
 from tailora.formats.io import write_file
 from tailora.formats.run_folder import PAGE, REPORT
 from tailora.report.blocks import Page
-from tailora.study.results import KEYS_OF_LOSSES, converted
-from tailora.train.config import REWARD
+from tailora.study.results import converted, measure_of
 
 KINDS = ("plan", "train", "eval", "compare", "search", "data", "inspect", "rows", "curve")
 PACKAGES = ("matplotlib", "jinja2")
@@ -57,8 +56,8 @@ def page_of(content: Any, path: Path | str) -> Page:
         kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise FormatError(f"{path}: expected one of the kinds {', '.join(KINDS)}, got {kind!r}")
     kind = content["kind"]
-    if content.get("loss_unit") == REWARD:
-        content = converted(content, KEYS_OF_LOSSES, 1)
+    if keys := measure_of(str(content.get("loss_unit")), str(content.get("metric", ""))).keys:
+        content = converted(content, {new: old for old, new in keys.items()}, 1)
     # Imported late, since most results come with torch: pages/FILE.py has NAME_page, from a result to its page
     make_page = getattr(import_module(f"tailora.report.pages.{kind}"), f"{kind}_page")
     result_type = next(iter(get_type_hints(make_page).values()))  # of the function's one parameter

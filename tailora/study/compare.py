@@ -22,9 +22,9 @@ from tailora.errors import ConfigError, TargetError
 from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.comparison_verdict import evaluate_arms
-from tailora.study.config import FULL, CompareConfig, arm_settings
+from tailora.study.config import FULL, CompareConfig, answers_decide, arm_settings, check_metric
 from tailora.study.learning_rate_search import LearningRateSearch
-from tailora.study.results import Comparison, measure_of
+from tailora.study.results import Comparison
 from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import (
     CLOCK,
@@ -80,6 +80,7 @@ def compare(
             f"--task {train.task} does not train a language model, so forgetting cannot be measured; remove "
             "--forgetting-data"
         )
+    check_metric(train, study)
     for arm in study.arms:  # raises ConfigError for conflicting settings
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))
     workers = make_workers(study.workers, train.device, processes)
@@ -155,6 +156,9 @@ class _Comparison:
             choosing=choosing,
             before=self.base.get((arm, choosing)),
             texts=str(self.folder / TEXTS),
+            answers=answers_decide(self.train),
+            # one seed is enough for the base
+            base_answers=final and answers_decide(self.train) and fixed["seed"] == self.train.seed + 1,
         )
         is_new = not session.has_trial(path)
         try:
@@ -176,13 +180,13 @@ class _Comparison:
             for (arm, rate), trial in zip(rates.items(), self._trials(runs, final=False), strict=True):
                 if trial is not None:
                     turn[arm] = trial
-                    result = measure_of(trial.loss_unit).text(trial.loss()) if trial.done else trial.outcome
+                    result = trial.measure.text(trial.objective()) if trial.done else trial.outcome
                     self.session.log(f"{arm}: learning rate {rate:.2g}, {result}")
             if len(turn) < len(runs):
                 self.session.note_missing(max(len(search.tried) for search in searches.values()), tries, "rate tries")
                 break
-            for arm, trial in turn.items():  # its loss is of the selection half, the only one evaluated
-                searches[arm].record(rates[arm], trial.loss(), fits=trial.outcome != OUT_OF_MEMORY)
+            for arm, trial in turn.items():  # evaluated on the selection half only
+                searches[arm].record(rates[arm], trial.objective(), fits=trial.outcome != OUT_OF_MEMORY)
         return searches
 
     def _final_runs(self, rates: Mapping[str, LearningRateSearch]) -> dict[str, list[Trial]]:

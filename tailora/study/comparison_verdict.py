@@ -7,12 +7,13 @@
 
 Everything is measured on the evaluation half of the held-out examples, which had no influence on the settings. A
 verdict makes a statement only if the 95% interval of the difference supports it, and otherwise begins with "Cannot
-tell". Differences below `margin` do not matter; `unit` is the unit of the losses.
+tell". Differences below `margin` do not matter. `measure` is what runs are compared by: a loss, or with --metric the
+score of the answers, which both are lower for better runs here (`Measure`).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,20 @@ import numpy as np
 from tailora.data.dataset import evaluation_half
 from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, difference_over_seeds, interval_over_seeds, seeds_needed
+from tailora.study.answer_scores import GroupedScores, as_array
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.learning_rate_search import LearningRateSearch
-from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult, measure_of
+from tailora.study.results import (
+    ArmResult,
+    Candidate,
+    Comparison,
+    Finalist,
+    FurtherResult,
+    Measure,
+    SearchResult,
+)
 from tailora.study.trial import DONE, Trial
-from tailora.train.significance import Interval
+from tailora.train.significance import Floats, Interval
 
 REACH = 2.0  # margins; cheaper trials this close to the best are repeated: one seed on half of the examples is inexact
 MOST_SEEDS, MOST_EXAMPLES = 50, 50_000  # the most that a verdict recommends; more is not practical
@@ -37,20 +47,23 @@ Compared = tuple[Interval, Difference | None]  # a mean, and its difference from
 class RunStatistics:
     """Results of several sets of runs, by name."""
 
-    losses: dict[Any, Compared]
-    accuracies: dict[Any, Compared]  # {} for tasks without predictions
-    base_loss: float
-    examples: int
+    objectives: dict[Any, Compared]  # lower is better
+    further: dict[str, dict[Any, Compared]]  # accuracies, and with metrics the losses and the scores of the others
+    base_objective: float
+    examples: int  # with --metric, groups of prompts that are alike
     seeds: list[int]
-    unit: str
+    measure: Measure
+    problem: str = ""  # why nothing can be told, or ""
 
     def fields(self, name: Any, runs: Sequence[Trial]) -> dict[str, Any]:
         """Returns the fields that ArmResult and Finalist share."""
-        loss, difference = self.losses[name]
+        objective, difference = self.objectives[name]
+        further = {key: of_key[name] for key, of_key in self.further.items()}
         return {
-            "eval_loss": loss.value,
-            "interval": (loss.low, loss.high),
+            "eval_loss": objective.value,
+            "interval": (objective.low, objective.high),
             "difference": difference,
+            "further": {key: FurtherResult(i.value, (i.low, i.high), change) for key, (i, change) in further.items()},
             "seconds": float(np.mean([run.training_seconds for run in runs])),
             "peak_memory_bytes": max(run.numbers["peak_memory_bytes"] for run in runs),
             "runs": [run.numbers["output_dir"] for run in runs],
@@ -69,11 +82,8 @@ def run_statistics(
     counts = np.array(first.counts)[indices]
     comparisons = len(runs) - 1 if comparisons is None else comparisons
 
-    def compared(measure: str) -> dict[Any, Compared]:
-        """measure: attribute of a trial, one number per example."""
-        values = {  # each (seeds, examples)
-            name: np.array([getattr(run, measure) for run in trials])[:, indices] for name, trials in runs.items()
-        }
+    def compared(values: Mapping[Any, Floats], counts: Floats) -> dict[Any, Compared]:
+        """values: sums by name, (seeds, examples). counts: (examples,)."""
         results: dict[Any, Compared] = {}
         for name, own in values.items():
             difference = None
@@ -82,13 +92,35 @@ def run_statistics(
             results[name] = interval_over_seeds(own, counts), difference
         return results
 
-    return RunStatistics(
-        losses=compared("sums"),
-        accuracies=compared("hits") if first.hits else {},
-        base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
+    def of_examples(attribute: str) -> dict[Any, Compared]:
+        """attribute: of a trial, one number per example."""
+        sums = {name: np.array([getattr(run, attribute) for run in of])[:, indices] for name, of in runs.items()}
+        return compared(sums, counts)
+
+    losses, further = of_examples("sums"), {"accuracy": of_examples("hits")} if first.hits else {}
+    statistics = RunStatistics(
+        objectives=losses,
+        further=further,
+        base_objective=float(np.array(first.before)[indices].sum() / counts.sum()),
         examples=len(indices),
         seeds=[run.numbers["seed"] for run in runs[reference]],
-        unit=first.loss_unit,
+        measure=first.measure,
+    )
+    if first.answers is None:
+        return statistics
+    answers = {name: [run.answers for run in of if run.answers is not None] for name, of in runs.items()}
+    measure, scores = first.measure, {metric: GroupedScores.of(answers, metric) for metric in first.answers.tuned}
+    deciding = scores.pop(measure.name)
+    negated = {name: measure.sign * sums for name, sums in deciding.sums.items()}
+    for metric, grouped in scores.items():
+        further[metric] = compared(grouped.sums, grouped.counts)
+    return replace(
+        statistics,
+        objectives=compared(negated, deciding.counts),
+        further={"loss": losses, **further},
+        base_objective=measure.sign * float(np.nanmean(as_array(first.answers.base[measure.name]))),
+        examples=len(deciding.counts),
+        problem=deciding.problem(measure.name),
     )
 
 
@@ -118,12 +150,14 @@ def evaluate_arms(
         else ArmResult(arm, changes, failures[arm], rates=rates[arm].losses)
         for arm, changes in study.arms.items()
     ]
-    verdict, compared = compare_verdict(arms, reference, study.margin, statistics.unit)
+    verdict, compared = compare_verdict(arms, reference, study.margin, statistics.measure)
+    if statistics.problem:
+        verdict, compared = statistics.problem, None
     p_values = {arm.name: arm.difference.p_value for arm in arms if arm.difference is not None}
     return Comparison(
         arms=arms,
         reference=reference,
-        base_loss=statistics.base_loss,
+        base_loss=statistics.base_objective,
         steps=done[reference][0].numbers["steps"],
         seeds=statistics.seeds,
         judged_examples=statistics.examples,
@@ -133,8 +167,17 @@ def evaluate_arms(
         notes=notes,
         settings=settings,
         seconds=seconds,
-        loss_unit=statistics.unit,
+        **_measure_fields(done[reference][0]),
     )
+
+
+def _measure_fields(trial: Trial) -> dict[str, Any]:
+    """Returns the fields that Comparison and SearchResult share."""
+    fields: dict[str, Any] = {"loss_unit": trial.loss_unit}
+    if trial.answers is None:
+        return fields
+    metric = trial.answers.metric
+    return {**fields, "metric": metric, "higher_is_better": trial.answers.higher_is_better[metric]}
 
 
 def _arm_result(
@@ -144,7 +187,6 @@ def _arm_result(
     trials: Sequence[Trial],
     statistics: RunStatistics,
 ) -> ArmResult:
-    accuracy, accuracy_difference = statistics.accuracies.get(arm, (None, None))
     return ArmResult(
         name=arm,
         changes=changes,
@@ -155,11 +197,8 @@ def _arm_result(
         trainable_parameters=trials[0].numbers["trainable_parameters"],
         bytes=trials[0].bytes,
         forgetting=_mean([trial.forgetting for trial in trials if trial.forgetting is not None]),
-        seed_losses=[trial.loss(evaluation_half(len(trial.counts))) for trial in trials],
+        seed_losses=[trial.objective(evaluation_half(len(trial.counts))) for trial in trials],
         train_losses=[trial.losses for trial in trials],
-        accuracy=None if accuracy is None else accuracy.value,
-        accuracy_interval=None if accuracy is None else (accuracy.low, accuracy.high),
-        accuracy_difference=accuracy_difference,
         **statistics.fields(arm, trials),
     )
 
@@ -236,16 +275,19 @@ def evaluate_finalists(
         finalist for finalist in finalists if finalist.difference is None or finalist.difference.high < margin
     ]
     cheapest = min(good, key=lambda finalist: finalist.trainable_parameters)
+    verdict = search_verdict(finalists, cheapest, margin, statistics.measure, trials)
+    if statistics.problem:
+        verdict, cheapest = statistics.problem, finalists[0]
     return SearchResult(
         best=finalists[0],
         cheapest=cheapest,
         finalists=finalists,
         trials=trials,
-        verdict=search_verdict(finalists, cheapest, margin, statistics.unit, trials),
-        loss_unit=statistics.unit,
-        base_loss=statistics.base_loss,
+        verdict=verdict,
+        base_loss=statistics.base_objective,
         seeds=statistics.seeds,
         judged_examples=statistics.examples,
+        **_measure_fields(runs[chosen[0].number][0]),
         **fields,
     )
 
@@ -253,7 +295,9 @@ def evaluate_finalists(
 # ---- The sentences of a comparison
 
 
-def compare_verdict(arms: Sequence[ArmResult], reference: str, margin: float, unit: str) -> tuple[str, str | None]:
+def compare_verdict(
+    arms: Sequence[ArmResult], reference: str, margin: float, measure: Measure
+) -> tuple[str, str | None]:
     """Returns the text, and the name of the arm it describes; None if there is nothing to compare."""
     done = {arm.name: arm for arm in arms if arm.outcome == DONE}
     sentences = [f"{arm.name} {arm.outcome}." for arm in arms if arm.name not in done]
@@ -265,7 +309,7 @@ def compare_verdict(arms: Sequence[ArmResult], reference: str, margin: float, un
         arm, difference = min(safe, key=lambda pair: _parameters(pair[0]))
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
-    sentences.append(_difference_verdict(arm, difference, done[reference], margin, unit))
+    sentences.append(_difference_verdict(arm, difference, done[reference], margin, measure))
     sentences += [_edge_warning(arm) for arm in done.values() if not arm.bracketed]
     return " ".join(sentences), arm.name
 
@@ -283,8 +327,10 @@ def _parameters(arm: ArmResult) -> int:
     return arm.trainable_parameters or 0
 
 
-def _difference_verdict(arm: ArmResult, difference: Difference, reference: ArmResult, margin: float, unit: str) -> str:
-    numbers = f"{arm.name} - {reference.name} = {format_difference(difference, unit)}"
+def _difference_verdict(
+    arm: ArmResult, difference: Difference, reference: ArmResult, margin: float, measure: Measure
+) -> str:
+    numbers = f"{arm.name} - {reference.name} = {format_difference(difference, measure)}"
     both, low, high = f"{arm.name} or {reference.name}", difference.low, difference.high
     if difference.seeds == 1:
         return one_seed(both, numbers)
@@ -297,15 +343,17 @@ def _difference_verdict(arm: ArmResult, difference: Difference, reference: ArmRe
         finding, could_change = f"{arm.name} is better than {reference.name}", [reference]
     elif low > margin:
         finding, could_change = f"{reference.name} is better than {arm.name}", [arm]
-        advice = f"Use {reference.name} if the {measure_of(unit).better} is worth its cost."
+        advice = f"Use {reference.name} if the {measure.better} is worth its cost."
     elif high < margin and low > -margin:
-        finding = f"{arm.name} and {reference.name} are equally good: they differ by less than {margin:g} {unit}"
+        finding = (
+            f"{arm.name} and {reference.name} are equally good: they differ by less than {margin:g} {measure.unit}"
+        )
         could_change = [arm, reference]
     elif high < margin:
-        finding = f"{arm.name} is at most {high:.3f} {unit} worse than {reference.name}, and may even be better"
+        finding = f"{arm.name} is at most {high:.3f} {measure.unit} worse than {reference.name}, and may even be better"
         could_change = [reference]
     else:
-        return unclear(both, difference, numbers, margin, unit)
+        return unclear(both, difference, numbers, margin, measure)
     untuned = [arm.name for arm in could_change if not arm.bracketed]
     if untuned:
         names = " and ".join(untuned)
@@ -320,11 +368,10 @@ def _difference_verdict(arm: ArmResult, difference: Difference, reference: ArmRe
 
 
 def search_verdict(
-    finalists: Sequence[Finalist], cheapest: Finalist, margin: float, unit: str, trials: Sequence[Candidate]
+    finalists: Sequence[Finalist], cheapest: Finalist, margin: float, measure: Measure, trials: Sequence[Candidate]
 ) -> str:
     """Returns the text. finalists: the best first."""
     best = finalists[0]
-    measure = measure_of(unit)
     low, high = sorted(measure.sign * end for end in best.interval)
     value = f"held-out {measure.name} {measure.sign * best.eval_loss:.3f}"
     use_best = f"Use trial {best.number}: {value} (95% interval {low:.3f} to {high:.3f})."
@@ -336,7 +383,7 @@ def search_verdict(
     else:
         others = [pair for pair in others if pair[0] is cheapest]
     compared, difference = min(others, key=lambda pair: pair[0].eval_loss)
-    words = format_difference(difference, unit)
+    words = format_difference(difference, measure)
     times = best.trainable_parameters / max(compared.trainable_parameters, 1)
     fewer = f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
     numbers = f"trial {compared.number} - trial {best.number} = {words}"
@@ -344,7 +391,7 @@ def search_verdict(
     if cheapest is best and difference.seeds == 1:
         return f"{use_best} {one_seed(both, numbers)}"
     if cheapest is best and difference.low <= 0:
-        return f"{use_best} {unclear(both, difference, numbers, margin, unit)} Trial {compared.number} has {fewer}."
+        return f"{use_best} {unclear(both, difference, numbers, margin, measure)} Trial {compared.number} has {fewer}."
     if cheapest is best:
         return (
             f"{use_best} The smaller trials are worse: the closest, trial {compared.number} with {fewer}, differs by "
@@ -355,7 +402,7 @@ def search_verdict(
         return one_seed(both, numbers)
     if difference.high < 0:
         return f"{use} and did better when both were repeated ({numbers})."
-    return f"{use} and is at most {difference.high:.3f} {unit} worse ({numbers})."
+    return f"{use} and is at most {difference.high:.3f} {measure.unit} worse ({numbers})."
 
 
 def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate], margin: float) -> str:
@@ -383,10 +430,10 @@ def one_seed(both: str, numbers: str) -> str:
     )
 
 
-def unclear(both: str, difference: Difference, numbers: str, margin: float, unit: str) -> str:
+def unclear(both: str, difference: Difference, numbers: str, margin: float, measure: Measure) -> str:
     """Returns the text for an interval that neither shows which is better nor lies within the margin."""
     return (
-        f"Cannot tell whether {both} is better: the 95% interval is too wide for a margin of {margin:g} {unit} "
+        f"Cannot tell whether {both} is better: the 95% interval is too wide for a margin of {margin:g} {measure.unit} "
         f"({numbers}). {sample_size_advice(difference, margin)}"
     )
 
@@ -407,11 +454,11 @@ def sample_size_advice(difference: Difference, margin: float) -> str:
     return f"{begin}: about {count:,} {unit} would be enough."
 
 
-def format_difference(difference: Difference, unit: str) -> str:
-    difference = measure_of(unit).difference(difference)
+def format_difference(difference: Difference, measure: Measure) -> str:
+    difference = measure.difference(difference)
     p = "p below .001" if difference.p_value < 0.001 else f"p = {difference.p_value:.3f}"
     if difference.comparisons > 1:
         p += f", both adjusted for {difference.comparisons} comparisons"
     over = f"{difference.seeds} seed{'s' * (difference.seeds > 1)} and {difference.examples} held-out examples"
     interval = f"95% interval {difference.low:+.3f} to {difference.high:+.3f}"
-    return f"{difference.value:+.3f} {unit}, {interval}, {p}, {over}"
+    return f"{difference.value:+.3f} {measure.unit}, {interval}, {p}, {over}"

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tailora.core.config import LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
 from tailora.study.search_space import SHARED_BY_RUNS, read_space
-from tailora.train.config import TrainConfig
+from tailora.train.config import GRPO, TrainConfig
 
 LORA, FULL = "lora", "full"
 ADAPTER_SETTINGS = {*LoRAConfig.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
@@ -37,10 +37,35 @@ def trial_settings(
 Minutes = Annotated[
     float | None, Field(gt=0, allow_inf_nan=False, description="time limit: no further run starts after it")
 ]
-MARGIN = "loss differences below this are ignored; in nats per token, or in the task's unit"
+MARGIN = "smaller differences are ignored; in nats per token, in the task's unit, or in the unit of the metric"
 Margin = Annotated[float, Field(gt=0, allow_inf_nan=False, description=MARGIN)]
 WORKERS = "number of parallel runs; each gets its own device, or a share of the cores on a CPU"
 Workers = Annotated[int, Field(ge=1, le=1000, description=WORKERS)]
+
+
+# built-in metrics of which a difference of .02 means two answers in a hundred
+SHARES = ("exact_match", "contains", "regex", "json_schema", "max_length", "math", "rouge_l")
+
+
+def answers_decide(train: TrainConfig) -> bool:
+    """Returns whether `compare` and `search` choose and evaluate by a metric; not in GRPO, which has a reward."""
+    return bool(train.metric) and train.task != GRPO
+
+
+def check_metric(train: TrainConfig, study: "CompareConfig | SearchConfig") -> None:
+    """Raises ConfigError for a metric that cannot choose settings, or whose margin is unknown."""
+    if train.judges:
+        raise ConfigError("--metric judge:URL: a judge never chooses settings; use it with tailora train, or remove it")
+    if not answers_decide(train):
+        return
+    first = train.metric[0]
+    problems = []
+    if train.metric_examples == 0:
+        problems.append(f"--metric {first} chooses by answers; remove --metric-examples 0")
+    if first.partition(":")[0] not in SHARES and "margin" not in study.model_fields_set:
+        problems.append(f"--metric {first}: its unit is not known; add --margin with the largest difference to ignore")
+    if problems:
+        raise ConfigError(listing(problems))
 
 
 class CompareConfig(StrictModel):

@@ -71,6 +71,7 @@ def curve(
     processes: number of processes in each run.    Raises ConfigError, and any error of a run.
     """
     wrong = {"--task grpo": train.task == GRPO, "--streaming": train.streaming, "--method full": train.method == "full"}
+    wrong |= {"--metric": bool(train.metric)}  # it compares losses
     wrong |= {"--adapter": bool(train.adapter), "--rank-pattern": bool(train.rank_pattern)}  # they fix the rank
     wrong |= {name: bool(getattr(train, name)) for name in STEP_CHOICE}  # each run has its best number of steps
     wrong |= {f"--data {source}": source.weight != 1 for source in parse_sources(train.data)}

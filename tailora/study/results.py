@@ -2,9 +2,9 @@
 
 `comparison_verdict.py`, `rows.py` and `curve.py` fill them in from the runs and add the verdict.
 Losses are measured on held-out examples: one half selects settings, the other evaluates the selected ones
-(`study/trial.py`). `loss_unit` is their unit; earlier versions supported only language models. In reinforcement
-learning, runs minimize minus the reward, and report.json and pages have rewards instead of losses (`Measure`). Needs no
-torch.
+(`study/trial.py`). `loss_unit` is their unit. In reinforcement learning, runs minimize minus the reward, and with
+--metric, settings are chosen and evaluated by a metric of the answers: report.json and pages then have rewards or
+scores instead of losses (`Measure`). Needs no torch.
 """
 
 from collections.abc import Mapping
@@ -19,15 +19,18 @@ from tailora.train.config import NATS_PER_TOKEN, REWARD
 
 @dataclass(frozen=True)
 class Measure:
-    """What a task's held-out number is called, and its sign where it is shown: runs always minimize."""
+    """What runs are compared by: its names, and its sign where it is shown, because all code here minimizes."""
 
     name: str
     names: str
     better: str
     sign: int
+    unit: str
+    keys: Mapping[str, str] = field(default_factory=dict)  # of a loss in report.json -> of this
 
-    def label(self, unit: str) -> str:
-        return f"{self.name}, {unit}" if unit != self.name else self.name
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.unit}" if self.unit != self.name else self.name
 
     def text(self, loss: float) -> str:
         return f"held-out {self.name} {self.sign * loss + 0.0:.4f}"  # never -0
@@ -37,33 +40,41 @@ class Measure:
         return replace(difference, value=self.sign * difference.value, low=low, high=high)
 
 
-LOSS, REWARDS = Measure("loss", "losses", "lower loss", 1), Measure("reward", "rewards", "higher reward", -1)
-KEYS = {key: key.replace("losses", "rewards") for key in ("seed_losses", "train_losses")}
-KEYS |= {key: key.replace("loss", "reward") for key in ("eval_loss", "base_loss", "choosing_loss")}
-KEYS_OF_LOSSES = {new: old for old, new in KEYS.items()}
+KEYS_OF_EXAMPLES = ("eval_loss", "base_loss", "choosing_loss", "seed_losses")
+KEYS_OF_RUNS = ("train_losses", "curve")  # remain losses if a metric of the answers compares the runs
 
 
-def measure_of(loss_unit: str) -> Measure:
-    return REWARDS if loss_unit == REWARD else LOSS
+def measure_of(loss_unit: str, metric: str = "", *, higher_is_better: bool = True) -> Measure:
+    """metric: of the answers; "" if runs are compared by their losses or rewards."""
+    if metric:
+        keys = {key: key.replace("losses", "scores").replace("loss", "score") for key in KEYS_OF_EXAMPLES}
+        better, sign = ("higher", -1) if higher_is_better else ("lower", 1)
+        return Measure(metric, f"scores by {metric}", f"{better} {metric}", sign, metric, keys)
+    if loss_unit == REWARD:
+        both = *KEYS_OF_EXAMPLES, *KEYS_OF_RUNS
+        keys = {key: key.replace("losses", "rewards").replace("loss", "reward") for key in both}
+        return Measure("reward", "rewards", "higher reward", -1, loss_unit, keys)
+    return Measure("loss", "losses", "lower loss", 1, loss_unit)
 
 
 def converted(content: Any, keys: Mapping[str, str], sign: int) -> Any:
-    """Returns the content of a report.json with different keys, and its losses or rewards times `sign`."""
+    """Returns the content of a report.json with different keys, and what runs are compared by times `sign`."""
     if isinstance(content, list):
         return [converted(item, keys, sign) for item in content]
     if not isinstance(content, dict):
         return content
     result = {}
     for key, value in content.items():
-        if key in keys or key == "rates":
+        if key == "curve":
+            value = [(step, sign * loss) for step, loss in value] if key in keys else value
+        elif key in keys or key == "rates":
             value = _times(sign, value)
-        elif key == "curve":
-            value = [(step, sign * loss) for step, loss in value]
         elif key == "interval" and value is not None:
             value = sorted(sign * end for end in value)
         elif key == "difference" and value is not None and sign < 0:
-            value = asdict(REWARDS.difference(Difference(**value)))
-        elif key not in ("settings", "changes"):  # which may have an eval_reward
+            low, high = -value["high"], -value["low"]
+            value = {**value, "value": -value["value"], "low": low, "high": high}
+        elif key not in ("settings", "changes", "further"):  # further numbers keep their sign
             value = converted(value, keys, sign)
         result[keys.get(key, key)] = value
     return result
@@ -77,6 +88,20 @@ def _times(sign: int, value: Any) -> Any:
     return None if value is None else sign * value + 0.0  # never -0
 
 
+@dataclass(frozen=True)
+class FurtherResult:
+    """A number on the evaluation half by which runs are not compared, over the seeds."""
+
+    value: float
+    interval: tuple[float, float]
+    difference: Difference | None  # from the reference or the best
+
+
+def _to_dict(result: "Comparison | SearchResult") -> dict[str, Any]:
+    content, measure = asdict(result), result.measure
+    return converted(content, measure.keys, measure.sign) if measure.keys else content
+
+
 # ---- compare
 
 
@@ -84,7 +109,7 @@ def _times(sign: int, value: Any) -> Any:
 class ArmResult:
     """One arm of a comparison. If it could not be trained, its outcome is not 'done' and it has no numbers.
 
-    accuracy: share of correct labels, or of correctly ordered pairs of replies, for such tasks.
+    further: by name; accuracy is the share of correct labels, or of correctly ordered pairs of replies.
     """
 
     name: str
@@ -101,9 +126,7 @@ class ArmResult:
     trainable_parameters: int | None = None
     bytes: int | None = None  # on disk
     forgetting: dict[str, float] | None = None  # mean over the seeds; None if not measured or not finite
-    accuracy: float | None = None
-    accuracy_interval: tuple[float, float] | None = None
-    accuracy_difference: Difference | None = None  # from the reference arm
+    further: dict[str, FurtherResult] = field(default_factory=dict)
     seed_losses: list[float] = field(default_factory=list)  # per seed; eval_loss is their mean
     train_losses: list[list[float]] = field(default_factory=list)  # per seed and step, before the step
     runs: list[str] = field(default_factory=list)  # folders
@@ -111,7 +134,9 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """p_values: arm -> p value of no difference from the reference, adjusted for the number of arms."""
+    """p_values: arm -> p value of no difference from the reference, adjusted for the number of arms.
+    metric: of the answers, that compares the arms; "" if the loss or the reward does.
+    """
 
     arms: list[ArmResult]
     reference: str
@@ -126,14 +151,15 @@ class Comparison:
     settings: dict[str, Any]
     seconds: float
     loss_unit: str = NATS_PER_TOKEN
+    metric: str = ""
+    higher_is_better: bool = True  # of the metric
 
     @property
     def measure(self) -> Measure:
-        return measure_of(self.loss_unit)
+        return measure_of(self.loss_unit, self.metric, higher_is_better=self.higher_is_better)
 
     def to_dict(self) -> dict[str, Any]:
-        content: dict[str, Any] = asdict(self)
-        return content if self.measure is LOSS else converted(content, KEYS, -1)
+        return _to_dict(self)
 
 
 # ---- search
@@ -146,7 +172,7 @@ class Candidate:
     number: int
     state: str  # done, pruned, diverged, or out of memory
     settings: dict[str, Any]  # the searched ones
-    eval_loss: float | None = None  # on the selection half; for a pruned trial, at its last evaluation
+    eval_loss: float | None = None  # on the selection half; of a trial that ended early, at its last evaluation
     trainable_parameters: int | None = None
     seconds: float | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, loss on the selection half)
@@ -168,11 +194,13 @@ class Finalist:
     seconds: float  # of training, mean over the seeds
     peak_memory_bytes: int
     runs: list[str]  # folders
+    further: dict[str, FurtherResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """best, cheapest: two of the finalists, which are sorted with the best first.
+    metric: as in `Comparison`.
     importances: contribution of each setting to being among the best quarter of the trials (PED-ANOVA); the sum is 1.
     """
 
@@ -191,14 +219,15 @@ class SearchResult:
     seconds: float  # of all trials and runs, in all processes
     config: str  # path of best.yaml
     loss_unit: str = NATS_PER_TOKEN
+    metric: str = ""
+    higher_is_better: bool = True  # of the metric
 
     @property
     def measure(self) -> Measure:
-        return measure_of(self.loss_unit)
+        return measure_of(self.loss_unit, self.metric, higher_is_better=self.higher_is_better)
 
     def to_dict(self) -> dict[str, Any]:
-        content: dict[str, Any] = asdict(self)
-        return content if self.measure is LOSS else converted(content, KEYS, -1)
+        return _to_dict(self)
 
 
 # ---- rows

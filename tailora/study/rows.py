@@ -32,7 +32,7 @@ from tailora.formats.run_folder import ADAPTER, ADAPTER_WEIGHTS, write_report
 from tailora.study.comparison_verdict import format_difference, one_seed, run_statistics
 from tailora.study.config import RowsConfig, trial_settings
 from tailora.study.influence import FinishedRun, row_scores
-from tailora.study.results import TEXTS, ArmResult, RowGroup, RowsResult, ScoredRow
+from tailora.study.results import TEXTS, ArmResult, Measure, RowGroup, RowsResult, ScoredRow, measure_of
 from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import PLAN, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import (
@@ -93,7 +93,7 @@ def score_rows(
             seeds = [*takewhile(lambda seed: not _missing(session, k, [seed]), count(first))]
         if seeds:
             result = _with_proof(result, finished, session, seeds)
-    verdict, proven = rows_verdict(result.variants, k, result.loss_unit)
+    verdict, proven = rows_verdict(result.variants, k, measure_of(result.loss_unit))
     result = replace(result, verdict=verdict, proven=proven)
     write_report(folder, "rows", result.to_dict())
     return result
@@ -175,7 +175,7 @@ def _with_proof(result: RowsResult, finished: FinishedRun, session: StudySession
     for name, of_name in trials.items():
         losses = [trial.loss(evaluation_half(len(trial.counts))) for trial in of_name]
         variants.append(ArmResult(name, {}, DONE, seed_losses=losses, **statistics.fields(name, of_name)))
-    judged, base_loss = statistics.examples, statistics.base_loss
+    judged, base_loss = statistics.examples, statistics.base_objective
     return replace(result, variants=variants, seeds=statistics.seeds, judged_examples=judged, base_loss=base_loss)
 
 
@@ -239,7 +239,7 @@ def spec_without(examples: list[int], finished: FinishedRun, seed: int, steps: i
     return TrialSpec(settings, keep=False, left_out=examples, data_sha256=finished.data_sha256)
 
 
-def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str, bool]:
+def rows_verdict(variants: Sequence[ArmResult], k: int, measure: Measure) -> tuple[str, bool]:
     """Returns the sentences, and whether the rows are harmful. Differences are from the runs without these rows."""
     these, top, are, it = f"these {k} rows", f"the {k} rows", "are", "them"
     if k == 1:
@@ -249,7 +249,7 @@ def rows_verdict(variants: Sequence[ArmResult], k: int, unit: str) -> tuple[str,
     differences = {variant.name: variant.difference for variant in variants if variant.difference is not None}
     with_all, of_random, of_loss = (differences[name] for name in (ALL, RANDOM, LOSS))
     numbers, than_random, than_loss = (
-        f"{name} - {WORST} = {format_difference(differences[name], unit)}" for name in (ALL, RANDOM, LOSS)
+        f"{name} - {WORST} = {format_difference(differences[name], measure)}" for name in (ALL, RANDOM, LOSS)
     )
     if with_all.seeds == 1:
         return one_seed(f"training with or without {these}", numbers), False

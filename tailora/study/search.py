@@ -33,8 +33,8 @@ from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
 from tailora.study.comparison_verdict import choose_finalists, evaluate_finalists
-from tailora.study.config import SearchConfig, trial_settings
-from tailora.study.results import Candidate, Finalist, SearchResult, measure_of
+from tailora.study.config import SearchConfig, answers_decide, check_metric, trial_settings
+from tailora.study.results import Candidate, Finalist, Measure, SearchResult
 from tailora.study.search_space import Axis
 from tailora.study.study_store import (
     DAMAGED,
@@ -61,7 +61,7 @@ from tailora.study.trial import (
     on_selection_half,
     run_in_subprocess,
 )
-from tailora.train.config import GRPO, NATS_PER_TOKEN, REWARD, TrainConfig
+from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 
 STUDY, BEST, CHEAPEST = "search.json", "best.yaml", "cheapest.yaml"
@@ -87,6 +87,7 @@ def search(
     Raises ConfigError, and any error of a run except divergence and lack of memory.
     """
     workers = make_workers(study.workers, train.device, processes)
+    check_metric(train, study)
     folder = Path(train.output_dir)
     space = search_space.search_axes(search_space.read_space(study.space), train)
     values = {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()}
@@ -178,7 +179,16 @@ class _Search:
     def _spec(self, values: Mapping[str, Any], *, choosing: bool, describe: bool = False, **fixed: Any) -> TrialSpec:
         changes = search_space.settings_of(values, self.groups, self.train)
         settings = trial_settings(self.train, changes, **{**ONE_EVALUATION, **fixed})
-        return TrialSpec(settings, keep=False, choosing=choosing, describe=describe, before=self.base.get(choosing))
+        return TrialSpec(
+            settings,
+            keep=False,
+            choosing=choosing,
+            describe=describe,
+            before=self.base.get(choosing),
+            answers=answers_decide(self.train) and not describe,
+            # of finalists, one seed is enough for the base
+            base_answers=answers_decide(self.train) and fixed.get("seed") == self.train.seed + 1,
+        )
 
     def _probe(self) -> SearchPlan:
         """Runs a few steps with the lowest r, the first to fit into memory."""
@@ -214,7 +224,7 @@ class _Search:
             lock.release()
             self.optuna.sampler = optuna_study.sampler(self.train.seed, trial.number)
             try:
-                candidate = self._candidate(trial)
+                candidate, measure = self._candidate(trial)
                 trial.set_user_attr(optuna_study.OUTCOME, asdict(candidate))
             except UpdateFinishedTrialError:
                 has_ended = True
@@ -222,11 +232,10 @@ class _Search:
             except BaseException:  # repeat an interrupted trial when the search resumes
                 optuna_study.retry(self.optuna, self.optuna.get_trials(deepcopy=False)[trial.number])
                 raise
-            measure = measure_of(REWARD if self.train.task == GRPO else NATS_PER_TOKEN)
-            loss = "no result" if candidate.eval_loss is None else measure.text(candidate.eval_loss)
+            result = "no result" if candidate.eval_loss is None else measure.text(candidate.eval_loss)
             ended = "" if candidate.state == DONE else f", {candidate.state}: {candidate.message}"
             values = search_space.format_values(candidate.settings)
-            self.session.log(f"trial {candidate.number}: {loss}{ended}  ({values})")
+            self.session.log(f"trial {candidate.number}: {result}{ended}  ({values})")
             if candidate.state != DONE or candidate.eval_loss is None:
                 raise TrialPruned
             return candidate.eval_loss
@@ -240,7 +249,7 @@ class _Search:
                 "a trial was lost: while this process was suspended, another worker marked the trial as failed"
             )
 
-    def _candidate(self, trial: optuna.Trial) -> Candidate:
+    def _candidate(self, trial: optuna.Trial) -> tuple[Candidate, Measure]:
         values = optuna_study.suggest(trial, self.axes)
         begun = self.session.seconds
         spec = self._spec(values, choosing=True, max_steps=self.steps, eval_steps=self.rung)
@@ -254,17 +263,18 @@ class _Search:
 
         result = self.session.trial(spec, self.folder / TRIALS / f"{trial.number:04d}", stop)
         self.base[True] = self.base[True] or result.base
-        losses = [loss for step, loss in result.curve if step > 0]
-        return Candidate(
+        losses = [loss for step, loss in result.curve if step > 0 and not spec.answers]  # a loss is no score
+        candidate = Candidate(
             number=trial.number,
             state=result.outcome,
             settings=values,
-            eval_loss=losses[-1] if losses else None,
+            eval_loss=result.objective() if result.done else losses[-1] if losses else None,
             trainable_parameters=result.parameters or None,
             seconds=self.session.seconds - begun,
             curve=result.curve,
             message=result.message,
         )
+        return candidate, result.measure
 
     # ---- Finalists
 

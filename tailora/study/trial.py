@@ -18,8 +18,8 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ from tailora.data.dataset import evaluation_half, selection_half
 from tailora.errors import ConfigError, DivergedError, MemoryLimitError, ProcessFailedError, TailoraError
 from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
-from tailora.study.results import measure_of
+from tailora.study.answer_scores import AnswerScores, scores_of_answers
+from tailora.study.results import Measure, measure_of
 from tailora.train.child_process import ChildProcess, command_of, connection_to_parent, messages_of_parent
 from tailora.train.config import ACCUMULATION, NATS_PER_TOKEN, TrainConfig, batches_per_step
 from tailora.train.failures import Failure, leave_failure
@@ -77,6 +78,8 @@ class TrialSpec:
     left_out: list[int] = field(default_factory=list)  # indices of training examples with weight 0
     data_sha256: str = ""  # of the training data, required with `left_out`
     subset: int | None = None  # number of training examples; with the same seed, larger ones contain smaller ones
+    answers: bool = False  # score answers to held-out prompts by the metrics of the settings: `Trial.answers`
+    base_answers: bool = False  # of the base as well
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class Trial:
     processes: int = 1  # number of processes. Memory was measured in the first one.
     hits: list[float] = field(default_factory=list)
     loss_unit: str = NATS_PER_TOKEN  # unit of the losses
+    answers: AnswerScores | None = None  # to prompts of the half that is evaluated; None: not asked for
 
     @property
     def done(self) -> bool:
@@ -147,11 +151,26 @@ class Trial:
         return float(np.array(self.sums)[chosen].sum() / np.array(self.counts)[chosen].sum())
 
     @property
+    def measure(self) -> Measure:
+        """What the trial is compared by."""
+        answers = self.answers
+        if answers is None:
+            return measure_of(self.loss_unit)
+        return measure_of(self.loss_unit, answers.metric, higher_is_better=answers.higher_is_better[answers.metric])
+
+    def objective(self, indices: Indices | None = None) -> float:
+        """Returns what is lowest for the best trial: the first metric with its sign, or the loss; infinite unless done.
+
+        indices: of the examples whose loss counts.
+        """
+        return self.loss(indices) if self.answers is None else self.measure.sign * self.answers.mean
+
+    @property
     def summary(self) -> str:
-        """For the log of a final run: the loss on the evaluation half, or the outcome."""
+        """For the log of a final run: the objective on the evaluation half, or the outcome."""
         if not self.done:
             return self.outcome
-        return measure_of(self.loss_unit).text(self.loss(evaluation_half(len(self.counts))))
+        return self.measure.text(self.objective(evaluation_half(len(self.counts))))
 
 
 def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosses | None, **results: Any) -> Trial:
@@ -403,6 +422,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     )
     if result.before is None or result.after is None:
         raise ConfigError("a study needs held-out data; add --eval-data or --validation-split")
+    answers = _answer_scores(result, config, spec)
     forgotten = _forgetting(result, spec, together=config.fsdp)
     files = folder_of(result.model, Path(result.output_dir)).rglob("*")
     return _trial(
@@ -421,6 +441,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         before=result.before.sums.tolist(),
         counts=result.after.counts.tolist(),
         forgetting=forgotten,
+        answers=answers,
         bytes=sum(file.stat().st_size for file in files if file.is_file()),
     )
 
@@ -468,24 +489,41 @@ def _data_facts(result: "TrainResult", config: TrainConfig, processes: int) -> d
     }
 
 
+ANSWERS_ADVICE = "the training itself fits; use a lower --max-completion-length or --metric-examples"
 FORGETTING_ADVICE = "the training itself fits; close other programs, or use fewer or shorter texts in --forgetting-data"
+
+
+@contextmanager
+def _measuring(what: str, advice: str, *, together: bool) -> Iterator[None]:
+    """Explains a lack of memory. together: whether all ranks take part, and fail together."""
+    from accelerate import PartialState
+
+    from tailora.train.failures import fail_together
+    from tailora.train.memory import explain_out_of_memory
+
+    with fail_together(PartialState()) if together else nullcontext(), explain_out_of_memory(what, advice):
+        yield
+
+
+def _answer_scores(result: "TrainResult", config: TrainConfig, spec: TrialSpec) -> AnswerScores | None:
+    """Returns the scores on the selection half, or of a final run on the evaluation half; None on other ranks."""
+    from tailora.train.parallel import is_first_rank
+
+    if not spec.answers or result.data is None or not (config.fsdp or is_first_rank()):
+        return None
+    half = (selection_half if spec.choosing else evaluation_half)(len(result.data.eval_samples))
+    with _measuring("answering held-out prompts", ANSWERS_ADVICE, together=config.fsdp):
+        return scores_of_answers(result, config, half, base=spec.base_answers)
 
 
 def _forgetting(result: "TrainResult", spec: TrialSpec, *, together: bool) -> dict[str, Any] | None:
     """Returns the forgetting; None if it is not measured, or on other ranks. together: whether all ranks take part."""
-    from accelerate import PartialState
-
     from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
-    from tailora.train.failures import fail_together
-    from tailora.train.memory import explain_out_of_memory
     from tailora.train.parallel import is_first_rank
 
     if spec.forgetting is None or not (together or is_first_rank()):
         return None
-    with (
-        fail_together(PartialState()) if together else nullcontext(),
-        explain_out_of_memory("measuring forgetting", FORGETTING_ADVICE),
-    ):
+    with _measuring("measuring forgetting", FORGETTING_ADVICE, together=together):
         if spec.forgetting:
             texts = read_texts(spec.forgetting, result.model, result.tokenizer)
         elif spec.texts is None:

@@ -89,7 +89,7 @@ def test_pairs_of_replies_are_compared_in_their_own_unit(small_run: TrainConfig,
     rows = [json.loads(line) for line in (run / "run" / "examples.jsonl").read_text().splitlines()]
     judged = [rows[index]["scores_after"] for index in evaluation_half(len(rows))]
     right = [row["chosen_reward"] > row["rejected_reward"] for row in judged]
-    assert found.arms[0].accuracy == pytest.approx(np.mean(right))
+    assert found.arms[0].further["accuracy"].value == pytest.approx(np.mean(right))
     assert "Accuracy" in write_page(tmp_path).read_text()
     write_train_report(run / "run")  # the scores before training were not computed again
 
@@ -228,8 +228,8 @@ def test_arms_for_labels_are_judged_by_accuracy_too(labels_run: TrainConfig, tmp
     low = next(arm for arm in comparison.arms if arm.name == "low")
     assert comparison.loss_unit == "nats per row"
     assert "nats per row" in comparison.verdict
-    assert low.accuracy is not None
-    assert low.accuracy_difference is not None
+    assert low.further["accuracy"].value > 0
+    assert low.further["accuracy"].difference is not None
     assert low.forgetting is None
     page = write_page(tmp_path / "out").read_text()
     assert "loss, nats per row" in page

@@ -21,7 +21,7 @@ from tailora.study.comparison_verdict import (
 )
 from tailora.study.config import CompareConfig
 from tailora.study.learning_rate_search import LearningRateSearch
-from tailora.study.results import ArmResult, Candidate, Finalist
+from tailora.study.results import ArmResult, Candidate, Finalist, measure_of
 from tailora.study.trial import Trial
 
 # ---- compare
@@ -81,13 +81,13 @@ def test_differences_are_from_the_reference_and_adjusted_for_all_arms() -> None:
     assert found.reference == "full"
     half = evaluation_half(80)
     for arm in found.arms[:2]:
-        for name, difference in (("sums", arm.difference), ("hits", arm.accuracy_difference)):
+        for name, difference in (("sums", arm.difference), ("hits", arm.further["accuracy"].difference)):
             own, other = (np.array([getattr(run, name) for run in runs[each]])[:, half] for each in (arm.name, "full"))
             assert difference == difference_over_seeds(other, own, counts[half], comparisons=2)
         assert found.p_values[arm.name] == arm.difference.p_value
-    good, bad = (arm.accuracy_difference for arm in found.arms[:2])
+    good, bad = (arm.further["accuracy"].difference for arm in found.arms[:2])
     assert bad.value < 0 < good.value
-    assert found.arms[2].accuracy_difference is None
+    assert found.arms[2].further["accuracy"].difference is None
 
 
 def test_an_arm_that_failed_keeps_its_reason() -> None:
@@ -202,7 +202,7 @@ def arm(
 
 
 def verdict_of(*arms: ArmResult) -> tuple[str, str | None]:
-    return compare_verdict(arms, "full", 0.02, "nats per token")
+    return compare_verdict(arms, "full", 0.02, measure_of("nats per token"))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_of_two_equal_arms_the_smaller_one_is_recommended() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-0.05, -0.03), (-0.01, 0.012), (-0.05, 0.01), (-0.05, 0.05)])
 def test_differences_are_in_the_unit_of_the_losses(low: float, high: float) -> None:
-    verdict, _ = compare_verdict([FULL, arm(low, high)], "full", 0.02, "per example")
+    verdict, _ = compare_verdict([FULL, arm(low, high)], "full", 0.02, measure_of("per example"))
     assert "per example" in verdict
     assert "token" not in verdict
 
@@ -373,5 +373,5 @@ def test_a_smaller_trial_that_ended_early_is_not_called_worse(smaller: dict[int,
     trials = [Candidate(2, "done", {}, 2.0, 1000), Candidate(4, "pruned", {}, 2.5, 1000), Candidate(5, "diverged", {})]
     trials += [Candidate(number, state, {}, 2.4, 100) for number, state in smaller.items() if state != "close"]
     trials += [Candidate(number, "done", {}, 2.01, 100) for number, state in smaller.items() if state == "close"]
-    verdict = search_verdict([best], best, 0.02, "nats per token", trials)
+    verdict = search_verdict([best], best, 0.02, measure_of("nats per token"), trials)
     assert verdict == f"Use trial 2: held-out loss 2.000 (95% interval 1.900 to 2.100). {words}"

@@ -12,7 +12,7 @@ from tailora.report.blocks import Figure, Page, Table
 from tailora.report.files import page_of
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig
-from tailora.study.results import KEYS, KEYS_OF_LOSSES, converted
+from tailora.study.results import converted, measure_of
 from tailora.study.trial import run_here
 from tailora.train.config import TrainConfig
 
@@ -38,9 +38,10 @@ def texts(page: Page) -> str:
 @pytest.mark.parametrize("kind", ["compare", "search"])
 def test_pages_of_rewards_do_not_mention_losses(kind: str) -> None:
     losses = json.loads(json.dumps(CONTENTS[kind]())) | {"verdict": ""}
-    rewards = converted(losses, KEYS, -1) | {"loss_unit": "reward"}
+    keys = measure_of("reward").keys
+    rewards = converted(losses, keys, -1) | {"loss_unit": "reward"}
     assert rewards["base_reward"] == -losses["base_loss"]
-    back = converted(rewards, KEYS_OF_LOSSES, -1)
+    back = converted(rewards, {new: old for old, new in keys.items()}, -1)
     assert json.loads(json.dumps(back)) == losses | {"loss_unit": "reward"}
     page = page_of(rewards, "report.json")
     assert "loss" not in texts(page).lower().replace("rise of loss", "").replace("rise of the loss", "")

@@ -32,7 +32,7 @@ from tailora.report.files import write_page
 from tailora.report.pages.rows import rows_page
 from tailora.study.config import RowsConfig
 from tailora.study.influence import FinishedRun, row_scores
-from tailora.study.results import ArmResult, RowsResult
+from tailora.study.results import ArmResult, RowsResult, measure_of
 from tailora.study.rows import ALL, LOSS, RANDOM, WORST, _texts, rows_verdict, score_rows
 from tailora.study.trial import DIVERGED, DONE, Listen, Trial, TrialSpec, run_here
 from tailora.train.config import TrainConfig
@@ -257,26 +257,26 @@ def test_a_verdict_needs_several_seeds_and_mentions_what_helps_more() -> None:
             for name, value in values.items()
         ]
 
-    text, proven = rows_verdict(variants(0.2, 0.2, 0.2, seeds=1), 5, "nats per token")
+    text, proven = rows_verdict(variants(0.2, 0.2, 0.2, seeds=1), 5, measure_of("nats per token"))
     assert not proven
     assert "one seed does not show" in text
-    text, proven = rows_verdict(variants(-0.3, 0.2, -0.2), 5, "nats per token")
+    text, proven = rows_verdict(variants(-0.3, 0.2, -0.2), 5, measure_of("nats per token"))
     assert not proven
     assert text.startswith("Keep these 5 rows: the model is worse without them")
     assert "helps" not in text
     unclear = variants(0.01, 0.2, 0.2)
-    assert rows_verdict(unclear, 5, "nats per token")[0].endswith("More seeds (--seeds) narrow it.")
+    assert rows_verdict(unclear, 5, measure_of("nats per token"))[0].endswith("More seeds (--seeds) narrow it.")
     of_all = next(variant for variant in unclear if variant.name == ALL)
     assert of_all.difference is not None
     few = [replace(of_all, difference=replace(of_all.difference, from_examples=0.9)), *unclear[1:]]
-    assert rows_verdict(few, 5, "nats per token")[0].endswith("More held-out examples narrow it.")
-    text, proven = rows_verdict(variants(0.2, 0.2, -0.2), 5, "nats per token")
+    assert rows_verdict(few, 5, measure_of("nats per token"))[0].endswith("More held-out examples narrow it.")
+    text, proven = rows_verdict(variants(0.2, 0.2, -0.2), 5, measure_of("nats per token"))
     assert proven
     assert "Removing the 5 rows with the highest losses helps more" in text
-    text, _ = rows_verdict(variants(0.2, 0.2, -0.2), 1, "nats per token")
+    text, _ = rows_verdict(variants(0.2, 0.2, -0.2), 1, measure_of("nats per token"))
     assert text.startswith("This row is harmful: the held-out loss is lower without it (all rows - ")
     assert "Correct or remove this row. Removing the row with the highest loss helps more" in text
-    texts = [rows_verdict(found, 1, "nats")[0] for found in ([], variants(-0.3, 0.2, 0.2), unclear)]
+    texts = [rows_verdict(found, 1, measure_of("nats"))[0] for found in ([], variants(-0.3, 0.2, 0.2), unclear)]
     beginnings = [
         "Not proven: scores are estimates. --prove trains again without the row at the top.",
         "Keep this row:",

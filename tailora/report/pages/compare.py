@@ -7,8 +7,15 @@ from typing import Any
 from tailora.report.blocks import Block, Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import PAPER, Canvas, Estimate, series_colour
 from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, signed
-from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table
-from tailora.study.results import ArmResult, Comparison
+from tailora.report.pages.shared import (
+    INTERVAL,
+    difference_cells,
+    further_tables,
+    loss_figures,
+    numeric,
+    settings_table,
+)
+from tailora.study.results import ArmResult, Comparison, Measure
 from tailora.train.memory import format_bytes
 
 COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm, column, format
@@ -22,7 +29,6 @@ COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm,
 def compare_page(comparison: Comparison) -> Page:
     arms = [arm for arm in comparison.arms if arm.eval_loss is not None]
     seeds, steps, measure = plural(len(comparison.seeds), "seed"), plural(comparison.steps, "step"), comparison.measure
-    axis = measure.label(comparison.loss_unit)
     changes = [(f"{arm.name}:", arm.changes) for arm in comparison.arms]
     parts = comparison.settings.items()
     shared = [(part, {key: value for key, value in settings.items() if key != "arms"}) for part, settings in parts]
@@ -38,7 +44,7 @@ def compare_page(comparison: Comparison) -> Page:
             "Learning rates tried",
             f"A comparison is only fair if every variant has its own best learning rate. These are the {measure.names} "
             "on the half of the held-out examples that is used to choose the rate.",
-            [_rates(comparison.arms, axis, measure.name)],
+            [_rates(comparison.arms, measure)],
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
     ]
@@ -72,19 +78,9 @@ def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | N
     first = [Column("name"), *numeric("learning rate", f"held-out {comparison.measure.name}"), INTERVAL]
     reference = comparison.reference
     columns = [*first, *numeric(f"- {reference}"), INTERVAL, Column("p", numeric=True, priority=1)]
-    figures = loss_figures(losses, comparison.base_loss, differences, reference, margin, comparison.loss_unit)
-    return [*figures, Table(columns, rows), _accuracies(comparison, arms)]
-
-
-def _accuracies(comparison: Comparison, arms: Sequence[ArmResult]) -> Table | None:
-    """Accuracies for labels, and for preferences the share of pairs in the right order; None for other tasks."""
-    rows = []
-    for arm in arms:
-        if arm.accuracy is not None:
-            change, ends, _ = difference_cells(arm.accuracy_difference, None)
-            rows.append([arm.name, f"{arm.accuracy:.3f}", interval(arm.accuracy_interval), change, ends])
-    columns = [Column("name"), *numeric("accuracy"), INTERVAL, *numeric(f"- {comparison.reference}"), INTERVAL]
-    return Table(columns, rows, "Accuracy") if rows else None
+    figures = loss_figures(losses, comparison.base_loss, differences, reference, margin, comparison.measure)
+    further = further_tables({arm.name: arm.further for arm in arms}, reference)
+    return [*figures, Table(columns, rows), *further]
 
 
 def _costs(arms: Sequence[ArmResult]) -> Table:
@@ -102,7 +98,7 @@ def _costs(arms: Sequence[ArmResult]) -> Table:
     return Table([*columns, *numeric("KL from base", "rise of loss")], rows, note=note)
 
 
-def _rates(arms: Sequence[ArmResult], axis: str, name: str) -> Figure | None:
+def _rates(arms: Sequence[ArmResult], measure: Measure) -> Figure | None:
     losses = {  # without failed runs
         arm.name: {rate: loss for rate, loss in sorted(arm.rates.items()) if loss is not None and math.isfinite(loss)}
         for arm in arms
@@ -110,7 +106,7 @@ def _rates(arms: Sequence[ArmResult], axis: str, name: str) -> Figure | None:
     tried = [arm for arm in arms if losses[arm.name]]
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(310, "learning rate", axis)
+        axes = canvas.new_axes(310, "learning rate", measure.label)
         for number, arm in enumerate(tried):
             arm_losses, colour, label = losses[arm.name], series_colour(number), one_line(arm.name, 28)
             hollow: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7}
@@ -120,9 +116,9 @@ def _rates(arms: Sequence[ArmResult], axis: str, name: str) -> Figure | None:
         canvas.log_axis("x")
 
     best = "; ".join(f"{arm.name} best at {learning_rate(arm.learning_rate)}" for arm in tried if arm.learning_rate)
-    caption = f"Held-out {name} at each learning rate tried; filled: the one chosen."
+    caption = f"Held-out {measure.name} at each learning rate tried; filled: the one chosen."
     at_edge = [arm.name for arm in tried if not arm.bracketed]
     if at_edge:
         caption += f" The best rate of {', '.join(at_edge)} is at the edge of the range."
-    figure = Figure("rates", draw, f"{name.capitalize()} against learning rate. {best}.", caption, wide=True)
+    figure = Figure("rates", draw, f"{measure.name.capitalize()} against learning rate. {best}.", caption, wide=True)
     return figure if tried else None

@@ -4,7 +4,7 @@ from tailora.report.blocks import Block, Column, Number, Page, Section, Table
 from tailora.report.charts import Estimate
 from tailora.report.format import decimals, interval, one_line, plural, signed
 from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table
-from tailora.study.results import TEXTS, RowsResult
+from tailora.study.results import TEXTS, RowsResult, measure_of
 
 REPEATED = {  # repeated rows of a result -> title
     "duplicates": "Duplicates",
@@ -60,7 +60,7 @@ def _proof(result: RowsResult) -> list[Block | None]:
         rows.append([variant.name, f"{variant.eval_loss:.3f}", ends, *difference_cells(variant.difference, p)])
     columns = [Column("trained on"), *numeric("held-out loss"), INTERVAL, *numeric("difference"), INTERVAL]
     note = f"Differences are from the runs {reference}. Above 0: the runs {reference} are better."
-    figures = loss_figures(losses, result.base_loss, differences, reference, None, result.loss_unit)
+    figures = loss_figures(losses, result.base_loss, differences, reference, None, measure_of(result.loss_unit))
     return [*figures, Table([*columns, Column("p", numeric=True, priority=1)], rows, note=note)]
 
 

@@ -7,7 +7,14 @@ from typing import Any
 from tailora.report.blocks import Block, Code, Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import PAPER, SERIES, Canvas
 from tailora.report.format import count, duration, interval, plural, setting
-from tailora.report.pages.shared import INTERVAL, difference_cells, numeric, settings_table, train_command
+from tailora.report.pages.shared import (
+    INTERVAL,
+    difference_cells,
+    further_tables,
+    numeric,
+    settings_table,
+    train_command,
+)
 from tailora.study.comparison_verdict import loss_of
 from tailora.study.results import Candidate, SearchResult
 from tailora.study.trial import DONE
@@ -73,12 +80,13 @@ def _finalists(search: SearchResult) -> list[Block | None]:
         names[search.cheapest.number] += " (cheapest)"
     settings = dict.fromkeys(name for finalist in search.finalists for name in finalist.settings)
     side_by_side = [[name, *(setting(trial.settings.get(name)) for trial in search.finalists)] for name in settings]
-    return [Table(columns, rows), Table([Column("setting"), *map(Column, names.values())], side_by_side)]
+    further = further_tables({names[finalist.number]: finalist.further for finalist in search.finalists}, "best")
+    return [Table(columns, rows), *further, Table([Column("setting"), *map(Column, names.values())], side_by_side)]
 
 
 def _all_trials(search: SearchResult) -> Table:
     names = list(dict.fromkeys(name for trial in search.trials for name in trial.settings))
-    columns = numeric("trial", search.measure.label(search.loss_unit), "trained", "time")
+    columns = numeric("trial", search.measure.label, "trained", "time")
     columns += [Column(name, priority=1) for name in ("state", *names)]
     rows = [
         [
@@ -98,7 +106,7 @@ def _cost(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
     trials, sign = [trial for trial in done if trial.trainable_parameters], search.measure.sign
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(300, "trained parameters", search.measure.label(search.loss_unit))
+        axes = canvas.new_axes(300, "trained parameters", search.measure.label)
         points = {trial.number: (float(trial.trainable_parameters or 1), loss_of(trial)) for trial in trials}
         front: list[tuple[float, float]] = []
         for cost, loss in sorted(points.values(), key=lambda point: (point[0], sign * point[1])):

@@ -7,7 +7,7 @@ from tailora.evaluation.statistics import Difference
 from tailora.report.blocks import Column, Figure, Section, Table
 from tailora.report.charts import DASHED, GRID, SERIES, SOFT, Canvas, Estimate
 from tailora.report.format import decimals, interval, p_value, setting, share, signed
-from tailora.study.results import measure_of
+from tailora.study.results import FurtherResult, Measure
 from tailora.study.study_store import LAUNCH, PROCESSES
 
 INTERVAL = Column("95% interval", numeric=True, interval=True)
@@ -43,12 +43,12 @@ def loss_figures(
     differences: Mapping[str, Difference | None],
     reference: str,
     margin: float | None,
-    unit: str,
+    measure: Measure,
 ) -> list[Figure | None]:
     """differences: name of a loss -> its difference from the reference's loss.
-    margin: differences below this, in the loss's unit, do not matter to the user.
+    margin: differences below this do not matter to the user.
+    measure: what takes the place of the loss.
     """
-    measure = measure_of(unit)
     measured = {name: difference for name, difference in differences.items() if difference}
     listed = "; ".join(f"{loss.name} {loss.value:.3f} ({interval(loss.ends)})" for loss in losses)
     seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
@@ -58,14 +58,12 @@ def loss_figures(
         f"{base_loss:.3f}. All are evaluated on the same examples, so compare the differences: overlapping intervals "
         "say little."
     )
-    losses_figure = Figure(
-        "losses", lambda canvas: canvas.estimates(losses, f"held-out {measure.label(unit)}"), alt, caption
-    )
+    losses_figure = Figure("losses", lambda canvas: canvas.estimates(losses, f"held-out {measure.label}"), alt, caption)
 
     def draw_differences(canvas: Canvas) -> None:
         rows = [Estimate(name, value.value, (value.low, value.high)) for name, value in measured.items()]
         colours = [number for number, loss in enumerate(losses) if loss.name in measured]  # as in the figure of losses
-        label = f"difference in {measure.label(unit)}"
+        label = f"difference in {measure.label}"
         canvas.estimates(rows, label, reference=0.0, form="+.3f", colours=colours)
         if margin is not None:
             canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
@@ -87,6 +85,19 @@ def difference_cells(difference: Difference | None, p: float | None, missing: st
     value = signed(difference.value) if difference else missing
     ends = f"{signed(difference.low)} to {signed(difference.high)}" if difference else ""
     return [value, ends, "" if p is None else p_value(p)]
+
+
+def further_tables(results: Mapping[str, Mapping[str, FurtherResult]], reference: str) -> list[Table]:
+    """Returns a table of each further number. results: by run, then by number."""
+    tables = []
+    for number in next(iter(results.values()), {}):
+        rows = []
+        for name, of_run in results.items():
+            change, ends, _ = difference_cells(of_run[number].difference, None)
+            rows.append([name, f"{of_run[number].value:.3f}", interval(of_run[number].interval), change, ends])
+        columns = [Column("name"), *numeric(number), INTERVAL, *numeric(f"- {reference}"), INTERVAL]
+        tables.append(Table(columns, rows, f"{number[:1].upper()}{number[1:]}"))
+    return tables
 
 
 # ---- Classification: confusion matrix and calibration

@@ -21,7 +21,7 @@ from tailora.report.charts import SERIES, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, one_line, plural, share
 from tailora.report.pages.shared import INTERVAL, labels_section, settings_table
 from tailora.report.run_verdict import WHEN, Effect, effect_of, run_verdict
-from tailora.study.results import REWARDS, Measure, measure_of
+from tailora.study.results import Measure, measure_of
 from tailora.train.answers import ComparedAnswer
 from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
@@ -241,7 +241,7 @@ def train_page(report: TrainReport) -> Page:
     numbers: list[Number] = []
     unit = str(run.get("loss_unit", NATS_PER_TOKEN))
     measure = measure_of(unit)
-    by_reward = measure is REWARDS
+    by_reward = measure.sign < 0
     measured = "Nats per trained token" if unit == NATS_PER_TOKEN else f"Loss, {unit}"
     curve_text = f"{measured}: for each step's examples before its update, and for the held-out examples."
     if by_reward:
@@ -283,7 +283,7 @@ def train_page(report: TrainReport) -> Page:
     sections = [
         *([_metrics(report.metrics, meanings)] if report.metrics else []),
         *([section] if (section := labels_section(report.labels)) else []),
-        Section(measure.name.capitalize(), curve_text, [_curve(report, measure, unit)]),
+        Section(measure.name.capitalize(), curve_text, [_curve(report, measure)]),
         *(_sampled(report.completions) if by_reward else []),
         Section("Answers before and after", answers_text, [answers]),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
@@ -346,14 +346,14 @@ def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
     return Section("Metrics", "On the held-out examples.", [Table(columns, rows, note=note and f"{note}.")])
 
 
-def _curve(report: TrainReport, measure: Measure, unit: str) -> Figure | None:
+def _curve(report: TrainReport, measure: Measure) -> Figure | None:
     steps = [(s.step, s.loss if s.reward is None else s.reward, s.reward_std_error) for s in report.steps]
     held_out = [(point.step, measure.sign * point.loss, point.reward_std_error) for point in report.evaluations]
     if not steps:
         return None
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(320 if canvas.wide else 280, "step", measure.label(unit), whole_numbers="x")
+        axes = canvas.new_axes(320 if canvas.wide else 280, "step", measure.label, whole_numbers="x")
         canvas.losses([value for _, value, _ in steps], SERIES[0], "training, running mean")
         x, y, error = np.array(steps, dtype=float).T
         if np.isfinite(error).any():
