@@ -43,7 +43,7 @@ WORKERS = "number of parallel runs; each gets its own device, or a share of the 
 Workers = Annotated[int, Field(ge=1, le=1000, description=WORKERS)]
 
 
-# built-in metrics of which a difference of .02 means two answers in a hundred
+# built-in metrics from 0 to 1: a difference of .02 is two answers in a hundred
 SHARES = ("exact_match", "contains", "regex", "json_schema", "max_length", "math", "rouge_l")
 
 
