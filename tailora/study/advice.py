@@ -15,7 +15,7 @@ from typing import Any
 
 from tailora.evaluation.spectral import ModuleReport
 from tailora.formats.export import ROUNDING_REMEDY
-from tailora.study.model_layout import by_group, group_of, layer_range, rank_pattern
+from tailora.study.model_layout import group_of
 
 SATURATED_COST, SATURATED_USE = 0.03, 0.8  # share of the improvement; share of the rank
 SPARE_USE = 0.5  # effective rank / rank, median
@@ -38,7 +38,7 @@ def _is_above_zero(value: float, low: float | None) -> bool:
 
 @dataclass(frozen=True)
 class TruncationCost:
-    """The held-out loss without the lower half of the singular values of some modules, in nats per token.
+    """The held-out loss without the lower half of the singular values of all modules, in nats per token.
 
     cost: the rise as a share of the adapter's improvement over the base; None if there is no improvement.
     """
@@ -48,17 +48,11 @@ class TruncationCost:
     low: float | None
     high: float | None
     cost: float | None
-    values: float  # these modules' share of the adapter's singular values
-
-    @property
-    def limit(self) -> float:
-        """The highest acceptable cost of these modules, as a share of the improvement."""
-        return SATURATED_COST * self.values
 
     @property
     def is_costly(self) -> bool:
-        """True if the cost exceeds the limit and the interval of the rise is above 0."""
-        return self.cost is not None and self.cost > self.limit and _is_above_zero(self.rise, self.low)
+        """True if the cost exceeds SATURATED_COST and the interval of the rise is above 0."""
+        return self.cost is not None and self.cost > SATURATED_COST and _is_above_zero(self.rise, self.low)
 
 
 @dataclass(frozen=True)
@@ -73,8 +67,7 @@ class HeldOutLosses:
     improvement: float
     improvement_low: float | None
     improvement_high: float | None
-    half: TruncationCost  # without the lower half of the singular values of all modules
-    groups: dict[str, TruncationCost]  # the same for each group of modules
+    half: TruncationCost
 
     @property
     def has_gain(self) -> bool:
@@ -178,45 +171,25 @@ def no_gain(inspection: Inspection) -> Iterator[Advice]:
 
 def saturated(inspection: Inspection) -> Iterator[Advice]:
     """Applies if removing the lower half of the singular values costs more than SATURATED_COST of the improvement, with
-    an interval above 0, and effective rank / r is above SATURATED_USE. Then it looks at each group in the same way.
+    an interval above 0, and the mean of effective rank / r is above SATURATED_USE.
 
     Calibrated ("Inspecting an adapter" in the docs): doubling r helped where the rule applies, and hardly elsewhere.
     """
     losses, modules = inspection.held_out, [module for module in inspection.modules if module.norm > 0]
-    if losses is None or not modules or not losses.has_gain:
+    if losses is None or not modules or not losses.has_gain or not losses.half.is_costly:
         return
-    if not losses.half.is_costly or _mean_use(modules) <= SATURATED_USE:
+    use = statistics.fmean(module.use for module in modules)
+    if use <= SATURATED_USE:
         return
-    groups = {
-        name: [module for module in modules if module.path in set(paths)]
-        for name, paths in by_group([module.path for module in modules], inspection.layers).items()
-    }
-    saturated_groups = {
-        name: members
-        for name, members in groups.items()
-        if name in losses.groups and _mean_use(members) > SATURATED_USE and losses.groups[name].is_costly
-    }
-    in_all_modules = len(saturated_groups) in (0, len(groups))
-    evidence, shares = [], []
-    ranks: dict[str, int] = {}
-    for name, members in ({"all modules": modules} if in_all_modules else saturated_groups).items():
-        cost, use = losses.groups.get(name, losses.half), _mean_use(members)
-        layers = layer_range([module.path for module in members])
-        numbers = {"cost": cost.cost, "cost_limit": cost.limit, "rise": cost.rise, "rise_low": cost.low}
-        evidence.append({"group": name, "layers": layers, **numbers, "use": use})
-        in_layers = f" (layer{'s' if '-' in layers else ''} {layers})" if layers else ""
-        shares.append(f"{name}{in_layers} {cost.cost:.1%} (limit {cost.limit:.1%}) at effective rank / r {use:.2f}")
-        ranks |= {module.path: min(2 * module.r, module.in_features, module.out_features) for module in members}
-    if in_all_modules and len(set(ranks.values())) == 1:
-        setting: dict[str, Any] = {"r": next(iter(ranks.values()))}
-    else:
-        setting = {"rank_pattern": rank_pattern(ranks, [module.path for module in inspection.modules])}
+    smallest = min(min(module.in_features, module.out_features) for module in modules)
+    r = max(module.r for module in modules)
     yield Advice(
         "saturated",
-        f"The lower half of the singular values accounts for much of the improvement, and the rank is fully used "
-        f"(limit {SATURATED_USE:g}): {'; '.join(shares)}. Raise r for these layers; alpha can stay the same.",
-        {"groups": evidence, "cost": losses.half.cost, "cost_limit": SATURATED_COST, "use_limit": SATURATED_USE},
-        setting=setting,
+        f"The lower half of the singular values accounts for {losses.half.cost:.1%} of the improvement (limit "
+        f"{SATURATED_COST:.0%}), and the rank is fully used: effective rank / r is {use:.2f} (limit "
+        f"{SATURATED_USE:g}). Raise r; alpha can stay the same.",
+        {"cost": losses.half.cost, "cost_limit": SATURATED_COST, "use": use, "use_limit": SATURATED_USE},
+        setting={"r": min(2 * r, smallest)} if r < smallest else {},
     )
 
 
@@ -367,10 +340,6 @@ def command(*words: str) -> str:
 
 def first_few(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
-def _mean_use(modules: Sequence[ModuleReport]) -> float:
-    return statistics.fmean(module.use for module in modules)
 
 
 def _learning_rate(inspection: Inspection, factor: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Nothing is trained, and the adapter stays unchanged.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import adapter_folder, recorded_settings
 from tailora.model import LoRAModel
 from tailora.study.advice import HeldOutLosses, Inspection, TruncationCost, advise
-from tailora.study.model_layout import by_group, in_order, layer_count
+from tailora.study.model_layout import in_order, layer_count
 from tailora.train.config import TrainConfig
 from tailora.train.generate import is_seq2seq
 from tailora.train.loss import Evaluation
@@ -215,9 +215,7 @@ def _measure_on_data(
 def _held_out_losses(
     inspection: Inspection, model: LoRAModel, name: str, data: str, evaluate: Evaluate, log: Log
 ) -> HeldOutLosses:
-    """Returns the losses of the base, of the adapter, and of the adapter without the lower half of the singular values
-    of all modules. If that is costly, also of each group of modules.
-    """
+    """Returns the losses of the base, of the adapter, and without the lower half of the singular values."""
     adapter = model.adapter(name)
     low_rank = {module.path: adapter.low_rank[module.path] for module in inspection.modules}
     spectra = spectra_of(replace(adapter, low_rank=low_rank))
@@ -226,26 +224,18 @@ def _held_out_losses(
     log(f"held-out loss of the base {base.loss:.4f}")
     tuned = evaluate()
     log(f"with the adapter {tuned.loss:.4f}")
+    # Half of each matrix's singular values, rounded up (of 2r with a frozen start)
+    ranks = {
+        path: min(-(-spectrum.S.shape[1] // 2), low_rank[path].lora_B.shape[1]) for path, spectrum in spectra.items()
+    }
+    with leading_only(adapter, spectra, ranks):
+        truncated = evaluate()
+    log(f"without the lower half of the singular values {truncated.loss:.4f}")
     gain = change_of(tuned.sums, base.sums, base.counts).interval
-
-    def without_lower_half(group: str, paths: Sequence[str]) -> TruncationCost:
-        # Keep half of each matrix's singular values, rounded up (of 2r with a frozen start).
-        ranks = {path: min(-(-spectra[path].S.shape[1] // 2), adapter.low_rank[path].lora_B.shape[1]) for path in paths}
-        with leading_only(adapter, spectra, ranks):
-            truncated = evaluate()
-        log(f"without the lower half of the singular values in {group} {truncated.loss:.4f}")
-        rise = change_of(tuned.sums, truncated.sums, tuned.counts).interval
-        values = sum(spectra[path].S.numel() for path in paths)
-        share = values / sum(spectrum.S.numel() for spectrum in spectra.values())
-        cost = rise.value / gain.value if gain.value > 0 else None
-        return TruncationCost(truncated.loss, *_with_ends(rise), cost=cost, values=share)
-
-    half = without_lower_half("all modules", list(spectra))
-    groups = by_group(list(spectra), inspection.layers)
-    measured = groups if len(groups) > 1 and half.is_costly else {}
-    of_groups = {group: without_lower_half(group, paths) for group, paths in measured.items()}
+    rise = change_of(tuned.sums, truncated.sums, tuned.counts).interval
+    half = TruncationCost(truncated.loss, *_with_ends(rise), rise.value / gain.value if gain.value > 0 else None)
     examples, tokens = len(tuned.counts), int(tuned.counts.sum())
-    return HeldOutLosses(data, examples, tokens, base.loss, tuned.loss, *_with_ends(gain), half=half, groups=of_groups)
+    return HeldOutLosses(data, examples, tokens, base.loss, tuned.loss, *_with_ends(gain), half)
 
 
 def _with_ends(interval: Interval) -> tuple[float, float | None, float | None]:

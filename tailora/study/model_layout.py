@@ -6,7 +6,7 @@ the only definition of "attention" and "MLP".
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -16,7 +16,7 @@ from torch import nn
 from tailora.core.adapter import layer_key
 from tailora.core.config import ALL_LINEAR, LANGUAGE_MODEL, LoRAConfig
 from tailora.core.layer import LoRALayer
-from tailora.core.patterns import exactly, layer_index, pattern_matches
+from tailora.core.patterns import layer_index
 from tailora.core.targets import selected_candidates, task_heads
 from tailora.model import LoRAModel
 
@@ -30,7 +30,6 @@ MATRIX_NAMES = {  # names of the matrices themselves, for models without such mo
     ATTENTION: re.compile(r"(to_)?(q|k|v|o|out|qkv)(_proj|_lin)?(_weight)?|in_proj.*|query|key|value|query_key_value"),
     MLP: re.compile(r"(gate|up|down|gate_up)_proj|(fc|lin|linear|dense|w|wi|wo)_?\d?|c_fc"),
 }
-NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")  # split at the first number, which is the layer's
 
 
 # ---- Paths and their groups
@@ -68,14 +67,6 @@ def in_order(paths: Iterable[str]) -> list[str]:
     return sorted(paths, key=lambda path: [(int(name) if name.isdecimal() else -1, name) for name in path.split(".")])
 
 
-def by_group(paths: Sequence[str], layers: int) -> dict[str, list[str]]:
-    """Returns group -> its paths, from early to late, attention before MLP."""
-    groups: dict[str, list[str]] = {f"{depth} {block}": [] for depth in DEPTHS for block in (ATTENTION, MLP, OTHER)}
-    for path in in_order(paths):
-        groups.setdefault(group_of(path, layers), []).append(path)
-    return {name: members for name, members in groups.items() if members}
-
-
 def layer_range(paths: Sequence[str]) -> str:
     """Returns the layers of the paths, for example "20-29"; "" for paths outside the layers."""
     indices = [index for path in paths if (index := layer_index(path)) is not None]
@@ -85,39 +76,6 @@ def layer_range(paths: Sequence[str]) -> str:
 
 
 # ---- Settings for a group of layers
-
-
-def rank_pattern(ranks: Mapping[str, int], paths: Sequence[str]) -> dict[str, int]:
-    """Returns a value for `rank_pattern` that sets the ranks of `ranks` (path -> r) and matches no other of `paths`.
-
-    Paths that differ only in the layer share one expression, for example `layers\\.(20|21)\\.mlp\\.up_proj`, if it
-    matches exactly those.
-    """
-    pattern: dict[str, int] = {}
-    for r in dict.fromkeys(ranks.values()):
-        for expression, matched in _expressions([path for path, rank in ranks.items() if rank == r]).items():
-            if all(pattern_matches(expression, path) == (path in matched) for path in {*paths, *matched}):
-                pattern[expression] = r
-            else:
-                pattern |= {exactly(path): r for path in matched}
-    return pattern
-
-
-def _expressions(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Returns expression -> the paths that it should match."""
-    layers: dict[tuple[str, str], list[str]] = defaultdict(list)  # before and after the layer's number -> numbers
-    expressions: dict[str, list[str]] = {}
-    for path in paths:
-        if match := NUMBERED.fullmatch(path):
-            layers[match[1], match[3]].append(match[2])
-        else:
-            expressions[exactly(path)] = [path]
-    for (before, after), numbers in layers.items():
-        last = before.rstrip(".").rpartition(".")[2]
-        number = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
-        expression = rf"{re.escape(last)}\." if last else "^"
-        expressions[rf"{expression}{number}\.{re.escape(after)}"] = [f"{before}{number}.{after}" for number in numbers]
-    return expressions
 
 
 def target_groups(model: nn.Module) -> dict[str, Any]:

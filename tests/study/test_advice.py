@@ -60,13 +60,13 @@ def all_with(**changes: Any) -> list[ModuleReport]:
     return [replace(each, **changes) for each in inspection().modules]
 
 
-def rise(cost: float, *, low: float | None = 0.001, values: float = 1.0) -> TruncationCost:
-    return TruncationCost(loss=3.0, rise=cost, low=low, high=1.0, cost=cost, values=values)
+def rise(cost: float, *, low: float | None = 0.001) -> TruncationCost:
+    return TruncationCost(loss=3.0, rise=cost, low=low, high=1.0, cost=cost)
 
 
-def held(cost: float, groups: dict[str, TruncationCost] | None = None, **changes: Any) -> HeldOutLosses:
+def held(cost: float, **changes: Any) -> HeldOutLosses:
     """The base loses 4, the adapter 3: a gain of 1."""
-    plain = HeldOutLosses("chats", 50, 1000, 4.0, 3.0, 1.0, 0.9, 1.1, half=rise(cost), groups=groups or {})
+    plain = HeldOutLosses("chats", 50, 1000, 4.0, 3.0, 1.0, 0.9, 1.1, half=rise(cost))
     return replace(plain, **changes)
 
 
@@ -100,26 +100,6 @@ def test_saturated_needs_the_cost_and_the_use_and_certainty() -> None:
     assert silent(replace(full, held_out=held(above, half=rise(above, low=-0.001))), "saturated")
     assert silent(replace(full, held_out=held(above, improvement_low=-0.1)), "saturated")
     assert silent(replace(full, held_out=None), "saturated")
-
-
-def test_saturated_groups_get_a_rank_pattern() -> None:
-    limit = limits.SATURATED_COST / 6
-    names = [f"{depth} {block}" for depth in ("early", "middle", "late") for block in ("attention", "MLP")]
-    groups = {name: rise(limit - JUST, values=1 / 6) for name in names}
-    groups["late MLP"] = rise(limit + JUST, values=1 / 6)
-    found = inspection(modules=all_with(**FULL), held_out=held(0.05, groups))
-    advice = only(found, "saturated")
-    assert "late MLP (layer 2) 0.5%" in advice.says
-    assert advice.setting == {"rank_pattern": {r"layers\.2\.mlp\.up_proj": 16}}
-    assert [each["cost_limit"] for each in advice.evidence["groups"]] == [pytest.approx(limit)]
-    groups["early attention"] = groups["late MLP"]
-    advice = only(replace(found, held_out=held(0.05, groups)), "saturated")
-    assert advice.setting == {"rank_pattern": {r"layers\.0\.self_attn\.q_proj": 16, r"layers\.2\.mlp\.up_proj": 16}}
-    # all of them, or none of them for certain: no place to point at
-    everywhere = replace(found, held_out=held(0.05, {name: rise(0.01, values=1 / 6) for name in names}))
-    assert only(everywhere, "saturated").setting == {"r": 16}
-    nowhere = replace(found, held_out=held(0.05, {name: rise(limit - JUST, values=1 / 6) for name in names}))
-    assert only(nowhere, "saturated").setting == {"r": 16}
 
 
 def test_a_raised_rank_stays_within_the_matrix() -> None:

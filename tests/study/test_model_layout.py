@@ -1,5 +1,6 @@
 """Groups of layers by depth, attention and MLP, and settings that name them."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,11 +13,10 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.targets import select
 from tailora.study.model_layout import (
     block_of,
-    by_group,
+    group_of,
     in_order,
     layer_count,
     layer_range,
-    rank_pattern,
     shortest_names,
     target_groups,
 )
@@ -48,42 +48,27 @@ def test_the_innermost_module_says_the_block(path: str, block: str) -> None:
     assert block_of(path) == block
 
 
-def test_groups_are_thirds_in_order() -> None:
-    found = by_group(list(reversed([*PATHS, "lm_head"])), 12)
-    assert list(found) == [
-        *("early attention", "early MLP", "middle attention", "middle MLP", "late attention", "late MLP"),
-        "lm_head",
-    ]
-    assert {len(paths) for name, paths in found.items() if name != "lm_head"} == {8}
-    assert layer_range(found["late MLP"]) == "8-11"
+@pytest.mark.parametrize(
+    ("layers", "groups"),
+    [(12, ["early", "middle", "late"]), (2, ["early", "middle"]), (1, ["early"])],
+)
+def test_groups_are_thirds(layers: int, groups: list[str]) -> None:
+    found = [group_of(path, layers) for path in PATHS[: 4 * layers]]
+    expected = [f"{depth} {block}" for depth in groups for block in ("attention", "MLP")]
+    assert Counter(found) == dict.fromkeys(expected, 8 if layers == 12 else 2)
+    assert group_of("lm_head", layers) == "lm_head"
+
+
+def test_a_range_of_layers_is_named_by_its_ends() -> None:
+    assert layer_range(PATHS[32:]) == "8-11"
     assert layer_range(["model.layers.3.x"]) == "3"
     assert layer_range(["lm_head"]) == ""
-    assert list(by_group(PATHS[:4], 1)) == ["early attention", "early MLP"]
-    assert list(by_group(PATHS[:8], 2)) == ["early attention", "early MLP", "middle attention", "middle MLP"]
 
 
 def test_layers_come_by_number() -> None:
     assert [path.split(".")[2] for path in in_order(["a.b.10.x", "a.b.9.x", "a.b.9.w"])] == ["9", "9", "10"]
     assert layer_count(PATHS) == 12
     assert layer_count(["lm_head"]) == 1
-
-
-def test_a_pattern_means_its_group_and_training_takes_it() -> None:
-    late = by_group(PATHS, 12)["late MLP"]
-    found = rank_pattern(dict.fromkeys(late, 32), PATHS)
-    assert found == {rf"layers\.(8|9|10|11)\.mlp\.{name}": 32 for name in ("down_proj", "up_proj")}
-    model = chat_model(num_hidden_layers=12, hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
-    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
-    adapter = LoRAModel(model, LoRAConfig(r=16, target_modules=targets, rank_pattern=found)).adapter()
-    ranks = {path: layer.r for path, layer in adapter.low_rank.items()}
-    assert ranks == {path: 32 if path in late else 16 for path in PATHS}
-
-
-def test_patterns_stay_exact_where_a_short_one_would_mean_more() -> None:
-    among = ["h.0.a", "x.h.0.a", "lm_head", "h.1.a"]
-    assert rank_pattern({"h.0.a": 2, "lm_head": 2}, among) == {r"^h\.0\.a": 2, "^lm_head": 2}
-    both = rank_pattern({"h.0.a": 2, "h.1.a": 4}, ["h.0.a", "h.1.a"])
-    assert sorted(both.values()) == [2, 4]
 
 
 # ---- Groups of a model, for target_modules

@@ -12,7 +12,7 @@ from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import Block, Column, Finding, Number, Page, Paragraph, Section, Table
 from tailora.report.format import NONE, interval, plural, signed, value_range
 from tailora.report.pages.shared import INTERVAL, numeric, settings_table
-from tailora.study.advice import HeldOutLosses, Inspection, first_few
+from tailora.study.advice import SATURATED_COST, HeldOutLosses, Inspection, first_few
 from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 
 FIRST_ROWS = 8  # of the table by depth, in a terminal
@@ -178,19 +178,16 @@ def _remarks(inspection: Inspection) -> list[Paragraph]:
 
 
 def _truncation(losses: HeldOutLosses) -> Section:
-    costs = {"all modules": losses.half, **losses.groups}
-    columns = [Column("without the lower half of"), *numeric("loss", "rise"), INTERVAL]
-    columns += [*numeric("of the gain", "limit"), Column("of the values", numeric=True, priority=1)]
-    rows = []
-    for name, cost in costs.items():
-        rise, ends = signed(cost.rise, 4), interval((cost.low, cost.high), "{:+.4f}".format)
-        of_gain = NONE if cost.cost is None else f"{cost.cost:.1%}"
-        rows.append([name, f"{cost.loss:.4f}", rise, ends, of_gain, f"{cost.limit:.1%}", f"{cost.values:.0%}"])
+    half = losses.half
+    rise, ends = signed(half.rise, 4), interval((half.low, half.high), "{:+.4f}".format)
+    of_gain = NONE if half.cost is None else f"{half.cost:.1%}"
+    columns = [*numeric("loss", "rise"), INTERVAL, *numeric("of the gain", "limit")]
+    rows = [[f"{half.loss:.4f}", rise, ends, of_gain, f"{SATURATED_COST:.0%}"]]
     return Section(
         "What the ranks are worth",
         f"On {losses.data}, {losses.examples:,} distinct held-out examples: loss {losses.base_loss:.4f} with the "
-        f"base, {losses.loss:.4f} with the adapter. Rise: by how much the loss rises without the lower half of the "
-        "singular values.",
+        f"base, {losses.loss:.4f} with the adapter. Below: the loss without the lower half of all singular values, "
+        "and by how much it rises.",
         [Table(columns, rows)],
     )
 
