@@ -115,19 +115,6 @@ def _ends(path: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class AdaptedModule:
-    """A layer with a low-rank update. kind: its layer type."""
-
-    path: str
-    kind: str
-    in_features: int
-    out_features: int
-    r: int
-    alpha: float
-    parameters: int
-
-
-@dataclass(frozen=True)
 class TrainedGroup:
     """Layers that differ only in their number, which `path` shows as a range: layers.{0-29}."""
 
@@ -140,21 +127,13 @@ class TrainedGroup:
     parameters: int
 
 
-def adapted_modules(model: LoRAModel) -> list[AdaptedModule]:
-    modules = []
-    for row in model.summary().rows:
-        if row.r is not None:
-            layer = cast(LoRALayer, model.lora_layers[layer_key(row.path)])
-            sizes = layer.in_features, layer.out_features
-            modules.append(AdaptedModule(row.path, row.layer_type, *sizes, layer.r, layer.lora_alpha, row.parameters))
-    return modules
-
-
 def trained_groups(model: LoRAModel) -> list[TrainedGroup]:
     groups: dict[tuple[Any, ...], dict[str, int]] = defaultdict(dict)  # -> path -> parameters
-    shapes = {module.path: (module.in_features, module.out_features) for module in adapted_modules(model)}
     for row in model.summary().rows:
-        shape = row.shape if row.r is None else shapes[row.path]
+        shape = row.shape
+        if row.r is not None:
+            layer = cast(LoRALayer, model.lora_layers[layer_key(row.path)])
+            shape = layer.in_features, layer.out_features
         groups[without_layer(row.path), row.layer_type, shape, row.r, row.lora_alpha][row.path] = row.parameters
     return [
         TrainedGroup(with_layer_range([*members]), kind, shape, r, alpha, len(members), sum(members.values()))

@@ -33,7 +33,7 @@ from tailora.formats.run_folder import write_report
 from tailora.model import LoRAModel
 from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, find_cards
 from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
-from tailora.study.model_layout import adapted_modules, trained_groups
+from tailora.study.model_layout import trained_groups
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
 from tailora.train import memory_estimate as estimate
 from tailora.train.config import GRPO, PREFERENCE_FIELDS, TASK_TYPES, TrainConfig
@@ -208,16 +208,13 @@ def check_can_be_planned(config: TrainConfig, place: "Place", nproc: int, *, mea
 def what_is_trained(fake: estimate.FakeModel) -> dict[str, Any]:
     """Returns attributes of the plan: the layers with an update, unless all weights are trained, and their numbers."""
     model, summary = fake.model, fake.model.summary()
-    layers: dict[str, Any] = {}
-    if isinstance(model, LoRAModel):
-        layers = {"modules": adapted_modules(model), "groups": trained_groups(model)}
     return {
         "dtype": str(fake.base.dtype).removeprefix("torch."),
         "kernels": fake.kernels.description,
         "trainable_parameters": summary.trainable_parameters,
         "total_parameters": summary.total_parameters,
         "parts": trained_parts(model),
-        **layers,
+        "groups": trained_groups(model) if isinstance(model, LoRAModel) else [],
     }
 
 

@@ -6,7 +6,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tailora.study.model_layout import AdaptedModule, TrainedGroup
+from tailora.study.model_layout import TrainedGroup
 from tailora.train.measure_steps import StepsMeasured
 from tailora.train.memory_estimate import Memory
 
@@ -56,8 +56,7 @@ class Plan:
     largest_forward: dict[str, int]  # examples and tokens
     basis: dict[str, str]  # where memory and time come from
     parts: list[str] = field(default_factory=list)  # of a vision-language model, those with an update
-    modules: list[AdaptedModule] = field(default_factory=list)
-    groups: list[TrainedGroup] = field(default_factory=list)  # of modules
+    groups: list[TrainedGroup] = field(default_factory=list)  # of layers with an update
     options: list[Option] = field(default_factory=list)
     remedies: list[str] = field(default_factory=list)  # settings that need less memory, if the run does not fit
     examples: int | None = None  # for training; None if unknown, as are the following

@@ -55,8 +55,8 @@ def test_the_line_of_json_has_what_scripts_ask_for(tiny_model: Path, chats: Path
     assert result["memory"].keys() >= PARTS
     assert result["full"]["memory"].keys() >= PARTS
     assert result["memory"]["total"] == sum(size for part, size in result["memory"].items() if part != "total")
-    assert sum(each["parameters"] for each in result["modules"]) == result["trainable_parameters"]
-    assert result["modules"][0].keys() >= {"path", "kind", "in_features", "out_features", "r", "parameters"}
+    assert sum(each["parameters"] for each in result["groups"]) == result["trainable_parameters"]
+    assert result["groups"][0].keys() >= {"path", "kind", "shape", "r", "count", "parameters"}
     assert result["batch_size_that_fits"] >= 8
     assert result["steps"] == 30  # 20 examples, three passes of 2
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -17,7 +17,7 @@ from tiny_adapters import adapted
 
 from tailora import LoRAModel
 from tailora.study.inspect import inspect_model
-from tailora.study.model_layout import adapted_modules, trained_groups
+from tailora.study.model_layout import trained_groups
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 EVIL = "<script>alert(1)</script> & $x^2$ 日本 \x01"
@@ -75,8 +75,7 @@ def inspect() -> dict[str, Any]:
 
 def plan() -> dict[str, Any]:
     model = small_model()
-    parts = {"modules": adapted_modules(model), "groups": trained_groups(model)}
-    content = recorded("plan") | {name: [asdict(entry) for entry in entries] for name, entries in parts.items()}
+    content = recorded("plan") | {"groups": [asdict(group) for group in trained_groups(model)]}
     content["groups"][0]["path"] = EVIL
     return content
 

@@ -44,7 +44,7 @@ def test_counts_steps_and_forward_are_those_of_the_run(planned: Plan, small_run:
     header = prepared.header
     assert planned.trainable_parameters == header["trainable_parameters"]
     assert planned.total_parameters == header["total_parameters"]
-    assert len(planned.modules) == header["adapted_layers"]
+    assert sum(group.count for group in planned.groups) == header["adapted_layers"]
     assert planned.steps == header["max_steps"]
     assert planned.full is None  # unless asked for
     assert planned.largest_forward["tokens"] == header["largest_forward_tokens"]
@@ -205,7 +205,7 @@ def test_an_adapter_that_is_trained_further_is_planned(small_run: TrainConfig, t
     base = LlamaForCausalLM.from_pretrained(small_run.model)
     LoRAModel(base, LoRAConfig(r=2, target_modules=["q_proj"])).save_adapter(tmp_path / "adapter")
     planned = plan(TrainConfig(model=small_run.model, adapter=str(tmp_path), max_length=64))  # the folder of a run
-    assert {(module.path.rpartition(".")[2], module.r) for module in planned.modules} == {("q_proj", 2)}
+    assert {(group.path.rpartition(".")[2], group.r) for group in planned.groups} == {("q_proj", 2)}
 
 
 def test_a_language_model_that_is_quantized_gets_no_advice_to_quantize() -> None:

@@ -70,7 +70,7 @@ def _trained(plan: Plan) -> list[Block | None]:
 
 def _memory(plan: Plan) -> list[Block | None]:
     parts = [part for part in plan.memory.to_dict() if part != "total"]
-    method = "LoRA" if plan.modules else "full fine-tuning"
+    method = "LoRA" if plan.groups else "full fine-tuning"
     memories = {method: plan.memory.to_dict()}  # method -> bytes by part, with their total
     if plan.full is not None:
         memories["full fine-tuning"] = plan.full.memory.to_dict()
