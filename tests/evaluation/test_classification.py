@@ -226,16 +226,3 @@ def test_the_accuracy_is_compared_with_that_of_the_most_frequent_label(accuracy:
     assert describe_labels(before, after, details, new_head=False) == text
     assert beats_majority(accuracy, details) == beats
     assert beats_majority(accuracy, {})
-
-
-def test_the_calibration_error_counts_rows_not_bins() -> None:
-    confidences, rows, right = (0.95, 0.85), (10, 30), (5, 24)  # distances of 0.45 and 0.05
-    outputs = np.repeat([[math.log(p / (1 - p)), 0.0] for p in confidences], rows, axis=0)
-    truth = np.concatenate([np.arange(n) >= hits for n, hits in zip(rows, right, strict=True)]).astype(np.float64)
-    data = LabelOutputs(BINARY, outputs, truth[:, None], np.ones(40, dtype=np.int64))
-    calibration = label_details(data)["calibration"]
-    assert calibration["ece"] == pytest.approx((10 * 0.45 + 30 * 0.05) / 40)
-    assert [(row["n"], round(row["confidence"], 6), row["accuracy"]) for row in calibration["bins"]] == [
-        (30, 0.85, 0.8),
-        (10, 0.95, 0.5),
-    ]

@@ -113,23 +113,6 @@ def llama() -> LlamaForCausalLM:
     return chat_model(num_hidden_layers=3).eval()
 
 
-def test_a_combination_of_adapters_of_different_layers_and_ranks_is_the_same_in_peft(tmp_path: Path) -> None:
-    ids = torch.arange(24).view(2, 12)
-    patterns = {"rank_pattern": {"layers.1.*q_proj": 2, "down_proj": 6}, "alpha_pattern": {"v_proj": 3}}
-    model = stirred_model(llama(), LoRAConfig(r=4, **patterns), "a")
-    model.add_adapter("b", LoRAConfig(r=4, target_modules=["embed_tokens", "lm_head", "k_proj"], use_rslora=True))
-    model.set_adapter("b")
-    stir(model, seed=3)
-    model.add_adapter("c", LoRAConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2]))
-    model.combine({"a": 0.7, "b": 0.4, "c": 1}, "mix")
-    ranks = model.shrink("mix", "small", energy=0.9).rank
-    assert len(set(ranks.values())) > 2
-    for name in ("mix", "small"):
-        model.set_adapter(name)
-        theirs = peft.PeftModel.from_pretrained(llama(), str(model.save_adapter(tmp_path, name))).eval()
-        torch.testing.assert_close(theirs(ids).logits, model.eval()(ids).logits, **TOLERANCE)
-
-
 def test_a_minimal_config_of_other_tools_is_enough(tmp_path: Path) -> None:
     model, ids = LoRAModel(llama(), LoRAConfig(r=4, target_modules=["q_proj"])), torch.arange(12)[None]
     stir(model)

@@ -62,17 +62,6 @@ def gradient(model: LoRAModel, batches: list[list[Example]], rows: BatchLayout) 
 
 
 @pytest.mark.parametrize("rows", [PACKED, PADDED], ids=["packed", "padded"])
-def test_four_batches_of_one_are_one_batch_of_four(model: LoRAModel, rows: BatchLayout) -> None:
-    data = examples()
-    with packed_rows(model.base_model) if rows.packed else nullcontext():
-        (loss_1, one), (loss_4, four) = (
-            gradient(model, batches, rows) for batches in ([data], [[example] for example in data])
-        )
-    assert loss_1 == pytest.approx(loss_4, abs=1e-6)
-    torch.testing.assert_close(four, one, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [PACKED, PADDED], ids=["packed", "padded"])
 def test_an_example_of_weight_2_counts_as_two(model: LoRAModel, rows: BatchLayout) -> None:
     data = examples()
     weighted = [replace(example, weight=weight) for example, weight in zip(data, (2, 1, 3, 0.5), strict=True)]

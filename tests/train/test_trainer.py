@@ -189,14 +189,6 @@ def test_the_same_weight_for_all_rows_changes_nothing_and_other_weights_do(
     assert adapters["two"] == adapters["none"] != adapters["some"]
 
 
-def test_packed_and_padded_runs_give_the_same_adapter(settings: Any, tmp_path: Path) -> None:
-    losses = {}
-    for packing in ("on", "off"):
-        config = settings(packing=packing, max_steps=3, output_dir=str(tmp_path / packing), validation_split=0)
-        losses[packing] = [event.loss for event in run_and_collect(config, events.Stepped)[1]]
-    assert losses["on"] == pytest.approx(losses["off"], abs=1e-5)
-
-
 def test_gradient_checkpointing_changes_no_bit(settings: Any, tmp_path: Path) -> None:
     written = []
     for on in (False, True):
@@ -244,17 +236,6 @@ def test_the_model_and_the_callers_random_state_are_given_back_as_they_were(sett
     assert not result.model.base_model.is_activation_checkpointing
     output = result.model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, min_new_tokens=2)
     assert output.shape == (1, 4)
-
-
-def test_the_best_adapter_is_kept_and_not_the_last(settings: Any) -> None:
-    config = settings(learning_rate=1.0, lr_scheduler_type="constant", eval_steps=1, max_steps=2)
-    result, reports = run_and_collect(config, events.Evaluated)
-    trained = {event.step: event.loss for event in reports if event.step > 0}
-    best = min(trained, key=trained.__getitem__)
-    assert best < 2, "the settings are meant to diverge"
-    assert (result.best_step, result.eval_loss_after) == (best, trained[best])
-    evaluations = settings(max_steps=1, adapter=config.output_dir, output_dir=f"{config.output_dir}-2", r=16)
-    assert run(evaluations).eval_loss_before == pytest.approx(trained[best], abs=1e-6)
 
 
 @pytest.mark.parametrize(
