@@ -449,6 +449,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/plan.md": {"memory": plan},
     "docs/from_scratch.md": {name: partial(page_output, name) for name in read("from_scratch")["outputs"]},
     "docs/preferences.md": {"dpo": partial(ended, "dpo")},
+    "docs/eval.md": {"answers": lambda: tables.answers(read("answers"))},
     "docs/rewards.md": {"grpo": lambda: tables.grpo(read("grpo"))},
     "docs/devices.md": {"devices": devices},
     "docs/serving.md": {"serving": serving, "soak": soak},

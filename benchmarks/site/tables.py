@@ -289,6 +289,45 @@ def grpo(content: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{machine(content)}, one thread, CPU time. {packages(content)}."
 
 
+def answers(content: dict[str, Any]) -> str:
+    """The first metric of each run, before and after training, and how long answering took."""
+    rows, shares = [], dict[int, list[float]]()
+    for cell in content["cells"]:
+        of_cell, result = cell["cell"], cell["result"]
+        if of_cell["run"] == "demo":
+            shares.setdefault(of_cell["threads"], []).append(100 * result["answering_share"])
+            continue
+        name, metric = next(iter(result["metrics"].items()))
+        is_share = metric["flips"] is not None
+        show, unit, points, digits = ("{:.0%}", 100, " points", 0) if is_share else ("{:.1f}", 1, "", 1)
+        ends = " to ".join(f"{unit * metric['change'][end]:+.{digits}f}" for end in ("low", "high")) + points
+        scores = f"{show.format(metric['before'])} to {show.format(metric['after'])}"
+        minutes = f"{result['seconds']['all'] / 60:.1f}"
+        answering = f"{result['answering_share']:.0%}"
+        rows.append(
+            [of_cell["run"], name, scores, ends, str(metric["examples"]), metric["finding"], minutes, answering]
+        )
+    head = [
+        "data",
+        "first metric",
+        "before and after",
+        "change, 95%",
+        "prompts",
+        "finding",
+        "minutes",
+        "of it answering",
+    ]
+    of_demo = "; ".join(
+        f"{ranged(spread(values), '{:.0f}')}% with {threads} thread{'s' if threads > 1 else ''}"
+        for threads, values in sorted(shares.items())
+    )
+    return (
+        f"{table(head, rows)}\n\nOne thread; {machine(content)}; {packages(content)}. {load(content)}\n\n"
+        f"Without `--metric`, the demo spends this share of its time on answers: {of_demo} "
+        f"({len(shares[1])} runs each)."
+    )
+
+
 def machine(content: dict[str, Any]) -> str:
     """Returns "2 cores of an AMD EPYC (avx512_bf16)"."""
     cpu = content["machine"]
