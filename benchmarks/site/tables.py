@@ -239,7 +239,7 @@ def ratio(cell: dict[str, Any], arm: str, over: str) -> str:
 
 
 def plan(cells: Cells) -> str:
-    """What `tailora plan` estimated of memory and time, relative to the peak of the run's process and to its steps."""
+    """What `tailora plan` found of memory and time, relative to the peak of the run's process and to its steps."""
     rows = [
         [
             cell["cell"]["name"],
@@ -247,15 +247,12 @@ def plan(cells: Cells) -> str:
             f"{cell['result']['true_bytes'] / 1e9:.2f}",
             f"{cell['result']['estimated_ratio']:.2f}",
             f"{cell['result']['measured_ratio']:.2f}",
-            *(
-                f"{cell['result']['true_seconds_per_token'] / cell['result'][f'{which}_seconds_per_token']:.1f}"
-                for which in ("estimated", "measured")
-            ),
+            f"{cell['result']['true_seconds_per_token'] / cell['result']['measured_seconds_per_token']:.1f}",
         ]
         for cell in cells
     ]
     head = ["configuration", "tokens of the largest forward", "peak, GB", "plan / peak", "plan --measure / peak"]
-    head += ["step / plan", "step / plan --measure"]
+    head += ["step / plan --measure"]
     return table(head, rows, "Memory and time of a step, estimated and measured")
 
 

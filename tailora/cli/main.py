@@ -43,7 +43,7 @@ from tailora.train import failures, launch
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "demo": ("train", "Fine-tune a small model on real chats and see what changed."),
-    "plan": ("plan", "Estimate the memory and time of a run, and show what would be trained."),
+    "plan": ("plan", "Estimate the memory of a run, and show what would be trained."),
     "train": ("train", "Fine-tune a model on your data."),
     "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
     "eval": ("eval", "Evaluate an adapter and its base model on held-out data."),

@@ -1,4 +1,4 @@
-"""`tailora plan`: estimates the memory and time of a run and shows what it would train."""
+"""`tailora plan`: estimates the memory of a run and shows what it would train."""
 
 import re
 from pathlib import Path
@@ -40,11 +40,11 @@ def plan(
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Estimate the memory and time of a run, and show what would be trained.
+    """Estimate the memory of a run, and show what would be trained.
 
-    Accepts the flags of `train`. Weights are loaded only with --measure. Without --data, all examples are assumed to
-    have --max-length tokens. The exit code is 4 if the run does not fit. --device also accepts a GPU that this
-    machine lacks, such as "H100 80GB", and then estimates its memory but not the time.
+    Accepts the flags of `train`. Weights are loaded only with --measure, which also shows the time. Without --data, all
+    examples are assumed to have --max-length tokens. The exit code is 4 if the run does not fit. --device also accepts
+    a GPU that this machine lacks, such as "H100 80GB".
     """
     check_report_kind(output_dir, "plan")
     available = None if memory is None else bytes_of(memory)

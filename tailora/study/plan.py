@@ -1,22 +1,20 @@
-"""Plans a run without training: what would be trained, whether it fits into memory, how long it takes.
+"""Plans a run without training: what would be trained, whether it fits into memory, how many steps it takes.
 
 plan -> Plan          (study/plan_result.py)
   read_run            the model's shape, and
     place_of          the device: one of this machine, or a graphics card by name
     read_batches      the batches: from the data, or examples of max_length tokens
-  simulate            the run's adapter and kernels on the model without weights -> memory, operations
+  simulate            the run's adapter and kernels on the model without weights -> memory
     checkpointing, quantization   settings that need less memory
   full_fine_tuning    the same for full fine-tuning of this model, if asked for
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
 
 import math
-import time
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from tailora.core.device import HALF, choose_device, synchronize
+from tailora.core.device import choose_device
 from tailora.data.dataset import Example, Examples, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.schemas import FEEDBACK, PREFERENCE
@@ -125,7 +123,6 @@ class Simulated:
     """What the largest step shows on the model without weights."""
 
     fake: estimate.FakeModel
-    step: estimate.StepCost
     memory: dict[str, Memory]  # settings -> of the run with them; first as they are
 
 
@@ -136,17 +133,21 @@ def simulate(run: PlannedRun) -> Simulated:
         step = estimate.largest_step(config, fake, run.batches.largest)
         memory = {AS_SET: run.memory_of(config, fake, step), **checkpointing(run, fake, step)}
         memory |= quantization(run, fake, step)
-    return Simulated(fake, step, memory)
+    return Simulated(fake, memory)
 
 
 def plan_of(run: PlannedRun, simulated: Simulated, full: FullFineTuning | None, measured: StepsMeasured | None) -> Plan:
     config, batches, memory = run.config, run.batches, simulated.memory[AS_SET]
     trained = what_is_trained(simulated.fake)
-    basis = {"memory": "estimated from the shapes"}
+    seconds_per_step, is_absent = None, isinstance(run.place.device, estimate.AbsentDevice)
+    reason = "because this machine does not have the device" if is_absent else "but --measure measures it"
+    basis = {"memory": "estimated from the shapes", "time": f"not estimated, {reason}"}
     if measured is not None:
         memory, trained["kernels"] = memory.with_total(measured.peak_bytes), measured.kernels
-        basis["memory"] = f"measured in {measured.steps} steps"
-    seconds_per_step, basis["time"] = time_of_step(run, simulated, measured)
+        basis = dict.fromkeys(basis, f"measured in {measured.steps} steps")
+        # completions are as long as in the measured steps
+        tokens = batches.tokens_per_step if batches.prompts is None else measured.tokens_per_step
+        seconds_per_step = measured.seconds_per_token * tokens
     batch_size, steps = batch_size_that_fits(run.available, memory, batches), batches.steps
     fits, can_shard = memory.total <= run.available, run.nproc > 1 and not config.fsdp
     helps = [] if fits else estimate.remedies(config, run.shape, batch_size, run.place.device, can_shard=can_shard)
@@ -257,49 +258,6 @@ def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
     precision = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     absent = estimate.AbsentDevice(card.device, precision)
     return Place(card.name, absent, CONTEXT, card.available_bytes, notes)
-
-
-# ---- Time
-
-SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/memory/plan.py
-TIME_RATIOS = (0.7, 6.6)  # least and most time of a step over its estimate, in benchmarks/results/plan.json
-REPEATS = 3
-MOST_ROWS, MOST_COLUMNS = 256, 8192  # larger products are not faster
-
-
-def products_per_second(tokens: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Returns the operations a second of (tokens, width) x (width, inner); on a CPU, in the faster precision."""
-    tokens, width, inner = min(tokens, MOST_ROWS), min(width, MOST_COLUMNS), min(inner, MOST_COLUMNS)
-    both = device.type == "cpu" and dtype in HALF
-    medians = []
-    for precision in (dtype, torch.float32) if both else (dtype,):
-        x = torch.ones(tokens, width, dtype=precision, device=device)
-        weight = torch.ones(inner, width, dtype=precision, device=device)
-        seconds = []
-        for _ in range(1 + REPEATS):
-            started = time.perf_counter()
-            torch.mm(x, weight.T)
-            synchronize(device)
-            seconds.append(time.perf_counter() - started)
-        medians.append(median(seconds[1:]))
-    return 2.0 * tokens * width * inner / min(medians)
-
-
-def time_of_step(run: PlannedRun, simulated: Simulated, measured: StepsMeasured | None) -> tuple[float | None, str]:
-    """Returns the seconds of a step, None if unknown, and where they come from."""
-    batches, device = run.batches, run.place.device
-    if measured is not None:  # completions are as long as in the measured steps
-        tokens = batches.tokens_per_step if batches.prompts is None else measured.tokens_per_step
-        return measured.seconds_per_token * tokens, f"measured in {measured.steps} steps"
-    if isinstance(device, estimate.AbsentDevice):
-        return None, "not estimated, because this machine does not have the device"
-    text, tokens = run.shape.get_text_config(), tokens_of(batches.largest)
-    width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    products = products_per_second(tokens, width, inner, simulated.fake.base.dtype, device)
-    speed, flops = SHARE * products, simulated.step.flops / tokens  # per second, and per token
-    rule = f"a rough estimate: {flops / 1e9:.2g} GFLOP per token at {speed / 1e9:,.0f} GFLOP/s"
-    shortest, longest = TIME_RATIOS
-    return flops / speed * batches.tokens_per_step, f"{rule}; our runs took {shortest} to {longest} times as long"
 
 
 # ---- Batches
@@ -427,8 +385,8 @@ def notes_of(run: PlannedRun, fake: estimate.FakeModel, *, is_measured: bool) ->
     if batches.prompts is not None:
         cache = format_bytes(batches.prompts.cache_bytes(run.shape, fake.base.dtype))
         notes.append(f"sampling needs a cache of {cache} between the steps")
-        sampling = "" if is_measured else "sampling and "
-        notes.append(f"the time excludes {sampling}evaluations, which usually take longer than the steps")
+        if is_measured:
+            notes.append("the time excludes evaluations, which usually take longer than the steps")
     largest = batches.at(batches.most)
     if len(largest) < batches.most:
         passes = f"passes of at most {tokens_of(largest):,} tokens"

@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from tailora.errors import MemoryLimitError, is_out_of_memory
 from tailora.kernels import cpu_attention
-from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_documents
+from tailora.kernels.cpu_attention import split_documents
 
 CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # the groups of this process; all groups
 CGROUP_FILES = {  # folder of a version -> its files of limit and use, and the files in memory that can be dropped
@@ -173,7 +172,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} GB" if abs(count) < 999.5 else f"{count:,.0f} GB"
 
 
-# ---- What code allocates and computes, counted on tensors without contents
+# ---- What code allocates, counted on tensors without contents
 #
 # torch's fake tensors have shape, type and device but no memory; every operator runs on them, forward and backward. So
 # the largest sum includes temporaries. What an operator allocates internally is not seen,
@@ -197,20 +196,17 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this mode, storages that operators allocate are counted under the part that `part_of` names.
 
     known: tensors whose storages are counted elsewhere.
-    lengths: tokens of each document of a packed row.
     now, peak: bytes of each part, at present and at the moment of the largest sum.
-    flops: operations of products.
     sum_of_peaks: the most bytes that malloc has from the system. It gives large blocks (MMAP_BYTES or more) back when
     they are freed, and keeps the memory of all others. So this is the largest sum of the large blocks, plus the largest
     sum of the others, also if these were at different moments.
     """
 
-    def __init__(self, known: Iterable[Tensor], part_of: Callable[[Tensor], str], lengths: Sequence[int] = ()) -> None:
+    def __init__(self, known: Iterable[Tensor], part_of: Callable[[Tensor], str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self.flops = 0.0
-        self._part_of, self._lengths = part_of, lengths
+        self._part_of = part_of
         self._alive = {id(tensor.untyped_storage()): ("", 0) for tensor in known}
         self._largest = 0
         self._blocks, self._most = Counter[bool](), Counter[bool]()  # whether large -> bytes, and at most
@@ -227,23 +223,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if func is DEVICE:
             return out
-        self.flops += self._flops(func, args, kwargs, out)
         inputs, outputs = list(tensors_of(args)), list(tensors_of((out,)))
         for output in outputs:
             self._add(output)
         if torch.Tag.pointwise in func.tags:
             self._add_conversions(inputs, outputs)
         return out
-
-    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
-        if func in ON_CPU:  # attention of documents on another device; the last argument is the window
-            windows = [(length, min(args[-1] or length, length)) for length in self._lengths]
-            pairs = sum(window * (length - window / 2) for length, window in windows)
-            return float(2 * PRODUCTS_OF_ATTENTION[func] * out[0][0].numel() * pairs)
-        if func in FLOPS:
-            return FLOPS[func](*args, **kwargs)
-        packet = getattr(func, "_overloadpacket", None)
-        return float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
 
     def _add_conversions(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """On a CPU a pointwise operator on several dtypes copies all to the widest while it runs."""
@@ -320,11 +305,3 @@ PACKED, PACKED_BACKWARD = (
     torch.ops.tailora.packed_attention_backward.default,
 )
 ON_CPU: dict[Any, Callable[..., Any]] = {PACKED: cpu_attention.forward, PACKED_BACKWARD: cpu_attention.backward}
-PRODUCTS_OF_ATTENTION = {PACKED: 2, PACKED_BACKWARD: 5}  # scores, values; the scores again, and four gradients
-FLOPS: dict[Any, Callable[..., float]] = {  # operators that torch's table lacks
-    aten.addmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
-    aten.baddbmm_.default: lambda _, a, b, **__: 2.0 * a.numel() * b.shape[-1],
-    # scores, and their product with the values, of half of the pairs of tokens; the backward takes 2.5 times as many
-    flash_op.default: lambda q, k, *_, **__: 2.0 * q.numel() * k.shape[-2],
-    flash_backward_op.default: lambda _, q, k, *__, **___: 5.0 * q.numel() * k.shape[-2],
-}

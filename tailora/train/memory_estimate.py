@@ -1,4 +1,4 @@
-"""The memory and the work of a run, estimated from config.json, the settings and the largest forward, without weights.
+"""The memory of a run, estimated from config.json, the settings and the largest forward, without weights.
 
     fake_model            the model that would be trained, made of tensors without contents
     largest_step          its largest forward and backward, under a MemoryTracker -> StepCost: activations, logits
@@ -323,13 +323,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes of one forward and backward at its largest moment, without what stays through the run; and its work."""
+    """Bytes of one forward and backward at its largest moment, without what stays through the run."""
 
     activations: int
     logits: int
     gradients: int  # of 16-bit weights, on their way to the float32 masters
     kept: int  # from the forward for the backward
-    flops: float  # operations of products
     malloc_overhead: int = 0  # because its small and its large blocks are not largest at the same moment
 
     @property
@@ -355,8 +354,7 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
     weights = [tensor for module in (base, trained) for tensor in (*module.parameters(), *module.buffers())]
-    lengths = [len(sequence.input_ids) for example in examples for sequence in example.sequences]
-    tracker = MemoryTracker([*weights, *gradients], part_of, lengths)
+    tracker = MemoryTracker([*weights, *gradients], part_of)
     try:
         kernels = use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed)
         with kernels, torch.enable_grad(), tracker:
@@ -372,7 +370,6 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
         logits=peak[LOGITS],
         gradients=peak[GRADIENTS],
         kept=kept,
-        flops=tracker.flops,
         malloc_overhead=tracker.sum_of_peaks - peak.total() if base.device.type == "cpu" else 0,
     )
 

@@ -159,7 +159,7 @@ def test_a_4_bit_base_is_recommended_where_its_estimate_is_smaller(stored: str, 
     config = TrainConfig(r=4, dtype="bfloat16")
     for changes in ({}, {"quantize": "nf4"}, {}):
         with fake_model(config.replaced(**changes), shape, device) as fake:
-            step = StepCost(activations=0, logits=0, gradients=0, kept=0, flops=0)
+            step = StepCost(activations=0, logits=0, gradients=0, kept=0)
             totals.append(estimate_memory(config, fake, step, process=0).total)
     advice = remedies(with_numbers(config, None), shape, 0, device)
     assert ("--quantize nf4" in advice) == (totals[1] < totals[0]) == (device != CPU or stored == "float32")
@@ -175,24 +175,8 @@ def test_longer_rows_and_checkpointing_take_what_they_should(model_folder: Path)
         short, long = (simulate_step(fake, [example(n)], checkpointed=False) for n in (100, 200))
         checkpointed = simulate_step(fake, [example(200)], checkpointed=True)
     assert 1.7 < long.activations / short.activations < 2.1
-    assert 2 < long.flops / short.flops < 4  # attention grows with the square
     assert checkpointed.kept < 0.3 * long.kept
     assert checkpointed.bytes < long.bytes
-    assert checkpointed.flops > 1.2 * long.flops
-
-
-def test_the_work_is_that_of_the_products(model_folder: Path) -> None:
-    """Frozen forward and input gradients, without those of layer 0's q, k, v; adapters; the head of 99 rows."""
-    config = TrainConfig(model=str(model_folder), r=4, dtype="float32")
-    with fake_model(config, read_config(config.model), CPU) as fake:
-        flops = simulate_step(fake, [example(100)], checkpointed=False).flops
-    sizes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
-    frozen = 2 * sum(a * b for a, b in sizes)
-    adapters = 2 * 4 * sum(a + b for a, b in sizes)
-    attention = 2 * 3.5 * 2 * 100 * 100 * 32  # 2 layers, forward and 2.5 times that, half of the pairs
-    qkv = 2 * 100 * (32 * 32 + 2 * 32 * 16)
-    expected = 4 * 100 * frozen - qkv + 6 * 100 * adapters + 4 * 99 * 32 * 320 + attention
-    assert flops == pytest.approx(expected, rel=0.05)
 
 
 def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
@@ -294,7 +278,6 @@ def test_a_card_that_is_absent_takes_the_way_of_devices(model_folder: Path) -> N
             total = estimate_memory(config, fake, long, process=0)
         growth[kind] = long.activations / short.activations
         assert total.process > 0.1 * long.bytes  # what the allocator keeps
-        assert 4 < long.flops / short.flops < 16
     assert growth["cuda"] < 4.2
     assert growth["mps"] > 8
 

@@ -53,7 +53,7 @@ def _numbers(plan: Plan) -> list[Number]:
     if plan.steps is not None:
         numbers.append(Number("steps", f"{plan.steps:,}", detail="page"))
     if plan.seconds is not None:
-        numbers.append(Number("training time", duration(plan.seconds), "estimated", "page"))
+        numbers.append(Number("training time", duration(plan.seconds), "measured", "page"))
     return numbers
 
 
