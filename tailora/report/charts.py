@@ -23,6 +23,7 @@ SERIES = [f"#0a0a0{i}" for i in range(8)]
 VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", PAPER: "paper"}
 VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
 DASHED = (0, (4, 3))
+LEGEND_COLUMNS = 4
 
 FEW_STEPS = 8  # runs of at most this many steps get no running mean
 
@@ -45,13 +46,9 @@ class Estimate:
 
 
 class Canvas:
-    """A matplotlib figure of a given width.
-
-    legend_columns: number of columns in the legend.
-    """
+    """A matplotlib figure of a given width."""
 
     axes: "Axes"  # created by `new_axes`
-    legend_columns = 4
 
     def __init__(self, width: float) -> None:
         from matplotlib.figure import Figure
@@ -77,7 +74,7 @@ class Canvas:
         handles, texts = self.figure.axes[0].get_legend_handles_labels()
         if handles:
             place: dict[str, Any] = {"loc": "outside upper left", "borderaxespad": 0.2}
-            self.figure.legend(handles, texts, ncols=self.legend_columns, **place)
+            self.figure.legend(handles, texts, ncols=LEGEND_COLUMNS, **place)
 
     # ---- Axes
 

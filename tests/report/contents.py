@@ -87,4 +87,4 @@ CONTENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "inspect": inspect,
     "plan": plan,
 }
-FIGURES = {"data": 0, "train": 1, "compare": 3, "search": 1, "inspect": 0, "plan": 1, "eval": 0, "rows": 2, "curve": 1}
+FIGURES = {"data": 0, "train": 1, "compare": 3, "search": 1, "inspect": 0, "plan": 0, "eval": 0, "rows": 2, "curve": 1}

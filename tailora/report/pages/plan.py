@@ -1,13 +1,10 @@
 """The page of a plan."""
 
-from tailora.report.blocks import Block, Column, Figure, Number, Page, Paragraph, Section, Table
-from tailora.report.charts import DASHED, INK, SERIES, Canvas
+from tailora.report.blocks import Block, Column, Number, Page, Paragraph, Section, Table
 from tailora.report.format import NONE, count, duration, plural, share
 from tailora.report.pages.shared import numeric, settings_table
 from tailora.study.plan_result import Plan
 from tailora.train.memory import format_bytes
-
-NEAR = 2.0  # a limit beyond this many times the longest bar is not drawn
 
 
 def plan_page(plan: Plan) -> Page:
@@ -21,7 +18,7 @@ def plan_page(plan: Plan) -> Page:
     of_each = "" if plan.ranks is None else f", in each of {plan.ranks.count} processes"
     sections = [
         Section("What is trained", f"Parts: {', '.join(plan.parts)}." if plan.parts else "", _trained(plan)),
-        Section("Memory", f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {basis}.", _memory(plan)),
+        Section("Memory", f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {basis}.", [_memory(plan)]),
         Section("What fits", f"In {available}, with all other settings unchanged.", [options]),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
         Section("Settings", "", [settings_table("Settings", ("", plan.settings))]),
@@ -68,41 +65,10 @@ def _trained(plan: Plan) -> list[Block | None]:
     return [Table(columns, rows) if rows else None]
 
 
-def _memory(plan: Plan) -> list[Block | None]:
-    parts = [part for part in plan.memory.to_dict() if part != "total"]
-    method = "LoRA" if plan.groups else "full fine-tuning"
-    memories = {method: plan.memory.to_dict()}  # method -> bytes by part, with their total
+def _memory(plan: Plan) -> Table:
+    memories = {"LoRA" if plan.groups else "full fine-tuning": plan.memory.to_dict()}  # method -> bytes by part
     if plan.full is not None:
         memories["full fine-tuning"] = plan.full.memory.to_dict()
-    limit_is_near = plan.available_bytes < NEAR * max(memory["total"] for memory in memories.values())
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(128 + 46 * len(memories), "GB")
-        canvas.legend_columns = 8 if canvas.wide else 3
-        starts = [0.0] * len(memories)
-        for number, part in enumerate(parts):
-            sizes = [memory[part] / 1e9 for memory in memories.values()]
-            if any(sizes):
-                axes.barh(range(len(memories)), sizes, left=starts, height=0.6, color=SERIES[number], label=part)
-                starts = [start + part_size for start, part_size in zip(starts, sizes, strict=True)]
-        for y, (end, memory) in enumerate(zip(starts, memories.values(), strict=True)):
-            axes.annotate(format_bytes(memory["total"]), (end, y), (6, 0), textcoords="offset points", va="center")
-        if limit_is_near:
-            axes.axvline(plan.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=DASHED)
-        axes.set_yticks(range(len(memories)), list(memories))
-        axes.set_ylim(len(memories) - 0.45, -0.55)
-        axes.margins(x=0.18)
-        axes.set_xlim(left=0)
-        axes.grid(visible=False, axis="y")
-        axes.spines["left"].set_visible(False)
-
-    listed = "; ".join(
-        f"{name} {format_bytes(memory['total'])}: "
-        + ", ".join(f"{part} {format_bytes(memory[part])}" for part in parts if memory[part])
-        for name, memory in memories.items()
-    )
-    limit = f" Dashed line: {format_bytes(plan.available_bytes)} are available." if limit_is_near else ""
-    alt = f"Stacked bars of memory. {listed}."
     rows = [
         [part, *(format_bytes(memory[part]) if memory[part] else NONE for memory in memories.values())]
         for part in plan.memory.to_dict()
@@ -110,8 +76,7 @@ def _memory(plan: Plan) -> list[Block | None]:
     ]
     fitting = [plan.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
     rows.append(["batch size that fits", *(_batch_size(plan, number) for number in fitting)])
-    figure = Figure("memory", draw, alt, f"Memory by part.{limit}", wide=True)
-    return [figure, Table([Column("part"), *numeric(*memories)], rows)]
+    return Table([Column("part"), *numeric(*memories)], rows)
 
 
 def _batch_size(plan: Plan, fitting: int) -> str:
