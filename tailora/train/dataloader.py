@@ -2,7 +2,6 @@
 
     `read_data`       settings -> TrainingData, loaded or streamed
     `dataset_steps`   which examples each step sees; `stream_steps`: the same of streamed data
-    `one_ahead`       the same as tensors on the device, prepared in the background
 
 A step's examples depend only on the settings and the number of the step, so that a run can be continued;
 completions, which `train.rollouts` samples, also depend on the weights.
@@ -10,19 +9,15 @@ completions, which `train.rollouts` samples, also depend on the weights.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from tailora.core.device import copies_by_itself
 from tailora.data.chat_template import DataSettings
 from tailora.data.dataset import DataReport, Example, Examples, Int64, named_rows
 from tailora.data.demo import resolve_demo
@@ -287,25 +282,6 @@ def random_data(
     examples = Examples.of(map(Example.of_text, ids))
     steps = partial(dataset_steps, examples, shape)
     return TrainingData(run, None, None, steps, config.max_steps or 2, examples, shape)
-
-
-@contextmanager
-def one_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Iterator[Step]]:
-    """Yields the steps. On a device that computes while the host goes on, a thread prepares the next one."""
-    if not copies_by_itself(device):
-        yield steps
-        return
-
-    use_device = partial(torch.get_device_module(device).set_device, device)  # a thread starts with the first one
-    with ThreadPoolExecutor(1, "collate", initializer=use_device) as thread:
-
-        def taken() -> Iterator[Step]:
-            following = thread.submit(next, steps, None)
-            while (step := following.result()) is not None:
-                following = thread.submit(next, steps, None)
-                yield step
-
-        yield taken()
 
 
 def epoch_steps(config: RunConfig, examples: int, world: int = 1) -> int:

@@ -45,7 +45,7 @@ from tailora.train import checkpoint, events, launch, run_log, trainable
 from tailora.train.best_step import StepChoice
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import ChooseHeldOut, ReadData, one_ahead, read_data, stream_notes
+from tailora.train.dataloader import ChooseHeldOut, ReadData, read_data, stream_notes
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.failures import Interrupted, StopSignals
 from tailora.train.kernel_choice import use_kernels
@@ -129,9 +129,7 @@ class Trainer:
             signals.handle()  # until here there is nothing to save, and Ctrl-C ends the run at once
             self.evaluate_before_training()
             left = islice(run.data.steps(state.step), run.data.max_steps - state.step)
-            steps: Iterator[Step] = map(self.collated, left)
-            if run.rollouts is None:  # which need the weights of the step before
-                steps = stack.enter_context(one_ahead(steps, run.accelerator.device))
+            steps = map(self.collated, left)
             while self.submitted_steps < run.data.max_steps and not self.is_out_of_patience():
                 is_stopped = state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set()
                 if is_stopped and self.can_be_resumed:

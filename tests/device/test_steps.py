@@ -2,7 +2,6 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from tiny import chat_model
 
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Example, Examples
-from tailora.errors import DataError, DivergedError
+from tailora.errors import DivergedError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.loss import FROZEN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import one_ahead
 from tailora.train.events import Evaluated, Event, Stepped
 from tailora.train.loss import BatchLayout, evaluate
 from tailora.train.step import Step
@@ -162,15 +160,3 @@ class BreakingTrainer(Trainer):
             else:
                 parameter.register_hook(lambda gradient: gradient * nan)
         super().step(step, started, stop)
-
-
-def test_what_the_data_raises_is_raised_when_its_step_has_come(device: torch.device) -> None:
-    def steps() -> Iterator[Step]:
-        yield Step([], tokens=1, supervised=1, divisor=1)
-        yield Step([], tokens=2, supervised=2, divisor=2)
-        raise DataError("row 7 is broken")
-
-    with one_ahead(steps(), device) as loaded:
-        assert [next(loaded).tokens, next(loaded).tokens] == [1, 2]
-        with pytest.raises(DataError, match="row 7"):
-            next(loaded)
