@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from tailora.cli.__main__ import run as run_program
 from tailora.cli.flags import SWITCH, Json, NprocPerNode, flags_of, log_columns, merge_with_run
-from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, print_text, stderr, stdout
+from tailora.cli.main import ARGUMENTS, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import (
     BaseModel,
     Device,
@@ -28,6 +28,7 @@ from tailora.cli.models import (
     load_model,
     refuse_system,
 )
+from tailora.cli.train import start_judge
 from tailora.errors import GATE_NOT_MET, ConfigError
 from tailora.evaluation.metrics import (
     CHANGE,
@@ -225,14 +226,7 @@ def judge_of(config: TrainConfig, folder: Path | None, *, base: bool) -> "Judge 
         raise ConfigError("--metric judge:URL compares an adapter with its base model; use an ADAPTER, no --no-base")
     if folder is None:
         raise ConfigError("--metric judge:URL keeps verdicts in a file, and this adapter has no run; add --output-dir")
-    if not is_rank_0():
-        return None
-    from tailora.evaluation.judge import Judge
-
-    judge = Judge(config.replaced(output_dir=str(folder)), log)
-    if not is_launched_by_tailora():
-        judge.check()
-    return judge
+    return start_judge(config.replaced(output_dir=str(folder)))
 
 
 def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
@@ -257,6 +251,8 @@ def evaluate_language_model(evaluation: Evaluation, started: float) -> int:
         max_length=evaluation.config.max_length,
         max_new_tokens=given.max_new_tokens,
         limit=given.limit,
+        field=evaluation.config.field,
+        system=evaluation.config.system,
         image_folder=evaluation.config.image_folder,
     )
     tasks = find_tasks(harness.names, harness.include_path) if harness.names else None
@@ -286,9 +282,7 @@ def data_scores(
     from tailora.cli.progress import counter
     from tailora.evaluation.scores import score
 
-    config = evaluation.config
-    reading: Any = {"field": config.field, "system": config.system, "base": evaluation.base, "ranks": ranks}
-    reading["trained_rows"] = evaluation.target.trained_rows
+    reading: Any = {"base": evaluation.base, "ranks": ranks, "trained_rows": evaluation.target.trained_rows}
     is_shown = ranks is None or ranks.is_main_process
     with counter(stderr(), "rows") if is_shown else nullcontext(lambda *_: None) as progress:
         if evaluation.judge is not None:

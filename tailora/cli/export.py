@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tailora.data.labels import Labels
     from tailora.formats.export import ExportReport
     from tailora.formats.serving_targets import Serving, ServingExport, ServingSettings
+    from tailora.model import LoRAModel
 
 Format = Literal["peft", "portable", "gguf", "merged"]
 Server = Literal["vllm", "llama-server", "ollama", "mlx"]
@@ -84,7 +85,7 @@ def export(
     """
     path = find_adapter(adapter)
     check_result_folder(output, EXPORTED_FILES, overwrite=overwrite, sources=[path])
-    base, system = base_model_name(model, [path]), read_system_message(path)
+    base = base_model_name(model, [path])
     log("loading the model")
     from tailora.model import LoRAModel
     from tailora.quiet import quiet_transformers
@@ -108,16 +109,12 @@ def export(
             settings = serving_settings(path, base, loaded, tokenizer, trained_on if method is None else None)
             result = adapted.export_for(output, to, settings=settings, tokenizer=tokenizer, overwrite=overwrite)
             report, serving = result.report, result.serving
-    if system is not None:
+    if (system := read_system_message(path)) is not None:
         write_system_message(report.folder, system)
         report.files[SYSTEM] = (report.folder / SYSTEM).stat().st_size
         report.changes.append(f"the system message used in training is in {SYSTEM}; answers without it can be worse")
     if verification_file and labels is None and task == CAUSAL_LM:
-        try:
-            create_passport(report.folder, adapted, tokenizer)
-            report.files[PASSPORT] = (report.folder / PASSPORT).stat().st_size
-        except DataError as error:  # the export is complete
-            note(f"{PASSPORT} was not written: {error}")
+        add_passport(report, adapted, tokenizer)
     seconds = time.perf_counter() - started
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})
@@ -140,6 +137,14 @@ def check_target(to: str, adapter: Path, output: Path, base: str, labels: "Label
     if labels is not None or task != CAUSAL_LM:
         what = "predicts labels" if labels is not None else f"was trained for {task}"
         raise ConfigError(f"--to {to} is for language models, but {adapter} {what}; use one of {', '.join(FORMATS)}")
+
+
+def add_passport(report: "ExportReport", adapted: "LoRAModel", tokenizer: Any) -> None:
+    try:
+        create_passport(report.folder, adapted, tokenizer)
+        report.files[PASSPORT] = (report.folder / PASSPORT).stat().st_size
+    except DataError as error:  # the export is complete
+        note(f"{PASSPORT} was not written: {error}")
 
 
 def serving_settings(adapter: Path, base: str, model: Any, tokenizer: Any, trained_on: str | None) -> "ServingSettings":

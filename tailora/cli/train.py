@@ -75,13 +75,7 @@ def train(
         run_log.check_run_folder(config, overwrite=given.overwrite)
     check_sources_of_run(config)
     fetch_sources(config.model)
-    judge = None
-    if config.judges and is_rank_0():
-        from tailora.evaluation.judge import Judge
-
-        judge = Judge(config, log)
-        if not is_launched_by_tailora():
-            judge.check()
+    judge = start_judge(config)
     if given.nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(given.nproc_per_node, config.device)
         if processes > 1:
@@ -128,6 +122,18 @@ def train(
         if page and not (folder / PAGE).exists():
             log(page)
     return WORSE if report is not None and report["finding"] == "worse" else 0
+
+
+def start_judge(config: TrainConfig) -> "Judge | None":
+    """Returns the language model among the metrics for the main process, after one request."""
+    if not config.judges or not is_rank_0():
+        return None
+    from tailora.evaluation.judge import Judge
+
+    judge = Judge(config, log)
+    if not is_launched_by_tailora():
+        judge.check()
+    return judge
 
 
 # ---- What a finished run prints: the result, its files, and what to do next

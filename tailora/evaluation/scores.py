@@ -66,6 +66,8 @@ class EvalOptions:
     max_length: int = 1024
     max_new_tokens: int = 256  # of an answer
     limit: int | None = None  # only the first examples
+    field: Mapping[str, str] | None = None  # key -> column of the data
+    system: str | None = None  # system message for conversations without one
     image_folder: str | None = None  # of the images in the data; None: the folder of its file
 
 
@@ -153,8 +155,6 @@ def score(
     data: str,
     options: EvalOptions | None = None,
     *,
-    field: Mapping[str, str] | None = None,
-    system: str | None = None,
     base: bool = True,
     log: Log = lambda _: None,
     progress: Progress = lambda *_: None,
@@ -166,8 +166,6 @@ def score(
 
     Duplicate rows are evaluated once: they would count as independent examples in the intervals.
     data: as for training, or 'demo'.
-    field: key -> column of the data.
-    system: system message for conversations without one.
     log: called with messages on how the scores are computed.
     ranks: of the processes that call this together, each with the same model; None for one process. Only the first one
         judges answers, and has their scores.
@@ -180,10 +178,10 @@ def score(
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     task = SEQ2SEQ if is_seq2seq(model) else AUTO
     settings = DataSettings(
-        field,
+        options.field,
         task,
         max_length=max_length,
-        system=system,
+        system=options.system,
         image_folder=options.image_folder,
         for_evaluation=True,
     )
@@ -192,38 +190,22 @@ def score(
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
     models = models_to_score(model, base)
     both = BASE in models
-    totals = {name: _Totals() for name in models}
-    done = 0  # evaluations, of all models
     rank, world = (0, 1) if ranks is None else (ranks.process_index, ranks.num_processes)
-    size = world * (CHUNK if model.device.type == "cpu" else 16 * CHUNK)
-    for start in range(0, len(rows), size):
-        chunk = range(start, min(start + size, len(rows)))
-        share = {i: rows[i] for i in chunk[rank::world]}
-        for name, activated in models.items():
-            with activated():
-                for step in evaluator.steps if share else ():
-                    step(share, totals[name])
-            done += len(chunk)
-            progress(done, len(models) * len(rows))
-    scores = _scores(totals if world == 1 else _joined(gather_object([totals])), metrics, facts)
+    scores = _scores(_evaluate(evaluator, models, rows, rank, world, progress), metrics, facts)
     if not options.answer_metrics:
         return scores
     questions = _questions(model, tokenizer, rows, facts)
     if not questions:
         raise DataError(f"data {facts.source}: all rows are too long for an answer; use shorter prompts")
-    own = questions[rank::world]
-    answers = compare_answers(
-        model, tokenizer, own, max_new_tokens=options.max_new_tokens, base=both, note=log, progress=progress
-    )
+    asking: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "base": both, "note": log, "progress": progress}
+    answers = compare_answers(model, tokenizer, questions[rank::world], **asking)
     if world > 1:
         parts = gather_object([answers])
         answers = [parts[number % world][number // world] for number in range(len(questions))]
     if rank:  # the main process judges all answers
         return scores
-    clusters = clusters_of(questions)  # of all ranks together
-    answers = [replace(answer, cluster=cluster) for answer, cluster in zip(answers, clusters, strict=True)]
-    answers, directions = score_answers(answers, questions, options.answer_metrics, options.metric_seconds, judge)
-    return scores.merge(_answer_scores(answers, directions, too_long=len(rows) - len(answers), both=both))
+    too_long = len(rows) - len(answers)
+    return scores.merge(_answer_scores(answers, questions, options, judge, too_long=too_long, both=both))
 
 
 def models_to_score(model: LoRAModel, base: bool) -> dict[str, Callable[[], AbstractContextManager[None]]]:
@@ -315,6 +297,29 @@ class _Evaluator:
         totals.hits["accuracy_norm"] += right_is_likeliest(choices, likelihoods / choices.bytes).tolist()
 
 
+def _evaluate(
+    evaluator: _Evaluator,
+    models: Mapping[str, Callable[[], AbstractContextManager[None]]],
+    rows: Sequence[EncodedSample],
+    rank: int,
+    world: int,
+    progress: Progress,
+) -> dict[str, _Totals]:
+    """Returns the totals of all ranks, after this one has evaluated its share of each chunk."""
+    totals, done = {name: _Totals() for name in models}, 0
+    size = world * (CHUNK if evaluator.model.device.type == "cpu" else 16 * CHUNK)
+    for start in range(0, len(rows), size):
+        chunk = range(start, min(start + size, len(rows)))
+        share = {i: rows[i] for i in chunk[rank::world]}
+        for name, activated in models.items():
+            with activated():
+                for step in evaluator.steps if share else ():
+                    step(share, totals[name])
+            done += len(chunk)
+            progress(done, len(models) * len(rows))
+    return totals if world == 1 else _joined(gather_object([totals]))
+
+
 # ---- Answers
 
 
@@ -334,9 +339,18 @@ def _questions(
 
 
 def _answer_scores(
-    answers: list[ComparedAnswer], higher_is_better: Mapping[str, bool], *, too_long: int, both: bool
+    answers: Sequence[ComparedAnswer],
+    questions: Sequence[Question],
+    options: EvalOptions,
+    judge: JudgeAnswers | None,
+    *,
+    too_long: int,
+    both: bool,
 ) -> Scores:
-    """Returns the scores of metrics of answers. both: of the base, too."""
+    """Returns the scores by metrics of answers. answers: of all ranks. both: of the base, too."""
+    clusters = clusters_of(questions)
+    answers = [replace(answer, cluster=cluster) for answer, cluster in zip(answers, clusters, strict=True)]
+    answers, higher_is_better = score_answers(answers, questions, options.answer_metrics, options.metric_seconds, judge)
     judged = answers if both else [replace(answer, before=answer.after) for answer in answers]
     changes = metric_changes(judged, higher_is_better)
     if missing := [name for name in higher_is_better if name not in changes]:

@@ -331,9 +331,33 @@ class TrainConfig(StrictModel):
             ),
             (adapter_settings, f"the adapter in --adapter already defines {adapter_settings}; remove these settings"),
         ]
-        rules += self._grpo_rules()
+        rules += [*self._grpo_rules(), *self._metric_rules()]
+        problems = [message for is_broken, message in rules if is_broken] + self._combination_problems()
+        if problems:
+            raise ConfigError(listing(problems))
+        return self
+
+    def _combination_problems(self) -> list[str]:
+        """Returns a message for each setting whose condition in COMBINATIONS does not hold."""
+        problems = []
+        for settings, other, allowed in COMBINATIONS:
+            value, given = getattr(self, other), ", ".join(self.changed(settings))
+            flag = f"--{other.replace('_', '-')}"
+            if isinstance(allowed, tuple):
+                names = " or ".join(str(name) for name in allowed if name not in ("auto", None))
+                change = f", got {value}; change {flag}" if self.changed([other]) else "; add it"
+                fits, needed = value in allowed, f"requires {flag} {names}{change}"
+            else:
+                needed = f"requires {flag}; set {flag}" if allowed else f"not supported with {flag}; remove {flag}"
+                fits = bool(value) == allowed
+            if given and not fits:
+                problems.append(f"{given}: {needed}, or remove {given}")
+        return problems
+
+    def _metric_rules(self) -> list[tuple[Any, str]]:
+        """Returns conditions on metrics and judges that must not hold, with their messages."""
         never = "a judge compares answers after training, and is never trained on; remove it"
-        rules += [
+        return [
             (any(reward.startswith(f"{JUDGE}:") for reward in self.reward), f"--reward judge: {never}"),
             (self.task == GRPO and bool(self.judges), f"--task grpo does not support --metric judge:URL: {never}"),
             (len(self.judges) > 1, "--metric judge:URL appears twice; use one judge"),
@@ -355,22 +379,6 @@ class TrainConfig(StrictModel):
                 "--judge-model and --judge-prompt need a judge; add --metric judge:URL",
             ),
         ]
-        problems = [message for is_broken, message in rules if is_broken]
-        for settings, other, allowed in COMBINATIONS:
-            value, given = getattr(self, other), ", ".join(self.changed(settings))
-            flag = f"--{other.replace('_', '-')}"
-            if isinstance(allowed, tuple):
-                names = " or ".join(str(name) for name in allowed if name not in ("auto", None))
-                change = f", got {value}; change {flag}" if self.changed([other]) else "; add it"
-                fits, needed = value in allowed, f"requires {flag} {names}{change}"
-            else:
-                needed = f"requires {flag}; set {flag}" if allowed else f"not supported with {flag}; remove {flag}"
-                fits = bool(value) == allowed
-            if given and not fits:
-                problems.append(f"{given}: {needed}, or remove {given}")
-        if problems:
-            raise ConfigError(listing(problems))
-        return self
 
     def _grpo_rules(self) -> list[tuple[Any, str]]:
         """Returns conditions that must not hold, with their messages."""
