@@ -17,7 +17,6 @@ import psutil
 from filelock import FileLock, Timeout
 
 import tailora
-from tailora.data.readers import RowProblem
 from tailora.data.schemas import TEXT
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
@@ -182,31 +181,21 @@ def write_settings(output_dir: Path, config: TrainConfig) -> None:
 
 
 def write_rows(output_dir: Path, config: TrainConfig, data: "PreparedData") -> None:
-    """Writes which rows are trained, held out of the data and skipped."""
-    write_trained_rows(output_dir, config, data.trained_rows)
+    """Writes hashes of the trained rows, and the rows that were held out of the data or skipped.
+
+    The hashes include the rows that an adapter to train further has seen before. Held-out rows are as they were read,
+    for `tailora eval --data`.
+    """
+    earlier = trained_rows(adapter_folder(Path(config.adapter))) if config.adapter else None
+    write_file(output_dir / TRAINED_ROWS, b"".join(sorted({*data.trained_rows, *(earlier or ())})))
+    files: dict[str, list[Any]] = {}
     if config.eval_data is None and data.report.shape != TEXT and not data.eval.images:
         # whole texts are also trained, and images are found from the folder of their file
-        write_held_out(output_dir, data.eval_rows)
+        files[HELD_OUT] = [*{id(row): row for row in data.eval_rows}.values()]  # one row may be several examples
     if data.skipped:
-        write_skipped_rows(output_dir, data.skipped)
-
-
-def write_trained_rows(output_dir: Path, config: TrainConfig, hashes: Iterable[bytes]) -> None:
-    """Writes the hashes of the rows to train on, and of those that an adapter to train further has seen before."""
-    earlier = trained_rows(adapter_folder(Path(config.adapter))) if config.adapter else None
-    write_file(output_dir / TRAINED_ROWS, b"".join(sorted({*hashes, *(earlier or ())})))
-
-
-def write_held_out(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the rows that were held out of the data, as they were read, for `tailora eval --data`."""
-    distinct = {id(row): row for row in rows}.values()  # one row may have become several examples
-    write_file(output_dir / HELD_OUT, "".join(f"{json.dumps(row, default=str)}\n" for row in distinct).encode())
-
-
-def write_skipped_rows(output_dir: Path, problems: Sequence[RowProblem]) -> None:
-    """Writes the rows that `skip_bad_rows` left out: location, reason, and what the row holds."""
-    rows = [{"row": row.location, "reason": row.cause, "content": row.content} for row in problems]
-    write_file(output_dir / SKIPPED, "".join(f"{json.dumps(row, default=str)}\n" for row in rows).encode())
+        files[SKIPPED] = [{"row": row.location, "reason": row.cause, "content": row.content} for row in data.skipped]
+    for name, rows in files.items():
+        write_file(output_dir / name, "".join(f"{json.dumps(row, default=str)}\n" for row in rows).encode())
 
 
 def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
