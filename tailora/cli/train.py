@@ -265,7 +265,7 @@ def score_run(
             compare = None if judge is None else partial(judge.compare, progress=progress)
             return score_answers(answers, questions, metrics, config.reward_seconds, compare)
     except (RewardError, ConfigError, WriteError) as error:
-        log(f"the answers could not be judged: {error}")
+        log(f"the answers have no scores: {error}\nthe adapter is complete; `tailora eval` can evaluate it again")
         return list(answers), {}
 
 

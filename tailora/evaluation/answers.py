@@ -129,17 +129,18 @@ def describe_metric(name: str, metric: MetricChange, prompts: str) -> str:
     is_share, (value, low, high) = metric.gained is not None, metric.change.interval
     before, after = (f"{part.value:.0%}" if is_share else f"{part.value:.3f}" for part in (metric.before, metric.after))
     if metric.is_constant:
-        return f"Every answer got {before} from {name}, before and after; does the metric read the column `answer`?"
+        score = f"{metric.before.value:g}"
+        return f"Every answer got {score} from {name}, before and after; does the metric read the column `answer`?"
     scale, unit, digits = (100, " points", 0) if is_share else (1, "", 3)
     ends = "" if math.isnan(low) else f"{scale * low:+.{digits}f} to {scale * high:+.{digits}f}{unit}, "
     moved = f"from {before} to {after} ({ends}{prompts})"
+    unscored = f"{metric.change.missing:.1%} of the answers have no score" if metric.change.missing else ""
     if metric.finding == "cannot tell":
-        reason = ""
-        if metric.change.missing > MOST_MISSING:
-            reason = f", because {metric.change.missing:.0%} of the answers have no score"
+        reason = f", because {unscored}" if metric.change.missing > MOST_MISSING else ""
         return f"Whether {name} changed cannot be told{reason}: it went {moved}."
     flips = f"; {metric.gained:,} answers became right and {metric.lost:,} wrong" if is_share else ""
-    return f"{name} {'rose' if value > 0 else 'fell'} {moved}{flips}."
+    left_out = f"; {unscored}" if unscored else ""
+    return f"{name} {'rose' if value > 0 else 'fell'} {moved}{flips}{left_out}."
 
 
 def _describe_judge(metric: MetricChange, judge: JudgeFacts, prompts: str) -> str:

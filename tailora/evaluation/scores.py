@@ -35,6 +35,7 @@ from tailora.train.answers import (
     compare_answers,
     questions_of,
     score_answers,
+    try_metrics,
 )
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import data_settings, resolved_sources
@@ -191,12 +192,15 @@ def score(
     models = models_to_score(model, base)
     both = BASE in models
     rank, world = (0, 1) if ranks is None else (ranks.process_index, ranks.num_processes)
-    scores = _scores(_evaluate(evaluator, models, rows, rank, world, progress), metrics, facts)
-    if not options.answer_metrics:
-        return scores
-    questions = _questions(model, tokenizer, rows, facts)
-    if not questions:
+    questions = _questions(model, tokenizer, rows, facts) if options.answer_metrics else []
+    if options.answer_metrics and not questions:
         raise DataError(f"data {facts.source}: all rows are too long for an answer; use shorter prompts")
+    functions = [metric for metric in options.answer_metrics if not metric.is_judge]
+    if functions:  # before the first answer, because answers take time
+        try_metrics(functions, questions, options.metric_seconds)
+    scores = _scores(_evaluate(evaluator, models, rows, rank, world, progress), metrics, facts)
+    if not questions:
+        return scores
     asking: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "base": both, "note": log, "progress": progress}
     answers = compare_answers(model, tokenizer, questions[rank::world], **asking)
     if world > 1:

@@ -196,11 +196,19 @@ def check_metrics(config: TrainConfig, data: PreparedData | None, tokenizer: Any
     rows = [{name: row.get(name) for name in data.report.ignored} for row in data.eval_rows[:2]]
     pairs = zip(data.eval_samples, rows, strict=False)
     questions = [_question(EncodedPrompt(_prompt_text(sample), []), sample, tokenizer, row) for sample, row in pairs]
-    columns = [*dict.fromkeys(name for question in questions for name in question.columns)]
     if config.metric_for_best_model:
         best_metric(config)
-    with RewardProcess(metrics, config.reward_seconds, columns) as process:
-        process.score([completion_of(question, question.reference) for question in questions])
+    try_metrics(metrics, questions, config.reward_seconds)
+
+
+def try_metrics(metrics: Sequence[Reward], questions: Sequence[Question], seconds: float) -> None:
+    """Scores the replies of two rows, as if they were answers.
+
+    Raises ConfigError if a metric needs a column that the rows lack, RewardError if one fails.
+    """
+    columns = [*dict.fromkeys(name for question in questions for name in question.columns)]
+    with RewardProcess(metrics, seconds, columns) as process:
+        process.score([completion_of(question, question.reference) for question in questions[:2]])
 
 
 def best_metric(config: TrainConfig) -> Reward:

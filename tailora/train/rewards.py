@@ -89,6 +89,11 @@ class Reward:
     flag: str = "--reward"  # or --metric, in messages
 
     @property
+    def label(self) -> str:
+        """For messages: what it is, and its source."""
+        return f"{self.flag.removeprefix('--')} {self.source}"
+
+    @property
     def is_judge(self) -> bool:
         """Whether it is a language model, not a function."""
         return self.source.startswith(f"{JUDGE}:")
@@ -110,7 +115,7 @@ def parse_rewards(trained: Sequence[str], metrics: Sequence[str]) -> tuple[list[
     rewards += [_parse_reward(value, flag="--metric") for value in metrics]
     sources = [reward.source for reward in rewards]
     if repeated := {source for source in sources if sources.count(source) > 1}:
-        raise ConfigError(f"--reward, --metric: {', '.join(sorted(repeated))} appears twice; use each reward once")
+        raise ConfigError(f"--reward, --metric: {', '.join(sorted(repeated))} appears twice; use each one once")
     rewards = [replace(reward, name=JUDGE) if reward.is_judge else reward for reward in rewards]
     functions = Counter([*map(_function_name, sources), *OTHER_SCORES])
     named = [
@@ -152,7 +157,10 @@ def is_built_in(reward: Reward) -> bool:
 def load_reward(reward: Reward) -> RewardFunction:
     kind, _, argument = reward.source.partition(":")
     if is_built_in(reward):
-        return BUILT_IN[kind](argument)
+        try:
+            return BUILT_IN[kind](argument)
+        except ConfigError as error:
+            raise ConfigError(f"{reward.flag} {error}") from None
     path, _, name = reward.source.rpartition(":")
     if not path.endswith(".py"):
         forms = [f"{name}:{WITH_ARGUMENT[name]}" if name in WITH_ARGUMENT else name for name in BUILT_IN]
@@ -397,7 +405,7 @@ class RewardProcess:
         reward, values = self.rewards[column], np.full(len(completions), np.nan)
         if problem is not None and len(completions) > 1:
             text = f"{problem.text}. It is called again for each of {len(completions)} completions"
-            self.note(f"reward {reward.source}: {text}")
+            self.note(f"{reward.label}: {text}")
         lost = list[int]()
         for called, row in enumerate(np.random.default_rng(0).permutation(len(completions)).tolist(), start=1):
             reply = self._call(column, [completions[row]])
@@ -412,9 +420,7 @@ class RewardProcess:
         if lost:
             self.over_limit[lost] = True
             shown = short_repr(completions[lost[0]].text)
-            self.note(
-                f"reward {reward.source}: {len(lost)} completions without a reply are not scored, such as {shown}"
-            )
+            self.note(f"{reward.label}: {len(lost)} completions without a reply are not scored, such as {shown}")
         return values
 
     def _start(self, built_in: bool) -> list[str]:
@@ -470,7 +476,7 @@ class RewardProcess:
 
     def _error(self, column: int, completion: Completion, problem: Problem) -> RewardError:
         return RewardError(
-            f"reward {self.rewards[column].source}: {problem.text}\n  prompt: {short_repr(completion.prompt)}\n  "
+            f"{self.rewards[column].label}: {problem.text}\n  prompt: {short_repr(completion.prompt)}\n  "
             f"completion: {short_repr(completion.text)}"
         )
 

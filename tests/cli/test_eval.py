@@ -105,7 +105,7 @@ def test_gates_decide_the_exit_code(adapter: Path, chats: Path) -> None:
 
 
 @pytest.mark.slow
-def test_metrics_judge_the_answers(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_metrics_score_the_answers(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Rows whose reply is what the model says, one with other spaces, one in other letters, one wrong."""
     tokens = ["predict", "--model", tiny_model, "--adapter", adapter, "--max-new-tokens", 12]
     questions = ["hello", "what colour", "is thing 7", "it is"]
@@ -132,6 +132,9 @@ def test_metrics_judge_the_answers(adapter: Path, tiny_model: Path, tmp_path: Pa
     assert alone["metrics"].keys() == {"exact_match", "loss"}
     assert alone["metrics"]["exact_match"]["value"] == 0.5
     assert all(answer["before"] is None for answer in alone["answers"])
+    (tmp_path / "m.py").write_text("def fails(completions, **kwargs):\n    return ['yes' for _ in completions]\n")
+    told = check_refused("m.py:fails: expected None or a number", *judged, "--metric", f"{tmp_path}/m.py:fails")
+    assert "answering" not in told  # which takes time
 
 
 @pytest.mark.slow

@@ -408,7 +408,7 @@ def test_a_metric_that_fails_on_an_answer_leaves_the_run_without_a_verdict(
     (tmp_path / "m.py").write_text(METRICS)
     assert main(line(flags, {"--metric": f"{tmp_path}/m.py:fails_later", "--metric-examples": "2"})) == 0
     shown = capsys.readouterr()
-    assert "the answers could not be judged: reward" in shown.err
+    assert "the answers have no scores: metric" in shown.err
     assert "Cannot tell: the answers have no scores by the metrics." in " ".join(shown.out.split())
 
 

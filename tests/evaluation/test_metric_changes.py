@@ -90,7 +90,8 @@ def test_answers_without_a_score_are_left_out_up_to_a_share(missing: int, findin
     rows = answers([0.0] * 20 + [None] * missing, [1.0] * 20 + [0.0] * missing)
     change = metric_changes(rows, {"right": True})["right"]
     assert (change.answers, change.finding) == (20, finding)
-    assert ("have no score" in answers_verdict({"right": change}, {}, "better", "N")[1]) == (missing == 2)
+    said = answers_verdict({"right": change}, {}, "better", "N")[1]
+    assert f"{'because' if missing == 2 else ';'} {missing / (20 + missing):.1%} of the answers have no score" in said
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_answers_without_a_score_are_left_out_up_to_a_share(missing: int, findin
         (shares(12, 1), "better", "better", "Better: right rose from 33% to 67% (+13 to +50 points, N); 12 answers"),
         (shares(1, 12), "better", "worse", "The loss says the opposite, but right decides."),
         (shares(3, 2), "better", "cannot tell", "A lower loss alone does not show that the answers are better."),
-        (answers([0.0] * 9, [0.0] * 9), "better", "cannot tell", "Every answer got 0% from right, before and after;"),
+        (answers([0.0] * 9, [0.0] * 9), "better", "cannot tell", "Every answer got 0 from right, before and after;"),
         (answers([0.5] * 9, [0.75] * 9), "worse", "better", "right rose from 0.500 to 0.750 (+0.250 to +0.250, N)."),
     ],
 )  # fmt: skip
