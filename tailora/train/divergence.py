@@ -1,10 +1,10 @@
 """Divergence: updates only while loss and gradients are finite, and the message for one that is not.
 
 FiniteUpdates      takes the optimizer's steps, and keeps the last parameters with a finite loss
-broken_loss, broken_gradients   where it began
+broken_loss        where a loss that is not finite began
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
@@ -67,19 +67,6 @@ class FiniteUpdates:
     def restore_last_good(self) -> None:
         for copy, buffer in zip(self.last_good, self.buffers, strict=True):
             buffer.parameter.detach().copy_(copy)
-
-
-def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
-    """Returns which gradients are not finite on the first rank that has such gradients, for a message."""
-    own = [
-        name.replace("/", ".")
-        for name, parameter in parameters.items()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
-    ]
-    names = first_of_ranks(own or None)
-    if names is None:
-        return "the total gradient norm overflows, although every gradient is finite"
-    return f"the gradients of {len(names)} of {len(parameters)} parameters are not finite: {', '.join(names[:3])}"
 
 
 def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: BatchLayout) -> str:

@@ -54,8 +54,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def clip_gradients(buffers: Sequence[FlatBuffer], max_norm: float, loss_scale: "LossScale | None" = None) -> Tensor:
     """Scales the gradients down to `max_norm` and returns the norm that they had before, 0-dimensional.
 
-    loss_scale: what the gradients are divided by first. If the norm is not finite, they stay as they are, so that one
-    can see which of them caused it.
+    loss_scale: what the gradients are divided by first. If the norm is not finite, they stay as they are.
     """
     scale = 1.0 if loss_scale is None else loss_scale.value
     norm = gradient_norm_over_ranks(buffers) / scale

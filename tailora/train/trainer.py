@@ -46,7 +46,7 @@ from tailora.train.best_step import StepChoice
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import ChooseHeldOut, ReadData, read_data, stream_notes
-from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
+from tailora.train.divergence import REMEDIES, broken_loss
 from tailora.train.failures import Interrupted, StopSignals
 from tailora.train.kernel_choice import use_kernels
 from tailora.train.loss import Evaluation, Sums, Task, TaskScores, batches_within, evaluate, make_batch, repeat_forward
@@ -528,15 +528,12 @@ class Trainer:
         raise self.diverged(f"in step {self.state.step}: the held-out loss became {evaluation.loss}")
 
     def diverged_in_step(self, submitted: SubmittedStep, loss: float) -> DivergedError:
-        """Returns the error for a step whose loss or gradient is not finite, with the module where that began."""
+        """Returns the error for a step whose loss or gradient is not finite. It names the module where a loss broke."""
         run, where = self.run, f"in step {self.state.step + 1} (learning rate {submitted.rate:.3g})"
         if not math.isfinite(loss):
             cause = broken_loss(run.base, submitted.step.batches, run.task, run.layout)
             return self.diverged(f"{where}: {cause}")
-        if self.state.unread is not None:  # the gradients belong to the next step; the parameters are the same
-            self.compute_gradients(submitted.step)
-        parameters = {name: p for buffer in run.updates.buffers for name, p in buffer.parameters.items()}
-        return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
+        return self.diverged(f"{where}: the gradients are not finite, although the loss is", parameters_are_good=True)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

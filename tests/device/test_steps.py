@@ -129,7 +129,11 @@ def test_a_divergence_that_is_read_late_changes_nothing_and_is_saved_nowhere(
     good = {"loss": 1, "gradient": 2}[part]  # steps whose weights gave a finite loss in the next one
     short = settings(output_dir=str(tmp_path / "short"), max_steps=good, **constant)
     run(short)
-    where = "first module with non-finite output" if part == "loss" else "gradients of 1 of "
+    where = (
+        "first module with non-finite output"
+        if part == "loss"
+        else "the gradients are not finite, although the loss is"
+    )
     with ExitStack() as stack:
         trainer = BreakingTrainer(config, stack, part=part, broken=3)
         with pytest.raises(DivergedError, match=rf"in step 3 .*{where}"):

@@ -17,9 +17,9 @@ from torch import nn
 from tailora.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.loss import FORMS
-from tailora.train import divergence, trainer
+from tailora.train import trainer
 from tailora.train.config import TrainConfig
-from tailora.train.divergence import broken_gradients, broken_loss
+from tailora.train.divergence import broken_loss
 from tailora.train.events import Event, Note, Stepped
 from tailora.train.failures import Interrupted
 from tailora.train.loss import CAUSAL_LM, BatchLayout
@@ -80,16 +80,6 @@ def test_the_first_broken_batch_is_enough_to_name_the_module(monkeypatch: pytest
     cause = broken_loss(model, batches, CAUSAL_LM, layout)
     assert cause == "the loss is not finite; the first module with non-finite output is 0"
     assert computed == ["first"]
-
-
-def test_a_rank_whose_gradients_are_finite_names_those_that_are_not_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "first_of_ranks", lambda own: own or ["layers.1.weight"])
-    parameter = nn.Parameter(torch.ones(1))
-    parameter.grad = torch.ones(1)
-    text = "the gradients of 1 of 1 parameters are not finite:"
-    assert broken_gradients({"layers/0/weight": parameter}) == f"{text} layers.1.weight"
-    parameter.grad[0] = float("inf")
-    assert broken_gradients({"layers/0/weight": parameter}) == f"{text} layers.0.weight"
 
 
 def test_no_checkpoint_holds_values_that_are_not_finite(settings: Any) -> None:

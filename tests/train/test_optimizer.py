@@ -12,7 +12,6 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.errors import DivergedError
 from tailora.kernels.flat_parameters import Group, check_views, flattened
 from tailora.train.config import TrainConfig
-from tailora.train.divergence import broken_gradients
 from tailora.train.optimizer import adamw, clip_gradients, learning_rate, optimizer_step, parameter_groups
 from tailora.train.trainer import run
 
@@ -124,13 +123,12 @@ def test_a_run_has_one_group_with_the_settings_decay() -> None:
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_gradients_that_are_not_finite_are_left_to_be_named(broken: float) -> None:
+def test_gradients_that_are_not_finite_stay_as_they_are(broken: float) -> None:
     ours, theirs = pair()
     with flattened([Group(ours)]) as flats:
         set_gradients(ours, theirs, 0)
         ours["B"].grad[3, 4] = broken
         assert not math.isfinite(clip_gradients(flats, 1e-3))
-        assert "of 1 of 4 parameters are not finite: B" in broken_gradients(ours)
         assert torch.equal(ours["A"].grad, theirs["A"].grad)
 
 
