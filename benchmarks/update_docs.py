@@ -439,6 +439,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/experiments.md": {
         **{name: partial(evidence, name) for name in evidence_tables.PARTS},
         "evidence-arms": lambda: evidence_tables.rewards(read("evidence_rewards")),
+        "advice": lambda: evidence_tables.advice(read("advice")),
         "defaults": lambda: evidence_tables.defaults(read("defaults")),
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),

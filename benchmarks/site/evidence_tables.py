@@ -155,6 +155,23 @@ PARTS: dict[str, Callable[[Content], str]] = {  # name of a part of the page -> 
 }
 
 
+def advice(results: dict[str, Any]) -> str:
+    """Returns how often following each kind of advice lowered the held-out loss (benchmarks/studies/advice.py)."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for case in results["cases"]:
+        flag = case["flags"][0] if case["flags"] else "more rows" if case["advice"] else None
+        if flag == "--max-steps":
+            flag = "fewer steps" if "rose" in case["advice"] else "more steps"
+        if flag is not None:
+            kinds.setdefault(flag, []).append(case)
+    cells = []
+    for kind, cases in kinds.items():
+        changes = [f"{case['kind']} {case['loss']:.3f} → {case['followed']:.3f}" for case in cases]
+        helped = sum(case["followed"] < case["loss"] for case in cases)
+        cells.append([kind, f"{helped} of {len(cases)}", "; ".join(changes)])
+    return table(["advice", "helped", "held-out loss"], cells)
+
+
 def defaults(results: dict[str, Any]) -> str:
     """Returns the regrets of every setting of benchmarks/studies/defaults.py, for each size from the best on."""
     rows = []

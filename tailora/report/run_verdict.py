@@ -30,8 +30,9 @@ from tailora.evaluation.statistics import (
     mean_interval,
     preference_metrics,
 )
-from tailora.report.format import learning_rate, plural, share
-from tailora.study.config import FIRST_RATES, LORA
+from tailora.report.format import plural, share
+from tailora.report.run_advice import advice_of, remedy_of
+from tailora.study.config import LORA
 from tailora.train.answers import ComparedAnswer
 from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.significance import Change, Finding, Interval, change_of
@@ -56,6 +57,7 @@ class Effect:
     answers: dict[str, MetricChange] = field(default_factory=dict)  # of metrics that judge answers
     first_metric: str = ""  # of these, which decides even if it has no scores
     faults: dict[str, FaultChange] = field(default_factory=dict)  # of the answers
+    curve: list[tuple[int, float]] = field(default_factory=list)  # step, loss on all held-out examples
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,13 @@ def run_verdict(
     is_better = not effect.labels or beats_majority(after["accuracy"].value, effect.labels)
     of_task = [of_loss, effect.text] if is_better else [effect.text, of_loss]
     text = " ".join(filter(None, [of_answers, *of_task, describe_faults(effect.faults)]))
+    step_losses = [step["loss"] for step in steps]
     if finding != "worse":
-        return RunVerdict(text, finding)
-    cause, remedy = remedy_of(settings, [step["loss"] for step in steps])
+        advice = ""
+        if effect.change.finding == "better" and unit == NATS_PER_TOKEN and settings.get("method", LORA) == LORA:
+            advice, _ = advice_of(settings, step_losses, effect.curve, effect.examples)
+        return RunVerdict(f"{text} {advice}".strip(), finding)
+    cause, remedy = remedy_of(settings, step_losses)
     return RunVerdict(f"{'' if of_answers else 'Worse than before training. '}{text} {cause}", finding, remedy)
 
 
@@ -163,16 +169,3 @@ def _reward_verdict(
     )
     finding: Finding = "cannot tell" if effect.change is None else effect.change.finding
     return RunVerdict(text + too_long * (cut > MOST_CUT), finding)
-
-
-def remedy_of(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, list[str]]:
-    """Returns why a run probably made the model worse, and flags to try. losses: of each step, before its update."""
-    last = losses[-max(len(losses) // 4, 1) :]
-    if sum(last) / len(last) < losses[0]:
-        steps = str(max(len(losses) // 10, 1))
-        cause = "The training loss fell, so the model overfits, or the examples differ from the held-out ones."
-        return f"{cause} Use --eval-steps {steps} to keep the best step, or use fewer steps.", ["--eval-steps", steps]
-    now = settings["learning_rate"]
-    rate = learning_rate(min(now / 10, FIRST_RATES[settings.get("method", LORA)]))
-    cause = f"The training loss did not fall: the learning rate {now:g} is too high."
-    return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]

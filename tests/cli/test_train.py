@@ -23,7 +23,8 @@ from tailora.evaluation.forgetting import KL_TOKENS, kl_texts
 from tailora.formats.run_folder import ADAPTER, PASSPORT
 from tailora.report.format import duration
 from tailora.report.pages.train import Result, _numbers
-from tailora.report.run_verdict import effect_of, remedy_of, run_verdict
+from tailora.report.run_advice import remedy_of
+from tailora.report.run_verdict import effect_of, run_verdict
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.trainer import Trainer

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,8 @@ def train_report(folder: Path) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     answers = TypeAdapter(list[ComparedAnswer]).validate_python(samples)
     effect = effect_of(header, examples, answers, (result or {}).pop("higher_is_better", {}))
+    evaluations = [line for line in lines if "eval_loss" in line]
+    effect = replace(effect, curve=[(line["step"], line["eval_loss"]) for line in evaluations])
     verdict = run_verdict(header, settings, result, steps, effect)
     after, before = effect.metrics.get("after", {}), effect.metrics.get("before", {})
     shared = [name for name in after if name in before]
@@ -172,8 +174,7 @@ def train_report(folder: Path) -> dict[str, Any]:
         "steps": steps,
         "evaluations": [
             {"step": line["step"], "loss": line["eval_loss"], "reward_std_error": line.get("eval_reward_std_error")}
-            for line in lines
-            if "eval_loss" in line
+            for line in evaluations
         ],
         "samples": samples,
         "result": None if result is None else _with_intervals(result, header, steps, effect, metrics),
