@@ -21,7 +21,7 @@ from tailora.train.answers import AnswerFacts, ComparedAnswer
 from tailora.train.config import JUDGE
 from tailora.train.significance import LEVEL, MOST_MISSING, Change, Finding, Floats, Interval, change_of
 
-MOST_FAULTY = 0.2  # share of answers with a fault after training, above which the verdict names it
+MOST_FAULTY = 0.2  # share of answers with a fault after training, above which the verdict names their faults
 LARGE_RISE = 0.1  # of that share; smaller ones only count if they are significant
 DOES = {"empty": "are empty", "loop": "repeat themselves", "cut": "do not end"}  # fault -> what such answers do
 REMEDIES = {
@@ -170,7 +170,8 @@ class FaultChange:
     after: float
     answers: int
     is_training: bool  # of training prompts
-    has_risen: bool  # by much, or significantly
+    has_risen: bool  # and with it the share of answers with any fault, by much or significantly
+    is_frequent: bool  # one of the faults that many answers have after training
 
     @property
     def prompts(self) -> str:
@@ -178,7 +179,7 @@ class FaultChange:
 
     @property
     def is_named(self) -> bool:
-        return self.has_risen or self.after > MOST_FAULTY
+        return self.has_risen or self.is_frequent
 
 
 def fault_changes(answers: Sequence[ComparedAnswer]) -> dict[str, FaultChange]:
@@ -189,14 +190,17 @@ def fault_changes(answers: Sequence[ComparedAnswer]) -> dict[str, FaultChange]:
         if not asked:
             continue
         faults = [[_faults(text, facts, a.reference_tokens) for text, facts in a.pairs] for a in asked]
-        for fault in FAULTS:
-            values = np.array(
-                [[fault in of_answer for of_answer in pair] for pair in faults], dtype=np.float64
-            )  # (answers, 2)
-            (before, after), counts = _cluster_sums(asked, values, np.ones(len(asked), bool))
-            change, (old, new) = change_of(before, after, counts), values.mean(0)
-            has_risen = new - old > LARGE_RISE or (new > old and change.p_value / 2 < LEVEL)  # one-sided
-            of_fault = FaultChange(float(old), float(new), len(asked), is_training, bool(has_risen))
+        # One test of all faults together: three would find a rise by chance more often
+        any_fault = np.array([[bool(of_answer) for of_answer in pair] for pair in faults], dtype=np.float64)
+        (before, after), counts = _cluster_sums(asked, any_fault, np.ones(len(asked), bool))
+        p_value, (old, new) = change_of(before, after, counts).p_value, any_fault.mean(0)
+        has_risen = bool(new - old > LARGE_RISE or (new > old and p_value / 2 < LEVEL))  # one-sided
+        shares = np.array([[[fault in of for of in pair] for pair in faults] for fault in FAULTS]).mean(1)
+        frequent = min(MOST_FAULTY, shares[:, 1].max()) if new > MOST_FAULTY else math.inf
+        for fault, (first, last) in zip(FAULTS, shares.tolist(), strict=True):
+            of_fault = FaultChange(
+                first, last, len(asked), is_training, has_risen and last > first, bool(last >= frequent)
+            )
             if fault not in changes or (of_fault.is_named and not changes[fault].is_named):
                 changes[fault] = of_fault
     return changes

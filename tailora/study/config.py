@@ -13,7 +13,6 @@ from tailora.train.config import GRPO, TrainConfig
 
 LORA, FULL = "lora", "full"
 ADAPTER_SETTINGS = {*LoRAConfig.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
-ADAPTER_SETTINGS |= {"fsdp_offload_params"}  # works only with a frozen base
 FIRST_RATES = {LORA: 5e-4, FULL: 5e-5}  # start of the learning rate search: full fine-tuning needs about a tenth
 
 

@@ -35,7 +35,7 @@ from tailora.train.loss import make_batch
 from tailora.train.setup import Run, set_up
 
 # settings of a run that change how it is computed, not what it learns
-NOT_NEEDED = ("optim", "report_to", "fsdp", "fsdp_offload_params")
+NOT_NEEDED = ("report_to", "fsdp")
 
 
 @dataclass(frozen=True)

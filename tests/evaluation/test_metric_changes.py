@@ -131,6 +131,17 @@ def test_faults_that_the_base_has_too_are_named_but_do_not_decide() -> None:
     assert "empty" not in describe_faults(faults)
 
 
+@pytest.mark.parametrize(("each", "withheld"), [(1, False), (2, True)])
+def test_faults_of_several_kinds_count_together(each: int, withheld: bool) -> None:
+    """Two kinds of 7% are 13 points; one alone would not be too many."""
+    faults = fault_changes(texts([("fine", LOOP), ("fine", "")] * each + [("fine", "fine")] * (30 - 2 * each)))
+    finding, text = answers_verdict({}, faults, "better", "N")
+    assert finding == ("cannot tell" if withheld else "better")
+    assert ("are empty and repeat themselves" in text) == withheld
+    many = fault_changes(texts([(LOOP, LOOP), ("", "")] * 4 + [(LOOP, LOOP)] + [("fine", "fine")] * 26))
+    assert describe_faults(many).startswith("14% of the answers to 35 held-out prompts repeat themselves (14% before)")
+
+
 def test_training_prompts_show_faults_that_few_held_out_prompts_do_not() -> None:
     faults = fault_changes(texts([("fine", "fine")] * 3) + texts([("fine", LOOP)] * 6, is_training=True))
     assert faults["loop"].is_training
