@@ -63,7 +63,7 @@ KIND = "eval"  # of report.json
 MEMORY_ADVICE = "try a smaller --max-length, --quantize nf4 or --dtype bfloat16, or close other programs"
 GATE_HELP = f"exit with code 4 if this condition is not met; repeatable; {QUOTES_HINT}"
 METRIC_HELP = (
-    f"judges greedy answers, as in train: a built-in metric, FILE.py:FUNCTION or judge:URL; or one of "
+    f"scores greedy answers, as in train: a built-in metric, FILE.py:FUNCTION or judge:URL; or one of "
     f"{', '.join(METRICS)}; repeatable; default: accuracy for data with choices, all scores for labels, loss for other "
     "data"
 )
@@ -312,7 +312,7 @@ def label_scores(evaluation: Evaluation, labels: "Labels") -> "Scores":
         note(f"the base model {target.model} has no head for these labels, so only the adapter is evaluated")
     if evaluation.answer_metrics:
         names = ", ".join(metric.name for metric in evaluation.answer_metrics)
-        raise ConfigError(f"--metric {names}: this model predicts labels, and has no answers to judge; use its scores")
+        raise ConfigError(f"--metric {names}: this model predicts labels, and has no answers to score; use its scores")
     needed = [*evaluation.metrics, *(gate.metric.removesuffix(CHANGE) for gate in gates)]
     check_packages()
     check_scores(needed, score_names(labels), labels.task)

@@ -108,7 +108,7 @@ REMOVED_SETTINGS: dict[str, tuple[Any, str]] = {  # name -> its default, and wha
     "optim": ("adamw", "AdamW is always used; the moments of an adapter need little memory"),
     "fsdp_offload_params": (False, "sharded weights stay on the devices; use more processes, or quantize nf4"),
     "fsdp_reshard_after_forward": (True, "gathered weights are always freed after the forward pass"),
-    "eval_reward": ([], "use metric, which judges held-out completions and answers"),
+    "eval_reward": ([], "use metric, which scores held-out completions and answers"),
     "normalize": ("strip", "use --metric exact_match:ignore=case+punctuation+space"),
     "passport": ("none", "`tailora export` and `tailora verify --prepare` write the verification file"),
 }

@@ -1,12 +1,12 @@
 """Whether reinforcement learning worked: rewards of held-out prompts before and after, and whether they may be gamed.
 
-A reward is gamed if the model finds completions that score high without being better. Rewards that only judge
+A reward is gamed if the model finds completions that score high without being better. Metrics
 (--metric) are not trained on, so a model that improves raises them too. A metric
 
     rose           if its change is "better" (train/significance.py)
     did not rise   if its change is "worse", or its interval ends below SHARE_OF_RISE of the reward's own rise
     cannot rise    if it was near its highest value before training
-    is undecided   otherwise: the interval is too wide, or too few prompts were judged
+    is undecided   otherwise: the interval is too wide, or too few prompts were scored
 
 Rises are compared in standard deviations, and as shares of what was left up to the highest value. A metric did not rise
 only if both agree: standard deviations mean little near the highest value, shares little if values are unbounded.
@@ -39,8 +39,8 @@ NOTHING_TRAINED = (
     "better completions from worse ones, or other prompts."
 )
 FINDINGS = {  # the sentence for the metrics with each finding
-    "did not rise": "The reward may be gamed ({gamed}): these rewards that only judge did not rise with it: {metrics}.",
-    "rose": "These rewards that only judge rose with it: {metrics}.",
+    "did not rise": "The reward may be gamed ({gamed}): these metrics did not rise with it: {metrics}.",
+    "rose": "These metrics rose with it: {metrics}.",
     "cannot rise": "These were at their highest value before training, so they cannot confirm it: {metrics}.",
     "undecided": "Undecided whether these rose with it: {metrics}. Hold out more prompts.",
 }

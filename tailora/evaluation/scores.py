@@ -169,7 +169,7 @@ def score(
     data: as for training, or 'demo'.
     log: called with messages on how the scores are computed.
     ranks: of the processes that call this together, each with the same model; None for one process. Only the first one
-        judges answers, and has their scores.
+        scores answers.
     trained_rows: hashes of the rows that the adapter was trained on, to count them; see `read_eval_data`.
     judge: the language model among the metrics of answers, if there is one.
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
@@ -206,7 +206,7 @@ def score(
     if world > 1:
         parts = gather_object([answers])
         answers = [parts[number % world][number // world] for number in range(len(questions))]
-    if rank:  # the main process judges all answers
+    if rank:  # the main process scores all answers
         return scores
     too_long = len(rows) - len(answers)
     return scores.merge(_answer_scores(answers, questions, options, judge, too_long=too_long, both=both))
@@ -333,7 +333,7 @@ def _questions(
     """Raises DataError if the rows have no prompts."""
     if facts.shape in (TEXT, "choices", "preference"):
         raise DataError(
-            f"data {facts.source}: metrics judge answers, but its rows were read as {facts.shape} "
+            f"data {facts.source}: metrics score answers, but its rows were read as {facts.shape} "
             f"({', '.join(facts.mapping.values())}), which has no prompt with one reply; use --metric loss or choice"
         )
     read = {*facts.mapping.values()}
@@ -355,8 +355,8 @@ def _answer_scores(
     clusters = clusters_of(questions)
     answers = [replace(answer, cluster=cluster) for answer, cluster in zip(answers, clusters, strict=True)]
     answers, higher_is_better = score_answers(answers, questions, options.answer_metrics, options.metric_seconds, judge)
-    judged = answers if both else [replace(answer, before=answer.after) for answer in answers]
-    changes = metric_changes(judged, higher_is_better)
+    compared = answers if both else [replace(answer, before=answer.after) for answer in answers]
+    changes = metric_changes(compared, higher_is_better)
     if missing := [name for name in higher_is_better if name not in changes]:
         raise DataError(f"no answer has a score by {' and '.join(missing)}; check the columns that it reads")
 

@@ -54,7 +54,7 @@ class Effect:
     metrics: dict[str, dict[str, Interval]] = field(default_factory=dict)  # of the task, the same parts -> by name
     labels: dict[str, Any] = field(default_factory=dict)  # `label_details` after training
     text: str = ""  # the effect on the metrics in words
-    answers: dict[str, MetricChange] = field(default_factory=dict)  # of metrics that judge answers
+    answers: dict[str, MetricChange] = field(default_factory=dict)  # of metrics of answers
     first_metric: str = ""  # of these, which decides even if it has no scores
     faults: dict[str, FaultChange] = field(default_factory=dict)  # of the answers
     curve: list[tuple[int, float]] = field(default_factory=list)  # step, loss on all held-out examples
@@ -152,7 +152,7 @@ def run_verdict(
 
 
 def _on_choice(settings: Mapping[str, Any], result: Mapping[str, Any], effect: Effect) -> str:
-    """Returns a sentence if the examples that judge the run also chose its step among several."""
+    """Returns a sentence if the examples that evaluate the run also chose its step among several."""
     is_chosen = 0 < (settings.get("eval_steps") or 0) < result.get("steps", 0)
     return " The same examples chose the step, so this looks too good." * (is_chosen and not effect.is_halved)
 

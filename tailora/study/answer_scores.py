@@ -91,11 +91,11 @@ def scores_of_answers(result: "TrainResult", config: TrainConfig, examples: Int6
     With a sharded model, all ranks must call it.
     Raises RewardError; ConfigError without a prompt to answer; DataError if no answer has a score.
     """
-    from tailora.train.answers import MOST_JUDGED, compare_answers, held_out_questions, score_answers  # load torch
+    from tailora.train.answers import MOST_SCORED, compare_answers, held_out_questions, score_answers  # load torch
     from tailora.train.rewards import parse_rewards
 
     assert result.data is not None  # see `check_metrics` in train/answers.py
-    number = MOST_JUDGED if config.metric_examples is None else config.metric_examples
+    number = MOST_SCORED if config.metric_examples is None else config.metric_examples
     questions = held_out_questions(result.model, result.tokenizer, result.data, number, examples)
     if not questions:
         flags = f"--metric {', '.join(config.metric)}"

@@ -50,8 +50,8 @@ from tailora.train.sampler import Answer, Sampler
 from tailora.train.state import seeded
 from tailora.train.trainable import Trainable
 
-NEW_TOKENS = 64  # of an answer that no metric judges
-MOST_JUDGED, MOST_READ = 200, 24  # held-out prompts to answer, with and without a metric
+NEW_TOKENS = 64  # of an answer that no metric scores
+MOST_SCORED, MOST_READ = 200, 24  # held-out prompts to answer, with and without a metric
 FEW_HELD_OUT, TRAINING_PROMPTS = 20, 30  # with fewer held-out prompts, some training prompts are answered too
 MOST_AT_ONCE = 64  # answers in a batch
 PROBE_TOKENS = 4  # of the prompts and the answers that show how long a token takes
@@ -117,12 +117,12 @@ def answer_held_out(
         return [], []
     is_shown_only = data.report.task == GRPO or data.report.shape == TEXT
     has_metric = not is_shown_only and bool(config.metric)
-    number = config.metric_examples if config.metric_examples is not None else MOST_JUDGED if has_metric else MOST_READ
+    number = config.metric_examples if config.metric_examples is not None else MOST_SCORED if has_metric else MOST_READ
     if is_shown_only:
         number = min(number, config.samples)
-    judging = np.arange(len(data.eval_samples))
-    judging = judging if result.selection is None else np.setdiff1d(judging, result.selection)
-    questions = held_out_questions(model, tokenizer, data, number, judging)
+    evaluated = np.arange(len(data.eval_samples))
+    evaluated = evaluated if result.selection is None else np.setdiff1d(evaluated, result.selection)
+    questions = held_out_questions(model, tokenizer, data, number, evaluated)
     if number and not is_shown_only and len(data.eval_samples) < FEW_HELD_OUT and not is_seq2seq(model):
         some = np.random.default_rng(0).permutation(len(data.train))[:TRAINING_PROMPTS]
         questions += [training_question(data.train[int(i)], tokenizer) for i in some if not data.train[int(i)].images]
@@ -179,18 +179,20 @@ def _question(
 def check_metrics(config: TrainConfig, data: PreparedData | None, tokenizer: Any) -> None:
     """Tries the metrics on two held-out rows, as if their replies were answers.
 
-    Raises ConfigError if there is nothing to judge, or a metric needs what the rows lack; RewardError if one fails.
+    Raises ConfigError if there is nothing to score, or a metric needs what the rows lack; RewardError if one fails.
     """
     metrics = [metric for metric in parse_rewards([], config.metric)[1] if not metric.is_judge]
     names = ", ".join(config.metric)
     if data is not None and (data.report.task in TASK_TYPES or data.report.shape == TEXT):
-        raise ConfigError(f"--metric {names} judges answers, but the data has {data.report.shape} rows; remove it")
+        raise ConfigError(f"--metric {names} scores answers, but the data has {data.report.shape} rows; remove it")
     if data is None or not data.eval_samples:
-        raise ConfigError(f"--metric {names} judges held-out prompts, but there are none; use --eval-data FILE")
+        raise ConfigError(
+            f"--metric {names} scores answers to held-out prompts, but there are none; use --eval-data FILE"
+        )
     if config.metric_for_best_model and len(data.eval_samples) < ENOUGH_TO_HALVE:
         raise ConfigError(
             f"--metric-for-best-model needs at least {ENOUGH_TO_HALVE} held-out rows, got {len(data.eval_samples)}: "
-            "one half chooses the step, and the other half judges it; use --eval-data, a larger --validation-split, "
+            "one half chooses the step, and the other half evaluates it; use --eval-data, a larger --validation-split, "
             "or remove it to choose by the loss"
         )
     rows = [{name: row.get(name) for name in data.report.ignored} for row in data.eval_rows[:2]]

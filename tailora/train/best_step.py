@@ -2,7 +2,7 @@
 
 With `--eval-steps`, each evaluation may be the best so far: by the held-out loss, or by a metric of greedy answers
 (`--metric-for-best-model`), where the loss decides between equal scores. With enough held-out examples, one half of
-them chooses the step, and the other half judges the run.
+them chooses the step, and the other half evaluates the run.
 """
 
 import math
@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tailora.data.dataset import ENOUGH_TO_HALVE, Int64, selection_half
 from tailora.errors import DataError, DivergedError
 from tailora.train import events
-from tailora.train.answers import MOST_JUDGED, Answerer, Progress, best_metric, completion_of, held_out_questions
+from tailora.train.answers import MOST_SCORED, Answerer, Progress, best_metric, completion_of, held_out_questions
 from tailora.train.config import GRPO, TrainConfig
 from tailora.train.loss import Evaluation
 from tailora.train.parallel import is_sharded
@@ -51,7 +51,7 @@ class ChoosingMetric:
         assert data is not None  # `check_metrics` requires held-out rows
         metric = best_metric(config)
         self.name, self.is_together = metric.name, is_sharded(run.model)  # whether ranks answer the same prompts
-        number = MOST_JUDGED if config.metric_examples is None else config.metric_examples
+        number = MOST_SCORED if config.metric_examples is None else config.metric_examples
         self.questions = held_out_questions(run.model, run.tokenizer, data, number, examples)
         prompts = [question.prompt for question in self.questions]
         self._most_tokens = config.max_completion_length

@@ -127,7 +127,7 @@ class TrainConfig(StrictModel):
     num_generations: int = Field(8, ge=2, lt=COUNT, description="grpo: completions sampled for each prompt")
     temperature: float = Field(1.0, gt=0, description="grpo: temperature of sampling")
     max_completion_length: PositiveInt = Field(
-        256, description="maximum tokens of a completion, and of an answer that a metric judges"
+        256, description="maximum tokens of a completion, and of an answer that a metric scores"
     )
     epsilon: float = Field(0.2, gt=0, description="grpo: clip the probability ratio below 1 - epsilon")
     epsilon_high: float | None = Field(
@@ -276,7 +276,7 @@ class TrainConfig(StrictModel):
     save_total_limit: PositiveInt = Field(2, description="number of checkpoints to keep, not counting the best one")
     metric: list[str] = Field(
         [],
-        description="judges answers to held-out prompts before and after training, as a reward does, but is not "
+        description="scores answers to held-out prompts before and after training, as a reward does, but is not "
         "trained on; the first decides the verdict; repeatable",
     )
     metric_examples: NonNegativeInt | None = Field(
@@ -408,7 +408,7 @@ class TrainConfig(StrictModel):
 
     @property
     def judges(self) -> list[str]:
-        """Addresses of language models that judge."""
+        """Addresses of the judges, which are language models."""
         return [metric.removeprefix(f"{JUDGE}:") for metric in self.metric if metric.startswith(f"{JUDGE}:")]
 
     def changed(self, names: Iterable[str]) -> list[str]:

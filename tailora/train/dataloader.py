@@ -229,7 +229,7 @@ def _sampled(config: RunConfig, tokenizer: Tokenizer, accelerator: Accelerator) 
     data, shape = read_whole(config, tokenizer), step_shape(config, accelerator)
     rewards, metrics = parse_rewards(config.reward, config.metric)
     if metrics and not data.eval:
-        problem = "--metric judges held-out prompts, but there are none"
+        problem = "--metric scores answers to held-out prompts, but there are none"
         raise ConfigError(f"{problem}; use --eval-data, or a --validation-split above 0")
     per_epoch = steps_per_epoch(data.train.epoch_size, shape) * config.num_iterations
     max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)

@@ -1,6 +1,6 @@
 """Rewards and metrics: `reward(prompts, completions, **columns) -> list[float | None]`, with TRL's signature.
 
-A reward is trained on, a metric only judges. Higher is better, unless a function has `higher_is_better = False`.
+A reward is trained on, a metric is only reported. Higher is better, unless a function has `higher_is_better = False`.
 
     rewards.py:score          the function `score` of a file
     exact_match               1 if the completion, without a thought in <think>, is the row's answer;
@@ -110,7 +110,7 @@ class Completion:
 
 
 def parse_rewards(trained: Sequence[str], metrics: Sequence[str]) -> tuple[list[Reward], list[Reward]]:
-    """Returns the rewards in texts like `rewards.py:score=0.5`, to train on and that only judge. Raises ConfigError."""
+    """Returns the rewards in texts like `rewards.py:score=0.5`, to train on and to report. Raises ConfigError."""
     rewards = [_parse_reward(value) for value in trained]
     rewards += [_parse_reward(value, flag="--metric") for value in metrics]
     sources = [reward.source for reward in rewards]

@@ -226,7 +226,7 @@ def write_examples(
     score_names: of what else is known of each example; with several losses of an example, a list of lists.
     targets: what is right for each example, if it is more than its tokens.
     texts: what the model reads.
-    selection: indices of the examples that chose the best step, marked by `chose`; None if no others judge it.
+    selection: indices of the examples that chose the best step, marked by `chose`; None if no others evaluate it.
     """
     if before is None or after is None:
         return

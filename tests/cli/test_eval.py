@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from benchmarks.serving.server_process import free_port
 from tailora.formats.run_folder import trained_rows
 from tailora.train.config import TrainConfig
-from tailora.train.run_log import write_trained_rows
+from tailora.train.run_log import write_rows
 
 QUIZ = [{"question": f"thing {n}?", "choices": ["red", "green", "blue"], "answer": n % 3} for n in range(12)]
 
@@ -189,8 +189,10 @@ def test_a_run_is_followed_and_told_what_it_was_trained_on(tiny_model: Path, cha
 def test_an_adapter_that_is_trained_further_has_the_rows_of_both_runs(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name / "adapter").mkdir(parents=True)
-    write_trained_rows(tmp_path / "first", TrainConfig(), [b"1" * 8, b"2" * 8])
-    write_trained_rows(tmp_path / "second", TrainConfig(adapter=str(tmp_path / "first")), [b"3" * 8])
+    for name, adapter, hashes in (("first", None, [b"1" * 8, b"2" * 8]), ("second", "first", [b"3" * 8])):
+        config = TrainConfig(adapter=adapter and str(tmp_path / adapter), eval_data="rows.jsonl")
+        data: Any = SimpleNamespace(trained_rows=hashes, skipped=[])
+        write_rows(tmp_path / name, config, data)
     assert trained_rows(tmp_path / "second" / "adapter") == {b"1" * 8, b"2" * 8, b"3" * 8}
     assert trained_rows(tmp_path / "first" / "adapter") == {b"1" * 8, b"2" * 8}
     assert trained_rows(tmp_path / "second") is None

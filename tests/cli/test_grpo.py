@@ -131,7 +131,9 @@ def test_without_held_out_prompts_the_training_reward_is_shown_and_judges_are_re
     line = line[: line.index("--samples")]
     for flag, value in {"--output-dir": tmp_path / "run", "--validation-split": 0, "--max-steps": 2}.items():
         line[line.index(flag) + 1] = str(value)
-    problem = "--metric judges held-out prompts, but there are none; use --eval-data, or a --validation-split"
+    problem = (
+        "--metric scores answers to held-out prompts, but there are none; use --eval-data, or a --validation-split"
+    )
     check_refused(problem, *line)
     judge = line.index("--metric")
     text = output(*line[:judge], *line[judge + 2 :])

@@ -391,7 +391,11 @@ def fails_later(completions, answer, **kwargs):
     [
         ("needs_level", {}, "it needs level, but the rows have no such column"),
         ("raises", {}, "ValueError: no idea"),
-        ("raises", {"--validation-split": "0"}, "judges held-out prompts, but there are none; use --eval-data FILE"),
+        (
+            "raises",
+            {"--validation-split": "0"},
+            "scores answers to held-out prompts, but there are none; use --eval-data FILE",
+        ),
         ("absent", {}, "m.py has no function 'absent'"),
     ],
 )

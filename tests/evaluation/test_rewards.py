@@ -1,4 +1,4 @@
-"""Whether held-out rewards rose, whether the rewards that only judge rose with them, and pass@k."""
+"""Whether held-out rewards rose, whether the metrics rose with them, and pass@k."""
 
 import numpy as np
 import pytest
@@ -29,16 +29,14 @@ def verdict(before: RewardsByName, after: RewardsByName) -> str:
 @pytest.mark.parametrize("shares", [(0.3, 0.3), (0.0, 0.0)])
 def test_a_judge_that_does_not_rise_shows_a_reward_that_may_be_gamed(shares: tuple[float, float]) -> None:
     text = verdict(*judged(0.2, 0.8, judge=shares))
-    assert text.startswith(
-        "The reward may be gamed (score): these rewards that only judge did not rise with it: answer"
-    )
+    assert text.startswith("The reward may be gamed (score): these metrics did not rise with it: answer")
     assert "The held-out reward rose by 0.5" in text
 
 
 @pytest.mark.parametrize("shares", [(0.2, 0.35), (0.0, 0.5)])
 def test_a_judge_that_rises_even_by_less_does_not(shares: tuple[float, float]) -> None:
     text = verdict(*judged(0.2, 0.8, judge=shares))
-    assert "These rewards that only judge rose with it: answer 0." in text
+    assert "These metrics rose with it: answer 0." in text
     assert "gamed" not in text
 
 

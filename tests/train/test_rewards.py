@@ -354,7 +354,7 @@ def test_weights_and_names() -> None:
     ("value", "advice"),
     [("math=2", "remove =2"), ("regex:x=1", r"remove =1, or write \[=\] if it belongs to the pattern")],
 )
-def test_rewards_that_only_judge_have_no_weight(value: str, advice: str) -> None:
+def test_metrics_have_no_weight(value: str, advice: str) -> None:
     with pytest.raises(ConfigError, match=f"--metric {value}: metrics have no weight; {advice}$"):
         parse_rewards(["exact_match"], [value])
 

@@ -172,7 +172,7 @@ def test_a_resumed_run_gives_the_same_bytes_and_logs_the_same_samples(grpo: Any)
     ("reward", "start", "says"),
     [
         ("keyword", "The reward may be gamed (keyword): these rewards that", "The held-out reward rose by"),
-        ("ones", "The held-out reward rose by", "These rewards that only judge rose with it: has_digit"),
+        ("ones", "The held-out reward rose by", "These metrics rose with it: has_digit"),
     ],
 )
 def test_the_verdict_names_a_gamed_reward(grpo: Any, reward: str, start: str, says: str, tmp_path: Path) -> None:

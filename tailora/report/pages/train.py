@@ -151,7 +151,7 @@ def train_report(folder: Path) -> dict[str, Any]:
     examples, completions, samples = (
         read_run_file(folder / name) if (folder / name).exists() else [] for name in (EXAMPLES, COMPLETIONS, SAMPLES)
     )
-    examples = [row for row in examples if not row.get("chose")]  # those that chose the step do not judge it
+    examples = [row for row in examples if not row.get("chose")]  # those that chose the step do not evaluate it
     steps = [line for line in lines if "loss" in line]
     answers = TypeAdapter(list[ComparedAnswer]).validate_python(samples)
     effect = effect_of(header, examples, answers, (result or {}).pop("higher_is_better", {}))
@@ -207,11 +207,11 @@ def _with_intervals(
     elif effect.change is not None:
         losses = {**effect.losses, "change": effect.change.interval}
         result |= {"eval_loss_change": effect.change.interval.value}
-        result |= {f"eval_loss_{name}": losses[name].value for name in WHEN}  # of those that judge
+        result |= {f"eval_loss_{name}": losses[name].value for name in WHEN}  # of those that did not choose the step
         result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
     result |= {f"eval_{m['name']}_{key}": value for m in metrics for key, value in m.items() if key != "name"}
-    judged = {name: metric.to_dict() for name, metric in effect.answers.items()}
-    return result | {"metrics": judged, "answers": {name: asdict(fault) for name, fault in effect.faults.items()}}
+    scored = {name: metric.to_dict() for name, metric in effect.answers.items()}
+    return result | {"metrics": scored, "answers": {name: asdict(fault) for name, fault in effect.faults.items()}}
 
 
 def _metric(name: str, parts: Mapping[str, Interval]) -> dict[str, Any]:
