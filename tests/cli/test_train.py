@@ -394,7 +394,7 @@ def fails_later(completions, answer, **kwargs):
         (
             "raises",
             {"--validation-split": "0"},
-            "scores answers to held-out prompts, but there are none; use --eval-data FILE",
+            "but there are none; use --eval-data FILE",
         ),
         ("absent", {}, "m.py has no function 'absent'"),
     ],
