@@ -118,7 +118,7 @@ def pair_sections(pair: Sequence[RunRecord], difference: "RunDifference") -> lis
         points = [
             [f"{step:,}", *(decimals(curve.get(step)) for curve in difference.curves)] for step in sorted({*kept})
         ]
-        text = "Each run has its own held-out examples."
+        text = "Over all held-out examples of each run, even those that the other run does not have."
         sections.append(Section(f"Held-out {difference.measure} after each step", text, [Table(of_runs, points)]))
     if difference.flipped:
         answers = [
