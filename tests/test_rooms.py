@@ -21,7 +21,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 MOST_LINES = {
     "errors": 200,
     "quiet": 70,
-    "core": 6730,
+    "core": 6770,
     "formats": 3950,
     "model": 520,
     "data": 4610,
