@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.advice     runs what is missing in benchmarks/results/advice.json
 
-Every case is a run on some rows of one kind (defaults_data.py), of which the advice is known to be given, and a second
-run that follows it. More rows are three times as many of the same kind.
+Every case is a run on some rows of one kind (defaults_data.py). If it ends with advice, a second run follows it. More
+rows are three times as many of the same kind.
 """
 
 import json

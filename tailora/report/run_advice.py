@@ -45,7 +45,8 @@ def advice_of(
     steps, last = curve[-1]
     # the learning rate falls to 0, so even a run that is much too short ends with a flat curve
     fell = next(loss for step, loss in curve if step >= steps // 3) - last
-    if last > lowest + ROSE and best > 0:
+    keeps_best = bool(settings.get("eval_steps"))  # so the end of the curve is not the adapter's
+    if last > lowest + ROSE and best > 0 and not keeps_best:
         return f"The held-out loss rose after step {best:,}: try --max-steps {best}.", ["--max-steps", str(best)]
     if fell >= FELL and settings["learning_rate"] < USUAL_RATE:
         rate = learning_rate(USUAL_RATE)

@@ -28,6 +28,12 @@ def test_the_curve_says_what_to_try(losses: tuple[float, ...], rate: float, flag
     assert " ".join(flags) in text
 
 
+def test_a_run_that_keeps_its_best_step_needs_no_fewer_steps() -> None:
+    rising = curve(4.0, 3.0, 2.9, 2.96)
+    assert advice_of({"learning_rate": 1e-3, "eval_steps": 20}, STEPS, rising, 20) == ("", [])
+    assert advice_of({"learning_rate": 1e-3, "eval_steps": 0}, STEPS, rising, 20)[1] == ["--max-steps", "40"]
+
+
 def test_few_examples_or_points_say_nothing() -> None:
     falling = curve(4.0, 3.0, 2.5, 2.0)
     assert advice_of({"learning_rate": 1e-3}, STEPS, falling, 19) == ("", [])
